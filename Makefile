@@ -1,0 +1,49 @@
+# The one entry point. `make demo` and `make test` need python3 (>= 3.11), git, make and a package registry.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON := .venv/bin/python
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: help
+help:  ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.venv/ready: pyproject.toml uv.lock .ci/setup
+	@.ci/setup
+
+.PHONY: setup
+setup: .venv/ready  ## Make the environment in .venv
+
+.PHONY: demo
+demo: .venv/ready  ## The main job end to end, about 10 minutes on 2 cores; again: seconds
+	@$(PYTHON) -m appliance demo --workspace .demo $(ARGS)
+
+.PHONY: test
+test: .venv/ready  ## The fast tests
+	@$(PYTHON) -m pytest $(ARGS)
+
+.PHONY: test-slow
+test-slow: .venv/ready  ## The tests that train the real base model
+	@$(PYTHON) -m pytest -m slow --timeout 1800 $(ARGS)
+
+.PHONY: lint
+lint: .venv/ready  ## ruff, mypy, the house's layers, shellcheck, zizmor
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports --no-cache
+	@.venv/bin/shellcheck .ci/run .ci/setup
+	@.venv/bin/zizmor --offline --quiet .github/workflows
+
+.PHONY: docs
+docs: .venv/ready  ## Write the recipe's JSON Schema anew
+	@$(PYTHON) -c "from appliance.recipe import render_schema; print(render_schema(), end='')" > docs/recipe.schema.json
+
+.PHONY: bench
+bench: .venv/ready  ## Training speed on this CPU, against TRL in the same run
+	@$(PYTHON) benchmarks/train_cpu.py $(ARGS)
+
+.PHONY: clean
+clean:  ## Remove the environment and the demo
+	@rm -rf .venv .demo .cache

@@ -1,0 +1,126 @@
+"""Options that several verbs share, and what they turn into."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from appliance.errors import CommandError
+from appliance.pipeline import Finished, Origin, Workspace
+from appliance.reconcile import read_origin
+from appliance.store import Store, open_store
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+REFUSED = 3
+
+recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+
+
+def store_option(*, required: bool) -> Callable[[F], F]:
+    """`--store`, also read from APPLIANCE_STORE."""
+    return click.option(
+        "--store",
+        "store_url",
+        envvar="APPLIANCE_STORE",
+        required=required,
+        metavar="URL",
+        help="The registry: s3://bucket/prefix (endpoint and credentials by the AWS conventions) or file:///folder. "
+        "[env: APPLIANCE_STORE]",
+    )
+
+
+def workspace_options(function: F) -> F:
+    """`--root`, `--cache` and `--runs`."""
+    for option in (
+        click.option(
+            "--runs",
+            type=click.Path(path_type=Path),
+            envvar="APPLIANCE_OUT",
+            help="Folder of run folders; ROOT/.appliance/runs when left out. [env: APPLIANCE_OUT]",
+        ),
+        click.option(
+            "--cache",
+            type=click.Path(path_type=Path),
+            envvar="APPLIANCE_CACHE",
+            default=lambda: Path.home() / ".cache" / "appliance",
+            show_default="~/.cache/appliance",
+            help="Folder for base models. [env: APPLIANCE_CACHE]",
+        ),
+        click.option(
+            "--root",
+            type=click.Path(path_type=Path, file_okay=False),
+            default=".",
+            show_default=True,
+            help="The repository: dataset and base paths in a recipe start here.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def build_workspace(*, root: Path, cache: Path, runs: Path | None) -> Workspace:
+    """The folders of one invocation, absolute."""
+    home = root.resolve()
+    return Workspace(
+        root=home,
+        cache=cache.expanduser().resolve(),
+        runs=runs.expanduser().resolve() if runs else home / ".appliance" / "runs",
+        note=say,
+    )
+
+
+def find_origin(root: Path) -> Origin:
+    """The commit behind the data; outside a Git repository, now and no commit."""
+    try:
+        return read_origin(root.resolve(), actor=read_actor())
+    except CommandError:
+        return Origin(commit=None, time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), actor=read_actor())
+
+
+def read_actor() -> str:
+    """Who runs this, for the history of an alias."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"
+
+
+def open_given_store(url: str | None) -> Store | None:
+    """The store, when one was given."""
+    return open_store(url) if url else None
+
+
+def say(text: str) -> None:
+    """One line of what is being done, to standard error."""
+    sys.stderr.write(f"  {text}\n")
+    sys.stderr.flush()
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    click.echo(json.dumps(value, indent=2, sort_keys=True))
+
+
+def print_finished(finished: Finished) -> int:
+    """Say how a run ended and return the exit code: 3 when the verdict refuses."""
+    if finished.outcome:
+        click.echo(f"verdict   {finished.outcome}")
+    for reason in finished.reasons:
+        click.echo(f"          {reason}")
+    if finished.folder is not None:
+        click.echo(f"run       {finished.folder}")
+        click.echo(f"card      {finished.folder / 'card' / 'card.html'}" if finished.outcome else "")
+    if finished.version:
+        click.echo(f"version   {finished.name}@{finished.version}" + (" (already there)" if finished.was_done else ""))
+    if finished.alias:
+        click.echo(f"alias     {finished.name}@{finished.alias}")
+    return REFUSED if finished.outcome in ("hold", "reject") else 0

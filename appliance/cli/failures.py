@@ -1,0 +1,73 @@
+"""Errors to messages and exit codes: one line for what a user can mend, a traceback only for a bug."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from appliance.digest import write_atomic
+from appliance.errors import ApplianceError, InterruptedRunError
+
+_BUG, _USAGE, _INTERRUPTED = 70, 2, 33
+
+
+def run_guarded(group: click.Group, argv: Sequence[str] | None) -> int:
+    """Run `group`; return 0 or the exit code of what went wrong, after saying it."""
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        result = group.main(args=argv, prog_name="appliance", standalone_mode=False)
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.ClickException as fault:
+        fault.show()
+        return _USAGE
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("stopped; what was finished is kept: run the same command to go on", _INTERRUPTED)
+    except ApplianceError as fault:
+        return _fail(str(fault), fault.exit_code)
+    except OSError as fault:
+        if fault.errno in (errno.ENOSPC, errno.EDQUOT):
+            place = fault.filename or "the disk"
+            return _fail(f"{place}: no space left; free some and run the same command to go on", 1)
+        return _report_bug()
+    except Exception:  # noqa: BLE001 - the last line of defence: a bug is told as one
+        return _report_bug()
+    return result if isinstance(result, int) else 0
+
+
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    raise InterruptedRunError("stopped by SIGTERM; what was finished is kept: run the same command to go on")
+
+
+def _fail(message: str, code: int) -> int:
+    color = sys.stderr.isatty()
+    lead = "\x1b[31merror:\x1b[0m " if color else "error: "
+    sys.stderr.write(f"{lead}{message}\n")
+    _write_failure(message, code)
+    return code
+
+
+def _report_bug() -> int:
+    trace = traceback.format_exc()
+    sys.stderr.write(f"{trace}\nThis is a bug in the appliance. Please report it with the lines above.\n")
+    _write_failure(trace, _BUG)
+    return _BUG
+
+
+def _write_failure(message: str, code: int) -> None:
+    """In a container (`APPLIANCE_OUT` is set) a failed run leaves `failure.json` for machines."""
+    out = os.environ.get("APPLIANCE_OUT")
+    if out and Path(out).is_dir():
+        try:
+            write_atomic(Path(out) / "failure.json", json.dumps({"message": message, "exit_code": code}).encode())
+        except OSError as fault:
+            sys.stderr.write(f"{out}/failure.json: not written ({fault})\n")

@@ -1,0 +1,26 @@
+"""`appliance list`."""
+
+from __future__ import annotations
+
+import click
+
+from appliance import registry
+from appliance.cli.common import json_option, print_json, store_option
+from appliance.store import open_store
+
+
+@click.command("list")
+@click.argument("name", required=False)
+@store_option(required=True)
+@json_option
+def command(*, name: str | None, store_url: str, as_json: bool) -> None:
+    """List the versions of NAME, or of every model, oldest first, with verdicts and aliases."""
+    versions = registry.list_versions(open_store(store_url), name)
+    if as_json:
+        rows = [{"name": v.name, "version": v.version, "verdict": v.verdict, "aliases": list(v.aliases)} for v in versions]
+        print_json(rows)
+        return
+    if not versions:
+        click.echo("no versions yet; `appliance reconcile` makes them")
+    for v in versions:
+        click.echo(f"{v.name}@{v.version}  {v.verdict:12}  {' '.join(v.aliases)}".rstrip())

@@ -1,0 +1,34 @@
+"""`appliance promote`."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import click
+
+from appliance import registry
+from appliance.cli.common import read_actor, store_option
+from appliance.store import open_store
+
+
+@click.command("promote")
+@click.argument("reference", metavar="NAME@VERSION")
+@click.argument("alias")
+@store_option(required=True)
+@click.option("--reason", default="by hand", show_default=True, help="Why, for the alias's history.")
+@click.option("--force", is_flag=True, help="Also a version whose verdict is not `ship`.")
+def command(*, reference: str, alias: str, store_url: str, reason: str, force: bool) -> None:
+    """Point ALIAS at a version; going back to an older version is the same command."""
+    store = open_store(store_url)
+    version, manifest = registry.resolve(store, reference)
+    registry.promote(
+        store,
+        name=manifest.name,
+        version=version,
+        alias=alias,
+        actor=read_actor(),
+        reason=reason,
+        at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        force=force,
+    )
+    click.echo(f"{manifest.name}@{alias} is now {version}")

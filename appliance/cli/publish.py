@@ -1,0 +1,24 @@
+"""`appliance publish`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from appliance.cli.common import build_workspace, find_origin, print_finished, recipe_argument, store_option, workspace_options
+from appliance.pipeline import prepare, publish_run
+from appliance.recipe import load_recipe
+from appliance.store import open_store
+
+
+@click.command("publish")
+@recipe_argument
+@store_option(required=True)
+@workspace_options
+def command(*, recipe: Path, store_url: str, root: Path, cache: Path, runs: Path | None) -> int:
+    """Publish the evaluated run of RECIPE: files first, manifest last; the alias moves only on `ship`."""
+    workspace = build_workspace(root=root, cache=cache, runs=runs)
+    prepared = prepare(load_recipe(recipe), workspace=workspace)
+    finished = publish_run(prepared, workspace=workspace, store=open_store(store_url), origin=find_origin(root))
+    return print_finished(finished)

@@ -1,0 +1,25 @@
+"""`appliance pull`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from appliance import registry
+from appliance.cli.common import store_option
+from appliance.store import open_store
+
+
+@click.command("pull")
+@click.argument("reference", metavar="NAME[@ALIAS|@VERSION]")
+@click.argument("folder", type=click.Path(path_type=Path))
+@store_option(required=True)
+def command(*, reference: str, folder: Path, store_url: str) -> None:
+    """Fetch REFERENCE into FOLDER; every byte is verified before the folder appears.
+
+    A folder that holds this version already is verified and left as it is.
+    """
+    manifest = registry.pull(open_store(store_url), reference, folder)
+    size = sum(f.size for f in manifest.files)
+    click.echo(f"{manifest.name}@{manifest.version}: {len(manifest.files)} files, {size / 1e6:.1f} MB, verified, in {folder}")

@@ -1,0 +1,39 @@
+"""`appliance run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from appliance.cli.common import (
+    build_workspace,
+    find_origin,
+    open_given_store,
+    print_finished,
+    recipe_argument,
+    store_option,
+    workspace_options,
+)
+from appliance.pipeline import run_recipe
+from appliance.recipe import load_recipe
+
+
+@click.command("run")
+@recipe_argument
+@store_option(required=False)
+@workspace_options
+@click.option("--force", is_flag=True, help="Make a new version even if the registry has one for this recipe, data and base.")
+def command(*, recipe: Path, store_url: str | None, root: Path, cache: Path, runs: Path | None, force: bool) -> int:
+    """Check, train, evaluate, judge and publish one RECIPE; without --store it stops at the card.
+
+    Interrupted, the same command goes on where it stopped.
+    """
+    finished = run_recipe(
+        load_recipe(recipe),
+        workspace=build_workspace(root=root, cache=cache, runs=runs),
+        store=open_given_store(store_url),
+        origin=find_origin(root),
+        force=force,
+    )
+    return print_finished(finished)

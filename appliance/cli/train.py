@@ -1,0 +1,26 @@
+"""`appliance train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from appliance.cli.common import build_workspace, find_origin, print_finished, recipe_argument, workspace_options
+from appliance.pipeline import run_recipe
+from appliance.recipe import load_recipe
+
+
+@click.command("train")
+@recipe_argument
+@workspace_options
+def command(*, recipe: Path, root: Path, cache: Path, runs: Path | None) -> int:
+    """Check the data of RECIPE and train; the adapter is in the run folder. Resumes by itself."""
+    finished = run_recipe(
+        load_recipe(recipe),
+        workspace=build_workspace(root=root, cache=cache, runs=runs),
+        store=None,
+        origin=find_origin(root),
+        until="train",
+    )
+    return print_finished(finished)

@@ -1,0 +1,183 @@
+"""The only home of subprocess: git, dvc, and the product's own child workers.
+
+Arguments are always a list, never a shell string. A child gets its own session, so that a Ctrl-C
+reaches it once, from here, and can be answered with a checkpoint instead of a half-written file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from appliance.errors import CommandError
+
+_GRACE_S = 120.0
+
+
+def run_command(
+    argv: Sequence[str],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout_s: float = 600.0,
+) -> str:
+    """Run a program to its end and return its standard output.
+
+    `env` is added to this process's environment. Raises `CommandError` with the last lines of the
+    program's output when it is missing, fails or exceeds `timeout_s`.
+    """
+    try:
+        done = subprocess.run(
+            list(argv),
+            cwd=cwd,
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    except FileNotFoundError as fault:
+        message = f"{argv[0]}: program not found; install it or use the image, which has it"
+        raise CommandError(message) from fault
+    except subprocess.TimeoutExpired as fault:
+        message = f"{' '.join(argv[:3])}: no end after {timeout_s:.0f} s; look at the network and run it again"
+        raise CommandError(message) from fault
+    if done.returncode != 0:
+        tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
+        message = f"{' '.join(argv)}: exit {done.returncode}\n{tail}"
+        raise CommandError(message)
+    return done.stdout
+
+
+def run_worker(
+    argv: Sequence[str],
+    *,
+    log: Path,
+    on_line: Callable[[str], None],
+    env: Mapping[str, str] | None = None,
+) -> int:
+    """Run a child worker, hand each line of its standard output to `on_line`, return its exit code.
+
+    Standard error goes to the file `log`. SIGINT and SIGTERM are forwarded to the child as SIGTERM
+    once; the child then has 120 s to save a checkpoint before it is killed.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as errors:
+        child = subprocess.Popen(
+            list(argv),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            env={**os.environ, **(env or {})},
+            start_new_session=True,
+        )
+        with forward_signals(child) as received, child:
+            try:
+                for line in child.stdout or ():
+                    on_line(line.rstrip("\n"))
+            except BaseException:
+                child.kill()
+                raise
+    return _end(child, received)
+
+
+def run_visible(argv: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> int:
+    """Run a program that speaks to the user itself, in this process's terminal; return its exit code."""
+    child = subprocess.Popen(
+        list(argv), cwd=cwd, env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    with forward_signals(child) as received, child:
+        child.wait()
+    return _end(child, received)
+
+
+def _end(child: subprocess.Popen[str], received: Sequence[int]) -> int:
+    """The child's exit code; a signal that came too late to stop the child stops this process."""
+    if received and child.returncode == 0:
+        signal.raise_signal(received[0])
+    return child.returncode
+
+
+@contextlib.contextmanager
+def forward_signals(child: subprocess.Popen[str]) -> Iterator[list[int]]:
+    """While active, SIGINT and SIGTERM to this process ask the child to stop; yields those received."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    timers: list[threading.Timer] = []
+
+    def forward(number: int, _frame: object) -> None:
+        received.append(number)
+        with contextlib.suppress(ProcessLookupError):
+            child.terminate()
+        if not timers:
+            timers.append(threading.Timer(_GRACE_S, child.kill))
+            timers[0].daemon = True
+            timers[0].start()
+
+    before = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for timer in timers:
+            timer.cancel()
+
+
+def start_server(
+    argv: Sequence[str],
+    *,
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    pass_fds: Sequence[int] = (),
+) -> subprocess.Popen[bytes]:
+    """Start a long-lived child whose output goes to the file `log`; the caller stops it.
+
+    It has its own session, so that a Ctrl-C does not take it away from work that still needs it. On
+    Linux the kernel sends it SIGTERM when the thread that called this ends, however it ends (SIGKILL
+    too). `pass_fds` stay open in the child. Raises `CommandError` when the program is missing.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        try:
+            return subprocess.Popen(
+                list(argv),
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **(env or {})},
+                start_new_session=True,
+                pass_fds=tuple(pass_fds),
+                preexec_fn=_die_with_parent(),  # noqa: PLW1509 - one prepared system call, no locks, no allocation
+            )
+        except FileNotFoundError as fault:
+            message = f"{argv[0]}: program not found; install it or use the image, which has it"
+            raise CommandError(message) from fault
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """What the child calls before exec: prctl(PR_SET_PDEATHSIG, SIGTERM), see prctl(2)."""
+    if sys.platform != "linux":
+        return None
+    import ctypes
+
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def ask() -> None:
+        prctl(1, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return ask

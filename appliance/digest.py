@@ -1,0 +1,75 @@
+"""SHA-256 of bytes, files and folders: the one notion of identity in the product.
+
+Everything that is stored, compared or cached is named by the digest of its content. Timestamps,
+paths on this machine and file modes never take part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+_CHUNK = 1 << 20
+
+
+def digest_bytes(content: bytes) -> str:
+    """The SHA-256 of `content`, 64 lower-case hex digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """The SHA-256 of a file's content, read in 1 MiB pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """`value` as UTF-8 JSON with sorted keys and no spaces: equal values, equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def digest_json(value: Any) -> str:
+    """The SHA-256 of the canonical JSON of `value`."""
+    return digest_bytes(canonical_json(value))
+
+
+def list_files(folder: Path) -> list[str]:
+    """The files below `folder` as sorted POSIX paths; hidden files and `*.tmp` are left out."""
+    found = (p for p in folder.rglob("*") if p.is_file())
+    names = (p.relative_to(folder).as_posix() for p in found)
+    return sorted(n for n in names if not n.endswith(".tmp") and not any(part.startswith(".") for part in n.split("/")))
+
+
+def digest_folder(folder: Path) -> str:
+    """The digest of a folder: of its sorted (relative path, SHA-256) pairs."""
+    return digest_json([[name, digest_file(folder / name)] for name in list_files(folder)])
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a reader sees the old bytes or the new ones, never a part.
+
+    Temporary name in the same folder, fsync, rename, fsync of the folder. Raises `OSError`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable (a rename survives a power cut only after this)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

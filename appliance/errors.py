@@ -1,0 +1,66 @@
+"""The exception tree: everything a user can cause or meet has a class here.
+
+A message names the subject (file:line or key), what was found, what was expected and the next
+action. The library raises; only `appliance.cli` turns an error into a line and an exit code.
+A failed quality gate is a `Verdict`, not an exception.
+"""
+
+from __future__ import annotations
+
+
+class ApplianceError(Exception):
+    """An expected failure, with a message for the person who can mend it."""
+
+    exit_code = 1
+
+
+class RecipeError(ApplianceError):
+    """A recipe cannot be read or asks for something that cannot be done."""
+
+
+class DatasetError(ApplianceError):
+    """A dataset, its pointer or a row of it is missing, broken or breaks its contract."""
+
+
+class ModelError(ApplianceError):
+    """A base model cannot be found, is refused (pickled weights) or is damaged."""
+
+
+class TrainingError(ApplianceError):
+    """Training refused to start, or stopped because its result would be worthless."""
+
+
+class EvaluationError(ApplianceError):
+    """Generation or scoring could not be completed on every held-out row."""
+
+
+class RegistryError(ApplianceError):
+    """A version, alias or manifest is missing, damaged or refused by a registry rule."""
+
+
+class StoreError(ApplianceError):
+    """The object store or a local disk did not do what was asked of it."""
+
+
+class PreconditionFailedError(StoreError):
+    """A conditional write lost: the key exists already, or its ETag is not the expected one."""
+
+
+class NotFoundError(StoreError):
+    """The store has no object under this key."""
+
+
+class CommandError(ApplianceError):
+    """An external program (git, dvc, a worker) is missing or failed."""
+
+
+class InterruptedRunError(ApplianceError):
+    """A signal stopped the run; what was finished is kept and the same command resumes it."""
+
+    exit_code = 33
+
+
+class DeviceError(ApplianceError):
+    """A transient device fault (out of memory after every retry, a lost GPU)."""
+
+    exit_code = 34

@@ -1,0 +1,30 @@
+"""Evaluation: the candidate against the well-prompted base, on rows that training never saw.
+
+Arms say what is compared, generation makes the outputs in a child process, scorers judge each
+output by the dataset's contract, statistics say what the difference is worth, and the verdict says
+ship, hold, inconclusive or reject. It never passes by missing data.
+"""
+
+from __future__ import annotations
+
+from appliance.evaluation.arms import Arm, build_arms, build_prompts
+from appliance.evaluation.generate import GenerationJob, generate
+from appliance.evaluation.outputs import Output, Result, decode_outputs
+from appliance.evaluation.scorers import score_outputs
+from appliance.evaluation.statistics import smallest_gain
+from appliance.evaluation.verdict import Verdict, judge
+
+__all__ = [
+    "Arm",
+    "GenerationJob",
+    "Output",
+    "Result",
+    "Verdict",
+    "build_arms",
+    "build_prompts",
+    "decode_outputs",
+    "generate",
+    "judge",
+    "score_outputs",
+    "smallest_gain",
+]

@@ -1,0 +1,96 @@
+"""Greedy generation in left-padded batches: one loaded base, adapters switched on and off.
+
+Rows are sorted by length and cut into batches that depend on the job alone; every arm of a row
+meets the same engine, dtype and batch size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from appliance.evaluation.arms import Arm, Prompt
+from appliance.evaluation.outputs import Output
+from appliance.model import ChatTemplate
+from appliance.model.weights import load_model, select_device, select_precision
+
+
+def cut_batches(prompts: Sequence[Prompt], size: int) -> list[list[Prompt]]:
+    """Prompts by length, then id, in batches of `size`."""
+    ordered = sorted(prompts, key=lambda p: (len(p.input_ids), p.id))
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
+def load_arms(arms: Sequence[Arm], *, folder: Path, precision: str) -> Any:
+    """The model of `folder` with the adapters of the arms that share it."""
+    device = select_device()
+    model = load_model(folder, precision=select_precision(precision, device=device), device=device)  # type: ignore[arg-type]
+    for arm in arms:
+        if arm.adapter is None:
+            continue
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(arm.adapter), adapter_name=arm.name, autocast_adapter_dtype=False)
+        else:
+            model = PeftModel.from_pretrained(
+                model, str(arm.adapter), adapter_name=arm.name, autocast_adapter_dtype=False
+            )
+    return model.eval()
+
+
+def use_arm(model: Any, arm: Arm) -> AbstractContextManager[Any]:
+    """The model as this arm: its adapter active, or none."""
+    if arm.adapter is not None:
+        model.set_adapter(arm.name)
+        return nullcontext()
+    return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+
+
+def generate_batch(
+    model: Any,
+    batch: Sequence[Prompt],
+    *,
+    template: ChatTemplate,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+) -> Iterator[Output]:
+    """Greedy answers to a batch, without the stop token; `stop` says whether one was met."""
+    began = time.monotonic()
+    longest = max(len(p.input_ids) for p in batch)
+    device = next(model.parameters()).device
+    pad = min(stop_ids)
+    ids = torch.full((len(batch), longest), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(batch):
+        ids[row, longest - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
+        mask[row, longest - len(prompt.input_ids) :] = 1
+    with torch.inference_mode():
+        generated = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=list(stop_ids),
+            pad_token_id=pad,
+        )[:, longest:].tolist()
+    seconds = (time.monotonic() - began) / len(batch)
+    for prompt, tokens in zip(batch, generated, strict=True):
+        end = next((i for i, t in enumerate(tokens) if t in stop_ids), None)
+        answer = tokens if end is None else tokens[:end]
+        yield Output(
+            id=prompt.id,
+            arm=prompt.arm,
+            output=template.decode(answer),
+            stop="length" if end is None else "eos",
+            tokens=len(answer),
+            prompt_tokens=len(prompt.input_ids),
+            seconds=round(seconds, 4),
+        )

@@ -1,0 +1,76 @@
+"""Loading weights in a child process: dtype, quantisation and attention in one place.
+
+Imported only by the workers. Never passes `trust_remote_code`; safetensors only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
+
+from appliance.errors import ModelError
+
+Precision = Literal["bf16", "fp32"]
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def select_device() -> torch.device:
+    """The first CUDA device where there is one, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def select_precision(wanted: Literal["auto", "bf16", "fp32"], *, device: torch.device) -> Precision:
+    """bf16 where the device computes in it (CUDA with bf16; CPUs with avx512_bf16 or AMX), else fp32."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if has_cpu_bf16(Path("/proc/cpuinfo")) else "fp32"
+
+
+def has_cpu_bf16(cpuinfo: Path) -> bool:
+    """Whether this CPU multiplies bf16 natively; emulated bf16 is slower than fp32."""
+    try:
+        flags = cpuinfo.read_text("utf-8", errors="replace")
+    except OSError:
+        return False
+    return " avx512_bf16" in flags or " amx_bf16" in flags
+
+
+def load_model(
+    folder: Path, *, precision: Precision, device: torch.device, four_bit: bool = False, attention: str = "sdpa"
+) -> Any:
+    """The causal language model of `folder`, on `device`. Raises `ModelError` when it is damaged."""
+    transformers_logging.disable_progress_bar()
+    dtype = _DTYPES[precision]
+    quantisation = _build_nf4(dtype) if four_bit else None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            quantization_config=quantisation,
+            device_map={"": device} if four_bit else None,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as fault:
+        first = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+        raise ModelError(f"base model {folder}: cannot be loaded ({first}); delete the folder and fetch it again") from fault
+    return model if four_bit else model.to(device)
+
+
+def _build_nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """4-bit NormalFloat with double quantisation (arXiv 2305.14314, section 3)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+    )

@@ -1,0 +1,8 @@
+"""The plan: what a run will do and need, said before any GPU time is spent."""
+
+from __future__ import annotations
+
+from appliance.plan.machine import Machine, read_machine
+from appliance.plan.plan import Plan, build_plan
+
+__all__ = ["Machine", "Plan", "build_plan", "read_machine"]

@@ -1,0 +1,65 @@
+"""What this machine grants the process: cores and memory by cgroup, GPUs by the driver's own tool."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from appliance.command import run_command
+from appliance.errors import CommandError
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Cores and bytes that this process may use; `gpu` is empty without one."""
+
+    cores: int
+    memory_bytes: int
+    gpu: str = ""
+    gpu_memory_bytes: int = 0
+
+    @property
+    def budget_bytes(self) -> int:
+        """The memory that weights and activations must fit into."""
+        return self.gpu_memory_bytes or self.memory_bytes
+
+
+def read_machine(cgroup: Path = _CGROUP) -> Machine:
+    """The limits in force, the smaller of host and cgroup (v2)."""
+    gpu, gpu_memory = _read_gpu()
+    return Machine(cores=_read_cores(cgroup), memory_bytes=_read_memory(cgroup), gpu=gpu, gpu_memory_bytes=gpu_memory)
+
+
+def _read_cores(cgroup: Path) -> int:
+    allowed = len(os.sched_getaffinity(0))
+    quota, _, period = _read_text(cgroup / "cpu.max").partition(" ")
+    if quota.isdigit() and period.strip().isdigit():
+        return max(1, min(allowed, int(quota) // int(period)))
+    return allowed
+
+
+def _read_memory(cgroup: Path) -> int:
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _read_text(cgroup / "memory.max").strip()
+    return min(host, int(limit)) if limit.isdigit() else host
+
+
+def _read_gpu() -> tuple[str, int]:
+    """Name and memory of the first CUDA device, asked of the driver so that torch is not needed."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        first = run_command(query, timeout_s=20.0).splitlines()[0]
+    except (CommandError, IndexError):
+        return "", 0
+    name, _, mebibytes = first.rpartition(",")
+    return name.strip(), int(mebibytes) * 2**20 if mebibytes.strip().isdigit() else 0
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("ascii")
+    except OSError:
+        return ""

@@ -1,0 +1,12 @@
+"""Training: token rows in, a verified adapter out, in a child process that can be killed at any moment.
+
+It refuses to train on the wrong tokens, to publish a run that did not finish, and to resume from a
+checkpoint that belongs to another run or whose bytes are damaged.
+"""
+
+from __future__ import annotations
+
+from appliance.training.launch import TrainingJob, train
+from appliance.training.rows import prepare_rows
+
+__all__ = ["TrainingJob", "prepare_rows", "train"]

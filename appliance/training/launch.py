@@ -1,0 +1,131 @@
+"""The parent's side of training: write the job, start the child, follow it, judge how it ended.
+
+The child is a separate process so that its memory is free afterwards, an out-of-memory death can
+be answered with half the micro-batch and the same effective batch, and this process never imports
+torch. The job file is all that the child gets.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from appliance.command import run_worker
+from appliance.digest import write_atomic
+from appliance.errors import DeviceError, InterruptedRunError, TrainingError
+from appliance.progress import Progress
+from appliance.recipe import Method, TrainingSection
+
+_INTERRUPTED, _TRANSIENT = 33, 34
+
+
+class TrainingJob(BaseModel):
+    """What the training child needs to know; `folder` holds its inputs and all it writes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    folder: Path
+    adapter: Path
+    base: Path
+    base_name: str
+    method: Method
+    training: TrainingSection
+    micro_batch: int
+    checkpointing: bool
+    threads: int | None = None
+    fingerprint: dict[str, str]
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are kept."""
+        return self.folder / "checkpoints"
+
+
+def train(job: TrainingJob, *, note: Callable[[str], None], env: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Train until the adapter is in place and return the child's summary.
+
+    Out of memory: again with half the micro-batch. Raises `TrainingError` (refused or worthless),
+    `InterruptedRunError` (a signal; the same call resumes) or `DeviceError`.
+    """
+    while True:
+        code = _run_child(job, env=env, note=note)
+        if code == 0:
+            summary: dict[str, Any] = json.loads((job.folder / "summary.json").read_bytes())
+            return summary
+        if code == _TRANSIENT and job.micro_batch > 1:
+            job = job.model_copy(update={"micro_batch": _halve(job.micro_batch, job.training.effective_batch)})
+            note(f"out of memory; again with micro-batch {job.micro_batch}, the effective batch stays")
+            continue
+        raise _explain(job, code)
+
+
+def _run_child(job: TrainingJob, *, env: Mapping[str, str] | None, note: Callable[[str], None]) -> int:
+    write_atomic(job.folder / "job.json", job.model_dump_json(indent=1).encode())
+    (job.folder / "failure.json").unlink(missing_ok=True)
+    follow = _Follower(note)
+    code = run_worker(
+        [sys.executable, "-m", "appliance.training.worker", str(job.folder)],
+        log=job.folder / "worker.log",
+        on_line=follow.read,
+        env=env,
+    )
+    follow.close()
+    return code
+
+
+class _Follower:
+    """Turns the child's lines (one JSON object each) into a progress bar."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note = note
+        self._bar: Progress | None = None
+
+    def read(self, line: str) -> None:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            return
+        if not isinstance(event, dict):
+            return
+        if "note" in event:
+            self._note(str(event["note"]))
+        elif "step" in event:
+            self._bar = self._bar or Progress("train", event["max_steps"], unit=" steps")
+            self._bar.advance(event["step"], _describe_step(event))
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.close()
+
+
+def _describe_step(event: dict[str, Any]) -> str:
+    parts = [f"loss {event['loss']:.3f}"]
+    if event.get("validation_loss") is not None:
+        parts.append(f"validation {event['validation_loss']:.3f}")
+    if event.get("tokens_per_second"):
+        parts.append(f"{event['tokens_per_second']:.0f} tokens/s")
+    return "  ".join(parts)
+
+
+def _halve(micro_batch: int, effective: int) -> int:
+    """The largest divisor of the effective batch that is at most half the micro-batch."""
+    return next(m for m in range(max(1, micro_batch // 2), 0, -1) if effective % m == 0)
+
+
+def _explain(job: TrainingJob, code: int) -> TrainingError | InterruptedRunError | DeviceError:
+    log = job.folder / "worker.log"
+    try:
+        message = json.loads((job.folder / "failure.json").read_bytes())["message"]
+    except (OSError, ValueError, KeyError):
+        message = f"the training process ended with code {code}; its last words are in {log}"
+    if code == _INTERRUPTED:
+        return InterruptedRunError(f"training stopped by a signal: {message}; run the same command to go on")
+    if code == _TRANSIENT:
+        return DeviceError(f"out of memory with micro-batch 1: {message}; use a shorter max_length, qlora or a larger device")
+    if code < 0:
+        message = f"the training process was killed by signal {-code} (out of memory?); the same command resumes; log: {log}"
+    return TrainingError(message)

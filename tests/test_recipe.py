@@ -1,0 +1,85 @@
+"""The recipe: every fault at once, with its line; equal meaning, equal digest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from appliance.errors import RecipeError
+from appliance.recipe import load_recipe, parse_recipe, render_schema
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
+GOOD = "name: a\nbase: {model: ./base}\ndataset: {path: datasets/a}\nmethod: {type: lora}\n"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_shipped_recipe_loads_and_fits_the_schema(path: Path) -> None:
+    """A shipped recipe loads, and the JSON Schema that editors use accepts it."""
+    assert load_recipe(path).name
+    jsonschema.validate(yaml.safe_load(path.read_text()), json.loads((ROOT / "docs/recipe.schema.json").read_text()))
+
+
+def test_there_is_a_recipe_for_each_method() -> None:
+    """The examples cover lora, qlora and full."""
+    assert {load_recipe(p).method.type for p in RECIPES} == {"lora", "qlora", "full"}
+
+
+def test_the_schema_in_docs_is_the_code_s() -> None:
+    """`docs/recipe.schema.json` is what `make docs` writes."""
+    assert (ROOT / "docs/recipe.schema.json").read_text() == render_schema()
+
+
+def test_the_demo_recipe_at_the_top_is_the_packaged_one() -> None:
+    """The repository is the template: its demo recipe is the one that `appliance demo` runs."""
+    assert (ROOT / "recipes/demo.yaml").read_bytes() == (ROOT / "appliance/demo/recipe.yaml").read_bytes()
+
+
+def test_all_faults_are_reported_at_once_with_their_lines() -> None:
+    """A person mends a file once, not once per fault."""
+    text = "name: A b\nbase: {model: ./base}\ndataset: {path: d}\nmethod:\n  type: lora\n  rnak: 3\n  rank: 0\ntraning: {}\n"
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, source="r.yaml")
+    lines = sorted(str(caught.value).splitlines())
+    assert [line.split(": ")[0] for line in lines] == ["r.yaml:1", "r.yaml:6", "r.yaml:7", "r.yaml:8"]
+    assert "unknown key method.rnak; did you mean rank?" in lines[1]
+    assert "did you mean training?" in lines[3]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "r.yaml:1: found NoneType"),
+        ("- a\n", "r.yaml:1: found list"),
+        ("name: [\n", "r.yaml:2"),
+        (GOOD + "name: b\n", "r.yaml:5: key name is given twice"),
+        (GOOD.replace("./base", "owner/model"), "needs 'revision'"),
+        (GOOD.replace("lora", "lroa"), "r.yaml:4: method"),
+        (GOOD.replace("method: {type: lora}", ""), "key method is missing"),
+        (GOOD + "training: {learning_rate: .nan}\n", "r.yaml:5: training.learning_rate"),
+        (GOOD + "training: {epochs: many}\n", "found 'many'"),
+    ],
+)
+def test_a_bad_recipe_is_one_message_with_a_place(text: str, expected: str) -> None:
+    """Whatever is wrong, the message starts with file and line."""
+    with pytest.raises(RecipeError, match=r"^r\.yaml:\d+") as caught:
+        parse_recipe(text, source="r.yaml")
+    assert expected in str(caught.value)
+
+
+def test_a_missing_file_names_the_path_and_the_next_action(tmp_path: Path) -> None:
+    """A recipe that is not there is no traceback."""
+    with pytest.raises(RecipeError, match=r"none\.yaml: cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_comments_order_and_spelled_out_defaults_do_not_change_the_digest() -> None:
+    """A digest is of meaning, so reformatting a recipe retrains nothing."""
+    other = "# note\nmethod:\n  rank: 16\n  type: lora\ndataset: {path: datasets/a}\nbase: {model: ./base}\nname: a\n"
+    assert parse_recipe(GOOD, source="a").digest == parse_recipe(other, source="b").digest
+    changed = parse_recipe(GOOD.replace("lora}", "lora, rank: 8}"), source="c")
+    assert changed.digest != parse_recipe(GOOD, source="a").digest
