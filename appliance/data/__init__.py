@@ -1,1 +1,27 @@
+"""Data: rows that can be trusted, the side each is on, and the commit that they come from."""
 
+from __future__ import annotations
+
+from appliance.data.check import Report, check_dataset
+from appliance.data.findings import Finding
+from appliance.data.pointer import Pointer, digest_dvc_folder, is_current, load_pointer, pull_data
+from appliance.data.rows import Dataset, DatasetCard, Row, load_dataset
+from appliance.data.split import Splits, select_side, split_dataset
+
+__all__ = [
+    "Dataset",
+    "DatasetCard",
+    "Finding",
+    "Pointer",
+    "Report",
+    "Row",
+    "Splits",
+    "check_dataset",
+    "digest_dvc_folder",
+    "is_current",
+    "load_dataset",
+    "load_pointer",
+    "pull_data",
+    "select_side",
+    "split_dataset",
+]

@@ -1,0 +1,225 @@
+"""The dataset check: one pass, every fault with file, line, row, rule and fix.
+
+Errors keep a dataset from being trained on; warnings are doubts that a person should weigh. A new
+rule is one function from the rows to findings, added to `_RULES`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from appliance.data.findings import Finding, Severity
+from appliance.data.rows import Dataset, Row, read_dataset
+from appliance.data.split import select_side
+from appliance.example import Example
+from appliance.recipe import SplitSection
+
+_SMALLEST = 10
+_IMBALANCE = 20
+# Smallest gain in points that an exact two-sided McNemar test at 0.05 finds with 80% power when 5%
+# of the rows get worse, by the number of test rows.
+_DETECTABLE = ((10, 78), (40, 28), (100, 15), (200, 9), (500, 5))
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the check found; `dataset` is `None` when it could not be read at all."""
+
+    dataset: Dataset | None
+    findings: tuple[Finding, ...]
+    counts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """What keeps the dataset from being trained on."""
+        return tuple(f for f in self.findings if f.severity == "error")
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        """What a person should weigh."""
+        return tuple(f for f in self.findings if f.severity == "warning")
+
+
+def check_dataset(
+    folder: Path,
+    *,
+    split: SplitSection,
+    gates_min_test_rows: int = 100,
+    max_length: int | None = None,
+    count_tokens: Callable[[Example], int] | None = None,
+) -> Report:
+    """Check the dataset in `folder`; lengths are checked when `count_tokens` is given."""
+    dataset, unreadable = read_dataset(folder)
+    if dataset is None:
+        return Report(None, unreadable)
+    findings = list(unreadable)
+    for rule in _RULES:
+        findings += rule(dataset)
+    counts = _count(dataset, split)
+    findings += _check_sizes(dataset, counts["test"], floor=gates_min_test_rows)
+    if count_tokens is not None and not any(f.severity == "error" for f in findings):
+        lengths = [count_tokens(r.example) for r in dataset.rows]
+        findings += _check_lengths(dataset, lengths, limit=max_length)
+        counts |= _describe_lengths(lengths)
+    return Report(dataset, tuple(findings), counts)
+
+
+def _error(row: Row, rule: str, message: str, fix: str) -> Finding:
+    return Finding("error", rule, row.where, message, fix, id=row.example.id)
+
+
+def _check_roles(dataset: Dataset) -> Iterator[Finding]:
+    """Optional system, then user and assistant in turn, ending with the assistant; tools after calls."""
+    for row in dataset.rows:
+        fault = _find_role_fault(row.example)
+        if fault:
+            yield _error(row, "roles", fault, "order the turns as system?, user, assistant, ..., assistant")
+
+
+def _find_role_fault(example: Example) -> str | None:
+    roles = [m.role for m in example.messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if not turns or turns[-1] != "assistant":
+        return f"the last turn is {roles[-1] if roles else 'missing'}, expected assistant"
+    expected = {"user"}
+    for index, role in enumerate(turns):
+        if role not in expected:
+            return f"turn {len(roles) - len(turns) + index + 1} is {role}, expected {' or '.join(sorted(expected))}"
+        calls = example.messages[len(roles) - len(turns) + index].tool_calls
+        expected = {"user": {"assistant"}, "tool": {"assistant", "tool"}}.get(role) or ({"tool"} if calls else {"user"})
+    return None
+
+
+def _check_text(dataset: Dataset) -> Iterator[Finding]:
+    """No empty turn, no control characters."""
+    for row in dataset.rows:
+        for number, message in enumerate(row.example.messages, start=1):
+            if not message.content.strip() and not message.tool_calls:
+                yield _error(row, "empty", f"turn {number} ({message.role}) is empty", "fill it in or remove the row")
+            control = next((c for c in message.content if (ord(c) < 32 and c not in "\n\t\r") or ord(c) == 127), None)
+            if control is not None:
+                yield _error(row, "control", f"turn {number} has the control character {control!r}", "remove it")
+
+
+def _check_contract(dataset: Dataset) -> Iterator[Finding]:
+    """Every reference answer keeps the contract."""
+    for row in dataset.rows:
+        for fault in dataset.card.contract.find_faults(row.example.answer):
+            yield _error(row, "contract", f"the answer breaks the contract: {fault}", "correct the answer")
+
+
+def _check_ids(dataset: Dataset) -> Iterator[Finding]:
+    """One id, one row."""
+    yield from _find_repeats(dataset.rows, "id", key=lambda e: e.id, words="the id", fix="give the row its own id")
+
+
+def _check_duplicates(dataset: Dataset) -> Iterator[Finding]:
+    """No content twice."""
+    yield from _find_repeats(dataset.rows, "duplicate", key=lambda e: e.content_hash, words="the content", fix="remove one")
+
+
+def _find_repeats(
+    rows: Iterable[Row], rule: str, *, key: Callable[[Example], str], words: str, fix: str
+) -> Iterator[Finding]:
+    first: dict[str, Row] = {}
+    for row in rows:
+        seen = first.setdefault(key(row.example), row)
+        if seen is not row:
+            yield _error(row, rule, f"{words} is that of row {seen.example.id} at {seen.where}", fix)
+
+
+def _check_prompts(dataset: Dataset) -> Iterator[Finding]:
+    """A prompt has one answer and one group: else it contradicts itself, or could stand in train and test."""
+    first: dict[str, Row] = {}
+    for row in dataset.rows:
+        seen = first.setdefault(row.example.normalised_prompt, row)
+        if seen is row or seen.example.content_hash == row.example.content_hash:
+            continue
+        place = f"row {seen.example.id} at {seen.where}"
+        if seen.example.group_key != row.example.group_key:
+            message = f"the prompt is that of {place} in another group, so it could stand in train and in test"
+            yield _error(row, "shared-prompt", message, "give both rows the same group")
+        if seen.example.answer.strip() != row.example.answer.strip():
+            message = f"the prompt is that of {place}, with another answer"
+            yield _error(row, "contradiction", message, "keep the right answer")
+
+
+def _check_provenance(dataset: Dataset) -> Iterator[Finding]:
+    """Model-generated rows need a person's review; there is no review record that could show one."""
+    for row in dataset.rows:
+        if row.example.provenance == "synthetic":
+            message = "a synthetic row without a review"
+            yield _error(row, "unreviewed", message, "have a person verify it and mark it human, or remove it")
+
+
+def _check_categories(dataset: Dataset) -> Iterator[Finding]:
+    """Categories are the declared ones, each is covered, none drowns the others."""
+    declared = dataset.card.categories
+    if not declared:
+        return
+    counted = Counter(r.example.category for r in dataset.rows)
+    for row in dataset.rows:
+        if row.example.category not in declared:
+            message = f"category {row.example.category!r} is not in dataset.yaml"
+            yield _error(row, "category", message, f"use one of {', '.join(declared)}")
+    place = str(dataset.folder)
+    for name in (c for c in declared if not counted[c]):
+        yield Finding("warning", "coverage", place, f"category {name} has no rows", "add rows of it")
+    present = [counted[c] for c in declared if counted[c]]
+    if present and max(present) > _IMBALANCE * min(present):
+        message = f"the largest category has {max(present)} rows, the smallest {min(present)}"
+        yield Finding("warning", "imbalance", place, message, "add rows to the small ones")
+
+
+_RULES: tuple[Callable[[Dataset], Iterator[Finding]], ...] = (
+    _check_roles,
+    _check_text,
+    _check_contract,
+    _check_ids,
+    _check_duplicates,
+    _check_prompts,
+    _check_provenance,
+    _check_categories,
+)
+
+
+def _check_sizes(dataset: Dataset, test_rows: int, *, floor: int) -> Iterator[Finding]:
+    """Volume against the guide's 100, 500 and 2,000, and what so many test rows can show."""
+    rows, place = len(dataset.rows), str(dataset.folder)
+    severity: Severity = "error" if rows < _SMALLEST else "warning"
+    if rows < 100:
+        message = f"{rows} rows; at least {_SMALLEST} are needed and 100 for a simple task (500 to 1,000 for a complex one)"
+        yield Finding(severity, "volume", place, message, "collect more, or prompt with a few examples instead")
+    if rows >= _SMALLEST and test_rows < floor:
+        points = next((p for n, p in reversed(_DETECTABLE) if test_rows >= n), None)
+        finds = f"find only gains of {points} points or more" if points else "hardly show any gain"
+        message = f"{test_rows} test rows, the gate wants {floor}: a test on so few can {finds}, the verdict will be inconclusive"
+        yield Finding("warning", "test-size", place, message, "add rows or raise dataset.split.test")
+
+
+def _check_lengths(dataset: Dataset, lengths: list[int], *, limit: int | None) -> Iterator[Finding]:
+    for row, length in zip(dataset.rows, lengths, strict=True):
+        if limit is not None and length > limit:
+            message = f"{length} tokens, training.max_length is {limit}"
+            yield _error(row, "length", message, "shorten the row or raise max_length; nothing is ever cut")
+
+
+def _count(dataset: Dataset, split: SplitSection) -> dict[str, Any]:
+    sides = Counter(select_side(r.example.group_key, split) for r in dataset.rows)
+    counts: dict[str, Any] = {
+        "rows": len(dataset.rows),
+        **{side: sides[side] for side in ("train", "validation", "test")},
+        "provenance": dict(sorted(Counter(r.example.provenance for r in dataset.rows).items())),
+    }
+    categories = Counter(r.example.category for r in dataset.rows if r.example.category is not None)
+    return counts | ({"categories": dict(sorted(categories.items()))} if categories else {})
+
+
+def _describe_lengths(lengths: list[int]) -> dict[str, Any]:
+    ordered = sorted(lengths)
+    picks = {"median": 0.5, "p95": 0.95, "longest": 1.0}
+    return {"tokens": {name: ordered[min(len(ordered) - 1, int(q * len(ordered)))] for name, q in picks.items()}}

@@ -1,0 +1,93 @@
+"""The DVC pointer: which bytes a commit means, proven by hashing what is on this disk.
+
+DVC's word that data is up to date is not taken: a corrupt cache says so too. The directory hash is
+computed here, so that a reconcile that has nothing to do needs no DVC at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from appliance.command import run_command
+from appliance.digest import list_files
+from appliance.errors import CommandError, DatasetError
+
+_REASONS = (
+    ("No remote", "no DVC remote is configured; `dvc remote add --default store s3://bucket/prefix`"),
+    ("Unable to locate credentials", "no credentials for the DVC remote; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+    ("Forbidden", "the DVC remote refuses these credentials; check AWS_ACCESS_KEY_ID and the bucket's policy"),
+    ("InvalidAccessKeyId", "the DVC remote refuses these credentials; check AWS_ACCESS_KEY_ID"),
+    ("SignatureDoesNotMatch", "the DVC remote refuses these credentials; check AWS_SECRET_ACCESS_KEY"),
+    ("Could not connect", "the DVC remote cannot be reached; check the endpoint and the network"),
+    ("Connect", "the DVC remote cannot be reached; check the endpoint and the network"),
+    ("No module named dvc", "dvc is not installed; pip install 'appliance[data]'"),
+    ("missing-files", "the remote lacks the data of this commit; its author has to run `dvc push`"),
+    ("Missing cache", "the remote lacks the data of this commit; its author has to run `dvc push`"),
+    ("does not exist", "the remote lacks the data of this commit; its author has to run `dvc push`"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pointer:
+    """What `datasets.dvc` says: a folder, its DVC hash, size in bytes and number of files."""
+
+    file: Path
+    out: str
+    md5: str
+    size: int
+    nfiles: int
+
+
+def load_pointer(file: Path) -> Pointer:
+    """Read a `.dvc` file with one folder. Raises `DatasetError`."""
+    try:
+        text = file.read_text("utf-8")
+    except OSError as fault:
+        raise DatasetError(f"{file}: cannot be read; make it with `dvc add datasets` and commit it") from fault
+    if any(line.startswith(("<<<<<<<", ">>>>>>>")) for line in text.splitlines()):
+        raise DatasetError(f"{file}: has conflict markers; settle the merge, run `dvc add datasets` and commit")
+    try:
+        (out,) = yaml.safe_load(text)["outs"]
+        return Pointer(file, str(out["path"]), str(out["md5"]), int(out["size"]), int(out["nfiles"]))
+    except (yaml.YAMLError, TypeError, KeyError, ValueError) as fault:
+        raise DatasetError(f"{file}: expected one folder under 'outs' as `dvc add datasets` writes it") from fault
+
+
+def digest_dvc_folder(folder: Path) -> str:
+    """DVC's hash of a folder: the MD5 of its sorted listing of file MD5s (dvc_data/hashfile/tree.py)."""
+    listing = [{"md5": _digest_md5(folder / name), "relpath": name} for name in list_files(folder)]
+    encoded = json.dumps(listing, sort_keys=True).encode()
+    return hashlib.md5(encoded, usedforsecurity=False).hexdigest() + ".dir"
+
+
+def is_current(pointer: Pointer, root: Path) -> bool:
+    """Whether the bytes on this disk are those that the pointer means."""
+    folder = root / pointer.out
+    return folder.is_dir() and digest_dvc_folder(folder) == pointer.md5
+
+
+def pull_data(pointer: Pointer, *, root: Path) -> None:
+    """Bring the pointer's data to `root`, and prove it. Raises `DatasetError` with the next action."""
+    if is_current(pointer, root):
+        return
+    try:
+        run_command([sys.executable, "-m", "dvc", "pull", "--force", "--quiet", pointer.file.name], cwd=root, timeout_s=3600.0)
+    except CommandError as fault:
+        reason = next((text for mark, text in _REASONS if mark in str(fault)), str(fault).splitlines()[-1])
+        raise DatasetError(f"{pointer.file}: dvc pull failed: {reason}") from fault
+    if not is_current(pointer, root):
+        raise DatasetError(
+            f"{pointer.file}: after dvc pull, {root / pointer.out} is not {pointer.md5}; the DVC cache is corrupt: "
+            "delete .dvc/cache and run it again"
+        )
+
+
+def _digest_md5(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

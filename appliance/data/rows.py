@@ -1,0 +1,157 @@
+"""Reading a dataset folder: `*.jsonl` rows and `dataset.yaml`, every fault with its line.
+
+Bytes are read line by line, so that a broken row never hides the ones after it. What is returned
+has the right types; whether the rows are fit to train on is for the checks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from appliance.contract import Contract, TextContract
+from appliance.data.findings import Finding
+from appliance.digest import digest_folder
+from appliance.errors import DatasetError
+from appliance.example import Example, Message
+
+_SHOWN = 20
+_UNKNOWN = re.compile(r"Object contains unknown field `(.+?)`")
+
+
+class DatasetCard(BaseModel):
+    """`dataset.yaml`: what the rows are for and what every answer must look like."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str = Field(min_length=1)
+    description: str = ""
+    licence: str = ""
+    contract: Contract = TextContract()
+    categories: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """An example and the place it was read from."""
+
+    example: Example
+    file: str
+    line: int
+
+    @property
+    def where(self) -> str:
+        """`file:line`."""
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A folder of rows; `digest` covers every file in it."""
+
+    folder: Path
+    card: DatasetCard
+    rows: tuple[Row, ...]
+    digest: str
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """The rows without their places, in file and line order."""
+        return tuple(r.example for r in self.rows)
+
+
+def load_dataset(folder: Path) -> Dataset:
+    """The dataset in `folder`. Raises `DatasetError` listing what keeps it from being read."""
+    dataset, findings = read_dataset(folder)
+    if dataset is None or findings:
+        more = f"\n... and {len(findings) - _SHOWN} more" if len(findings) > _SHOWN else ""
+        raise DatasetError("\n".join(str(f) for f in findings[:_SHOWN]) + more)
+    return dataset
+
+
+def read_dataset(folder: Path) -> tuple[Dataset | None, tuple[Finding, ...]]:
+    """The rows that can be read, and a finding for everything that cannot; no dataset without a card."""
+    if not folder.is_dir():
+        fix = "run `dvc pull`, or correct dataset.path in the recipe"
+        return None, (_fault("missing", folder, "no such folder", fix),)
+    card, findings = _read_card(folder / "dataset.yaml")
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        findings.append(_fault("missing", folder, "no *.jsonl file", "add rows, one JSON object a line"))
+    rows: list[Row] = []
+    for file in files:
+        found = _read_file(file, rows)
+        findings += found
+        if not found and not any(r.file == str(file) for r in rows):
+            findings.append(_fault("empty", file, "the file has no rows", "add rows or delete the file"))
+    if card is None:
+        return None, tuple(findings)
+    return Dataset(folder, card, tuple(rows), digest_folder(folder)), tuple(findings)
+
+
+def _read_card(file: Path) -> tuple[DatasetCard | None, list[Finding]]:
+    try:
+        values = yaml.safe_load(file.read_text("utf-8"))
+    except FileNotFoundError:
+        fix = "add it with name, description, licence and contract"
+        return None, [_fault("card", file, "no dataset.yaml beside the rows", fix)]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as fault:
+        return None, [_fault("card", file, f"cannot be read ({str(fault).splitlines()[0]})", "correct the file")]
+    try:
+        return DatasetCard.model_validate(values), []
+    except ValidationError as invalid:
+        return None, [_describe_card_fault(file, e) for e in invalid.errors()]
+
+
+def _describe_card_fault(file: Path, error: Any) -> Finding:
+    key = ".".join(str(p) for p in error["loc"]) or "dataset.yaml"
+    fix = f"keys are {', '.join(DatasetCard.model_fields)}" if error["type"] == "extra_forbidden" else "correct the key"
+    return _fault("card", file, f"{key}: {error['msg']}", fix)
+
+
+def _read_file(file: Path, rows: list[Row]) -> list[Finding]:
+    """Append the readable rows of one file to `rows`; return findings for the others."""
+    decoder = msgspec.json.Decoder(Example)
+    findings = []
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(Row(decoder.decode(line), str(file), number))
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as fault:
+                findings.append(_describe_row_fault(f"{file}:{number}", line, fault))
+    return findings
+
+
+def _describe_row_fault(where: str, line: bytes, fault: Exception) -> Finding:
+    """A schema fault names the row and the key; anything else is a broken line."""
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as bad:
+        return Finding("error", "encoding", where, f"not UTF-8 at byte {bad.start + 1}", "save the file as UTF-8")
+    if not isinstance(fault, msgspec.ValidationError):
+        return Finding("error", "json", where, f"not one JSON object: {fault}", "write the row as one line of JSON")
+    unknown = _UNKNOWN.search(str(fault))
+    fix = "see docs/data.md for the keys of a row"
+    if unknown:
+        known = sorted({*Example.__struct_fields__, *Message.__struct_fields__})
+        close = difflib.get_close_matches(unknown[1], known, n=1)
+        fix = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+    return Finding("error", "schema", where, str(fault), fix, id=_guess_id(line))
+
+
+def _guess_id(line: bytes) -> str | None:
+    value = msgspec.json.decode(line)
+    found = value.get("id") if isinstance(value, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _fault(rule: str, where: Path, message: str, fix: str) -> Finding:
+    return Finding("error", rule, str(where), message, fix)

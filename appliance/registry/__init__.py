@@ -1,0 +1,29 @@
+"""The registry: immutable versions and movable aliases in a store, without a server.
+
+A version is visible only when it is complete, what is visible never changes, every byte is verified
+on the way in and on the way out, and concurrent writers cannot lose each other's work.
+"""
+
+from __future__ import annotations
+
+from appliance.registry.folder import verify_folder
+from appliance.registry.listing import VersionInfo, find_run, list_versions, load_manifest
+from appliance.registry.moves import AliasMove, read_alias, read_reflog
+from appliance.registry.publish import publish
+from appliance.registry.pull import pull
+from appliance.registry.refs import promote, resolve
+
+__all__ = [
+    "AliasMove",
+    "VersionInfo",
+    "find_run",
+    "list_versions",
+    "load_manifest",
+    "promote",
+    "publish",
+    "pull",
+    "read_alias",
+    "read_reflog",
+    "resolve",
+    "verify_folder",
+]

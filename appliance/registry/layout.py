@@ -1,0 +1,118 @@
+"""Where everything in a registry lies, and which names are allowed to become part of a key.
+
+The registry is a bucket prefix and nothing else. Only `refs/` is ever overwritten; a version exists
+when its manifest does. Names are checked here and nowhere else, before they reach a store.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from appliance.digest import canonical_json
+from appliance.errors import NotFoundError, PreconditionFailedError, RegistryError
+from appliance.store import Store
+
+FORMAT = "FORMAT.json"
+MANIFEST = "manifest.json"
+MODELS = "models/"
+_SCHEMA = 1
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_ALIAS = re.compile(r"[a-z][a-z0-9-]{0,31}")
+_VERSION = re.compile(r"[0-9]{8,20}-[0-9a-z]{1,12}-[0-9a-f]{12}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def blob_key(sha256: str) -> str:
+    """`blobs/sha256/ab/<hex>`."""
+    if not _SHA256.fullmatch(sha256):
+        raise RegistryError(f"{sha256!r}: not a SHA-256 digest; expected 64 lower-case hex digits")
+    return f"blobs/sha256/{sha256[:2]}/{sha256}"
+
+
+def model_prefix(name: str) -> str:
+    """`models/<name>/`."""
+    return f"{MODELS}{check_name(name)}/"
+
+
+def manifest_key(name: str, version: str) -> str:
+    """`models/<name>/versions/<vid>/manifest.json`."""
+    return f"{model_prefix(name)}versions/{check_version(version)}/{MANIFEST}"
+
+
+def ref_key(name: str, alias: str) -> str:
+    """`models/<name>/refs/<alias>.json`."""
+    return f"{model_prefix(name)}refs/{check_alias(alias)}.json"
+
+
+def reflog_key(name: str, *, seq: int, sha256: str) -> str:
+    """`models/<name>/reflog/<seq>-<sha12>.json`; the number is padded so that keys sort."""
+    return f"{model_prefix(name)}reflog/{seq:08d}-{sha256[:12]}.json"
+
+
+def check_name(name: str) -> str:
+    """A model name, or `RegistryError`."""
+    if not _NAME.fullmatch(name):
+        raise RegistryError(f"{name!r}: not a model name; expected lower-case letters, digits and '-', at most 63")
+    return name
+
+
+def check_alias(alias: str) -> str:
+    """An alias, or `RegistryError`; it starts with a letter, so it is never mistaken for a version."""
+    if not _ALIAS.fullmatch(alias):
+        raise RegistryError(f"{alias!r}: not an alias; expected a letter, then letters, digits and '-', at most 32")
+    return alias
+
+
+def check_version(version: str) -> str:
+    """A version, or `RegistryError`."""
+    if not is_version(version):
+        raise RegistryError(f"{version!r}: not a version; expected <commit time>-<commit>-<manifest digest>")
+    return version
+
+
+def is_version(text: str) -> bool:
+    """Whether `text` has the form of a version."""
+    return _VERSION.fullmatch(text) is not None
+
+
+def split_version_key(key: str) -> tuple[str, str] | None:
+    """Name and version of a manifest key, `None` for any other key."""
+    parts = key.split("/")
+    is_manifest = len(parts) == 5 and (parts[0] + "/", parts[2], parts[4]) == (MODELS, "versions", MANIFEST)
+    return (parts[1], parts[3]) if is_manifest and is_version(parts[3]) else None
+
+
+def split_ref_key(key: str) -> tuple[str, str] | None:
+    """Name and alias of a ref key, `None` for any other key."""
+    parts = key.split("/")
+    if len(parts) != 4 or (parts[0] + "/", parts[2]) != (MODELS, "refs") or not parts[3].endswith(".json"):
+        return None
+    return parts[1], parts[3].removesuffix(".json")
+
+
+def check_format(store: Store, *, create: bool = False) -> None:
+    """Refuse a registry of another schema; with `create`, mark an empty store as a registry."""
+    try:
+        _check_schema(store)
+    except NotFoundError:
+        if create:
+            _create_format(store)
+
+
+def _create_format(store: Store) -> None:
+    content = canonical_json({"format": "appliance-registry", "schema": _SCHEMA, "mode": "cas", "probe": None})
+    try:
+        store.put(FORMAT, content, if_none_match=True)
+    except PreconditionFailedError:  # another first publisher was faster
+        _check_schema(store)
+
+
+def _check_schema(store: Store) -> None:
+    content, _ = store.get(FORMAT)
+    try:
+        schema = json.loads(content)["schema"]
+    except (ValueError, KeyError, TypeError) as fault:
+        raise RegistryError(f"{store.url}/{FORMAT}: damaged; is this prefix a registry?") from fault
+    if schema != _SCHEMA:
+        raise RegistryError(f"{store.url}/{FORMAT}: schema {schema}, this release knows {_SCHEMA}; use a newer release")

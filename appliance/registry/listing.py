@@ -1,0 +1,138 @@
+"""What is in a registry: versions, aliases, and the version that a run key already has.
+
+Nothing is cached and nothing is kept beside the objects: the listing is the truth. A version whose
+manifest no longer has the digest in its name is damage and is named, never skipped.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from appliance.digest import digest_bytes
+from appliance.errors import NotFoundError, RegistryError
+from appliance.manifest import Manifest, Outcome, decode_manifest
+from appliance.registry.layout import (
+    MANIFEST,
+    MODELS,
+    manifest_key,
+    model_prefix,
+    split_ref_key,
+    split_version_key,
+)
+from appliance.registry.moves import AliasMove, read_alias
+from appliance.store import Store
+
+_READERS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class VersionInfo:
+    """One published version and the aliases that point at it now."""
+
+    name: str
+    version: str
+    aliases: tuple[str, ...]
+    manifest: Manifest
+
+    @property
+    def verdict(self) -> Outcome:
+        """What the evaluation said of it."""
+        return self.manifest.verdict
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(entry.size for entry in self.manifest.files)
+
+
+def list_versions(store: Store, name: str | None = None) -> tuple[VersionInfo, ...]:
+    """Every version (of one model, or of all), by name, then oldest first. An unknown name has none."""
+    keys = [o.key for o in store.list(MODELS if name is None else model_prefix(name))]
+    versions = [pair for pair in map(split_version_key, keys) if pair]
+    refs = [pair for pair in map(split_ref_key, keys) if pair]
+    with ThreadPoolExecutor(_READERS) as pool:
+        manifests = list(pool.map(lambda pair: load_manifest(store, pair[0], pair[1]), versions))
+        moves = [m for m in pool.map(lambda pair: read_alias(store, pair[0], pair[1]), refs) if m]
+    aliases = _group(moves)
+    return tuple(
+        VersionInfo(owner, version, aliases.get((owner, version), ()), manifest)
+        for (owner, version), manifest in zip(versions, manifests, strict=True)
+    )
+
+
+def _group(moves: Iterable[AliasMove]) -> dict[tuple[str, str], tuple[str, ...]]:
+    aliases: dict[tuple[str, str], tuple[str, ...]] = {}
+    for move in moves:
+        aliases[move.name, move.version] = (*aliases.get((move.name, move.version), ()), move.alias)
+    return aliases
+
+
+def find_run(store: Store, name: str, run_key: str) -> str | None:
+    """The newest version that was made by this run key, `None` when there is nothing yet."""
+    found = [v.version for v in list_versions(store, name) if v.manifest.run_key == run_key]
+    return found[-1] if found else None
+
+
+def load_manifest(store: Store, name: str, version: str) -> Manifest:
+    """The verified manifest of a version. Raises `RegistryError` when it is unknown or damaged."""
+    return read_manifest(store, name, version)[1]
+
+
+def read_manifest(store: Store, name: str, version: str) -> tuple[bytes, Manifest]:
+    """The stored bytes and the manifest in them; the digest in the version's name must be theirs."""
+    key = manifest_key(name, version)
+    try:
+        content, _ = store.get(key)
+    except NotFoundError as fault:
+        raise RegistryError(_describe_missing_version(store, name, version)) from fault
+    source = f"{store.url}/{key}"
+    if not digest_bytes(content).startswith(version.rpartition("-")[2]):
+        raise RegistryError(f"{source}: damaged, its SHA-256 is {digest_bytes(content)[:12]}...; pull another version")
+    manifest = decode_manifest(content, source=source)
+    check_files(manifest, source=source)
+    if manifest.name != name:
+        raise RegistryError(f"{source}: the manifest is of {manifest.name!r}, not of {name!r}; pull another version")
+    return content, manifest
+
+
+def check_files(manifest: Manifest, *, source: str) -> None:
+    """Refuse file lists that no folder can hold: a path twice, below a file, or in the manifest's place."""
+    paths = [entry.path for entry in manifest.files]
+    folders = {p.rsplit("/", n)[0] for p in paths for n in range(1, p.count("/") + 1)}
+    seen = {MANIFEST}
+    for path in paths:
+        if path in seen or path in folders:
+            raise RegistryError(f"{source}: file path {path!r} is taken already; paths in a version must differ")
+        seen.add(path)
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean x?` or what there is: the end of a message about an unknown `word`."""
+    choices = sorted(set(known))
+    close = difflib.get_close_matches(word, choices, n=1)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; there is {', '.join(choices[-8:])}" if choices else "; there is none yet"
+
+
+def check_known(store: Store, name: str) -> list[str]:
+    """The keys of a model. Raises `RegistryError` with a suggestion when it has none."""
+    keys = [o.key for o in store.list(model_prefix(name))]
+    if not keys:
+        names = (o.key.split("/")[1] for o in store.list(MODELS))
+        raise RegistryError(f"{store.url}: no model {name!r}{suggest(name, names)}")
+    return keys
+
+
+def _describe_missing_version(store: Store, name: str, version: str) -> str:
+    versions = [pair[1] for pair in map(split_version_key, check_known(store, name)) if pair]
+    return f"{store.url}: no version {version!r} of {name}{suggest(version, versions)}"
+
+
+def describe_missing_alias(store: Store, name: str, alias: str) -> str:
+    """The message about an alias that `name` does not have."""
+    aliases = [pair[1] for pair in map(split_ref_key, check_known(store, name)) if pair]
+    return f"{store.url}: no alias {alias!r} of {name}{suggest(alias, aliases)}"

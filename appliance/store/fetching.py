@@ -1,0 +1,61 @@
+"""How fetched bytes become a file: hidden partial name, running SHA-256, fsync, rename.
+
+A name that a reader can see always has the right bytes behind it. Also the words for local disk
+faults, which every store can meet.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from appliance.digest import fsync_folder
+from appliance.errors import StoreError
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def write_verified(chunks: Iterable[bytes], path: Path, *, sha256: str | None, subject: str) -> None:
+    """Write `chunks` to `path` (mode 0644) if their SHA-256 is `sha256` (`None`: unknown); else leave nothing.
+
+    Raises `StoreError` naming `subject` on other bytes, and `path` on a disk fault.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = _write_hashed(chunks, partial)
+        if sha256 is not None and found != sha256:
+            raise StoreError(
+                f"{subject}: damaged, SHA-256 is {found}, expected {sha256}; run `appliance publish` again"
+            )
+        partial.chmod(0o644)
+        partial.replace(path)
+        fsync_folder(path.parent)
+    except OSError as fault:
+        raise StoreError(describe_disk_fault(fault, str(path))) from fault
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_hashed(chunks: Iterable[bytes], path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("wb") as stream:
+        for chunk in chunks:
+            digest.update(chunk)
+            stream.write(chunk)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return digest.hexdigest()
+
+
+def describe_disk_fault(fault: OSError, subject: str) -> str:
+    """One line for an operating system error: what happened to `subject` and what to do."""
+    if fault.errno in _NO_SPACE:
+        return f"{subject}: no space left on the disk ({fault.strerror}); free some and run the same command again"
+    if fault.errno in _DENIED:
+        return f"{subject}: permission denied ({fault.strerror}); give this user write access or choose another folder"
+    return f"{subject}: {fault.strerror or fault}; look at the disk and the path, then run the same command again"

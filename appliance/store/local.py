@@ -1,0 +1,178 @@
+"""A store in a folder: the same laws as S3, kept by the file system.
+
+Creation is a hard link from a finished temporary file, which has exactly one winner among any
+number of processes. Replacement holds a lock file. ETags are the SHA-256 of the content, so that
+`head` reads the object and is a verification. A file system without hard links is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from appliance.digest import digest_bytes, digest_file, fsync_folder
+from appliance.errors import NotFoundError, PreconditionFailedError, StoreError
+from appliance.store.base import StoredObject, check_key
+from appliance.store.fetching import describe_disk_fault, write_verified
+
+_CHUNK = 1 << 20
+_TEMPORARY, _LOCK = ".tmp", ".lock"
+
+
+@dataclass(frozen=True, slots=True)
+class LocalStore:
+    """Objects as files below `root`, which the first write creates."""
+
+    root: Path
+
+    @property
+    def url(self) -> str:
+        """`file:///root`."""
+        return self.root.as_uri()
+
+    def put(
+        self, key: str, content: bytes, *, if_none_match: bool = False, if_match: str | None = None
+    ) -> StoredObject:
+        """See `Store.put`."""
+        target = self._target(key)
+        made = StoredObject(key, len(content), digest_bytes(content))
+        with self._faults(key), self._temporary((content,)) as temporary:
+            if if_none_match:
+                self._create(temporary, target, key)
+            else:
+                self._replace(temporary, target, key=key, if_match=if_match)
+        return made
+
+    def put_file(self, key: str, path: Path, *, sha256: str) -> StoredObject:
+        """See `Store.put_file`."""
+        target = self._target(key)
+        if target.is_file():
+            return self._check_equal(key, size=path.stat().st_size, sha256=sha256)
+        with self._faults(key), path.open("rb") as source, self._temporary(_read(source.fileno())) as temporary:
+            found = digest_file(temporary)
+            if found != sha256:
+                raise StoreError(f"{path}: SHA-256 is {found}, expected {sha256}; the file changed, make it again")
+            with contextlib.suppress(PreconditionFailedError):
+                self._create(temporary, target, key)
+        return self._check_equal(key, size=path.stat().st_size, sha256=sha256)
+
+    def get(self, key: str) -> tuple[bytes, StoredObject]:
+        """See `Store.get`."""
+        with self._faults(key):
+            content = self._target(key).read_bytes()
+        return content, StoredObject(key, len(content), digest_bytes(content))
+
+    def get_file(self, key: str, path: Path, *, sha256: str | None) -> None:
+        """See `Store.get_file`."""
+        with self._faults(key), self._target(key).open("rb") as stream:
+            write_verified(_read(stream.fileno()), path, sha256=sha256, subject=f"{self.url}/{key}")
+
+    def head(self, key: str) -> StoredObject | None:
+        """See `Store.head`; reads the object, because the ETag is its digest."""
+        try:
+            with self._faults(key), self._target(key).open("rb"):
+                return StoredObject(key, self._target(key).stat().st_size, digest_file(self._target(key)))
+        except NotFoundError:
+            return None
+
+    def list(self, prefix: str) -> Iterator[StoredObject]:
+        """See `Store.list`; ETags are left empty, since nothing is read."""
+        folder = self.root / prefix.rpartition("/")[0]
+        with self._faults(prefix):
+            found = (p.relative_to(self.root).as_posix() for p in folder.rglob("*") if p.is_file())
+            keys = sorted(k for k in found if k.startswith(prefix) and k[0] != ".") if folder.is_dir() else []
+        for key in keys:
+            with contextlib.suppress(FileNotFoundError):
+                yield StoredObject(key, (self.root / key).stat().st_size, "")
+
+    def delete(self, key: str) -> None:
+        """See `Store.delete`."""
+        target = self._target(key)
+        with self._faults(key):
+            if not target.exists():
+                return
+            with self._locked():
+                target.unlink(missing_ok=True)
+                fsync_folder(target.parent)
+
+    def _target(self, key: str) -> Path:
+        return self.root / check_key(key)
+
+    def _create(self, temporary: Path, target: Path, key: str) -> None:
+        _make_folder(target.parent)
+        try:
+            os.link(temporary, target)
+        except FileExistsError as fault:
+            raise PreconditionFailedError(f"{self.url}/{key}: exists already") from fault
+        except OSError as fault:
+            if fault.errno not in (errno.EPERM, errno.EOPNOTSUPP):
+                raise
+            raise StoreError(f"{self.url}: this file system has no hard links; put the store on another one") from fault
+        fsync_folder(target.parent)
+
+    def _replace(self, temporary: Path, target: Path, *, key: str, if_match: str | None) -> None:
+        _make_folder(target.parent)
+        with self._locked():
+            if if_match is not None and (not target.is_file() or digest_file(target) != if_match):
+                raise PreconditionFailedError(f"{self.url}/{key}: was changed by another writer")
+            temporary.replace(target)
+            fsync_folder(target.parent)
+
+    def _check_equal(self, key: str, *, size: int, sha256: str) -> StoredObject:
+        found = self.head(key)
+        if found is None or (found.size, found.etag) != (size, sha256):
+            what = "it is gone" if found is None else f"it holds {found.size} bytes, SHA-256 {found.etag}"
+            raise StoreError(
+                f"{self.url}/{key}: damaged, {what}, expected {size} bytes, {sha256}; remove it and publish again"
+            )
+        return found
+
+    @contextlib.contextmanager
+    def _temporary(self, chunks: Iterable[bytes]) -> Iterator[Path]:
+        folder = self.root / _TEMPORARY
+        _make_folder(folder)
+        descriptor, name = tempfile.mkstemp(dir=folder)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                for chunk in chunks:
+                    stream.write(chunk)
+                stream.flush()
+                os.fchmod(descriptor, 0o644)
+                os.fsync(descriptor)
+            yield Path(name)
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self.root / _LOCK).open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    @contextlib.contextmanager
+    def _faults(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, IsADirectoryError) as fault:
+            raise NotFoundError(f"{fault.filename or f'{self.url}/{key}'}: no such file or object") from fault
+        except OSError as fault:
+            raise StoreError(describe_disk_fault(fault, f"{self.url}/{key}")) from fault
+
+
+def _read(descriptor: int) -> Iterator[bytes]:
+    while chunk := os.read(descriptor, _CHUNK):
+        yield chunk
+
+
+def _make_folder(folder: Path) -> None:
+    """Create `folder` and its parents so that their names survive a power cut."""
+    missing = [f for f in (folder, *folder.parents) if not f.exists()]
+    for each in reversed(missing):
+        each.mkdir(exist_ok=True)
+        fsync_folder(each.parent)

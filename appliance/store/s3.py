@@ -1,0 +1,234 @@
+"""A store in an S3 bucket, on AWS or any server that honours conditional writes.
+
+Endpoint, region and credentials are boto3's business (environment, profiles, instance roles). With
+an endpoint outside AWS, buckets are addressed by path. The store is trusted with nothing that can be
+checked: checksums travel with every write, and reads are hashed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from appliance.digest import digest_bytes
+from appliance.errors import NotFoundError, PreconditionFailedError, StoreError
+from appliance.store.base import StoredObject, check_key
+from appliance.store.fetching import describe_disk_fault, write_verified
+from appliance.store.s3_faults import translate_faults
+from appliance.store.s3_writing import Clients, Write, create_large, encode_crc32, encode_sha256, write_once
+
+_SINGLE_PUT_BYTES = 64 << 20
+_CHUNK = 1 << 20
+_ATTEMPTS = 3
+_CONNECT_S, _READ_S, _CONNECTIONS = 5, 60, 32
+
+
+def connect_s3(*, bucket: str, prefix: str) -> S3Store:
+    """An `S3Store` with clients from the AWS settings around it. Raises `StoreError` on broken settings."""
+    import boto3
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        return S3Store(bucket, prefix, _build_clients(boto3.session.Session()))
+    except (BotoCoreError, ValueError) as fault:
+        raise StoreError(f"s3://{bucket}: {fault}; check AWS_ENDPOINT_URL, AWS_PROFILE and AWS_REGION") from fault
+
+
+def _build_clients(session: Any) -> Clients:
+    """The endpoint that the settings lead to is known only from a client, hence the first one."""
+    from botocore.config import Config
+
+    config = Config(
+        connect_timeout=_CONNECT_S,
+        read_timeout=_READ_S,
+        max_pool_connections=_CONNECTIONS,
+        retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
+        user_agent_extra="appliance",
+    )
+    steady = session.client("s3", config=config)
+    chosen = (steady.meta.config.s3 or {}).get("addressing_style")
+    if not chosen and ".amazonaws.com" not in steady.meta.endpoint_url:
+        config = config.merge(Config(s3={"addressing_style": "path"}))
+        steady = session.client("s3", config=config)
+    return Clients(steady, session.client("s3", config=config.merge(Config(retries={"total_max_attempts": 1}))))
+
+
+@dataclass(frozen=True, slots=True)
+class S3Store:
+    """Objects below `prefix` in `bucket`."""
+
+    bucket: str
+    prefix: str
+    clients: Clients
+
+    @property
+    def url(self) -> str:
+        """`s3://bucket/prefix`."""
+        return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+
+    def put(
+        self, key: str, content: bytes, *, if_none_match: bool = False, if_match: str | None = None
+    ) -> StoredObject:
+        """See `Store.put`."""
+        condition: dict[str, str] = {"IfNoneMatch": "*"} if if_none_match else {}
+        condition |= {"IfMatch": if_match} if if_match is not None else {}
+        request = {**self._target(key), "Body": content, "ChecksumSHA256": encode_sha256(digest_bytes(content))}
+        answers: list[str] = []
+        try:
+            write_once(
+                lambda: answers.append(self.clients.once.put_object(**request, **condition)["ETag"]),
+                self._write(key, is_ours=lambda: self._holds(key, content)),
+            )
+        except NotFoundError as fault:  # AWS answers If-Match on an absent key with 404
+            raise PreconditionFailedError(f"{self._subject(key)}: is gone") from fault
+        return StoredObject(key, len(content), answers[0]) if answers else self.get(key)[1]
+
+    def put_file(self, key: str, path: Path, *, sha256: str) -> StoredObject:
+        """See `Store.put_file`."""
+        with self._faults(key):
+            found = self._find_equal(key, path, sha256)
+            if found is None:
+                self._create_file(key, path, sha256)
+                found = self._find_equal(key, path, sha256)
+        if found is None:
+            raise StoreError(
+                f"{self._subject(key)}: vanished after it was written; look for a clean-up job on the bucket"
+            )
+        return found
+
+    def get(self, key: str) -> tuple[bytes, StoredObject]:
+        """See `Store.get`."""
+        from botocore.exceptions import HTTPClientError
+
+        for attempt in range(1, _ATTEMPTS + 1):
+            with self._faults(key):
+                try:
+                    answer = self.clients.steady.get_object(**self._target(key))
+                    content: bytes = answer["Body"].read()
+                    return content, StoredObject(key, len(content), answer["ETag"])
+                except HTTPClientError:  # the body broke off: boto3 retries only up to the headers
+                    if attempt == _ATTEMPTS:
+                        raise
+        raise AssertionError
+
+    def get_file(self, key: str, path: Path, *, sha256: str | None) -> None:
+        """See `Store.get_file`."""
+        from botocore.exceptions import HTTPClientError
+
+        for attempt in range(1, _ATTEMPTS + 1):
+            with self._faults(key):
+                try:
+                    body = self.clients.steady.get_object(**self._target(key))["Body"]
+                    return write_verified(body.iter_chunks(_CHUNK), path, sha256=sha256, subject=self._subject(key))
+                except HTTPClientError:
+                    if attempt == _ATTEMPTS:
+                        raise
+        return None
+
+    def head(self, key: str) -> StoredObject | None:
+        """See `Store.head`."""
+        with self._faults(key):
+            answer = self._head(key)
+        return None if answer is None else StoredObject(key, answer["ContentLength"], answer["ETag"])
+
+    def list(self, prefix: str) -> Iterator[StoredObject]:
+        """See `Store.list`; sorted here, because some servers list in folder order."""
+        start = len(self.prefix) + 1 if self.prefix else 0
+        with self._faults(prefix):
+            pages = self.clients.steady.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=self._full(prefix)
+            )
+            found = [StoredObject(o["Key"][start:], o["Size"], o["ETag"]) for p in pages for o in p.get("Contents", ())]
+        yield from sorted(found, key=lambda o: o.key)
+
+    def delete(self, key: str) -> None:
+        """See `Store.delete`."""
+        with self._faults(key):
+            self.clients.steady.delete_object(**self._target(key))
+
+    def _create_file(self, key: str, path: Path, sha256: str) -> None:
+        """Create `key`; that another writer was faster is no fault, the caller compares."""
+        target, checksum = self._target(key), encode_sha256(sha256)
+        write = self._write(key, is_ours=lambda: self._head(key) is not None)
+
+        def send() -> None:
+            with path.open("rb") as body:
+                self.clients.once.put_object(**target, Body=body, IfNoneMatch="*", ChecksumSHA256=checksum)
+
+        try:
+            if path.stat().st_size > _SINGLE_PUT_BYTES:
+                create_large(self.clients, target, path, sha256=sha256, write=write)
+            else:
+                write_once(send, write)
+        except PreconditionFailedError:
+            return
+        except OSError as fault:
+            raise StoreError(describe_disk_fault(fault, str(path))) from fault
+
+    def _find_equal(self, key: str, path: Path, sha256: str) -> StoredObject | None:
+        """The object under `key` if it is this file, `None` if absent. Raises `StoreError` if it is another."""
+        answer = self._head(key)
+        if answer is None:
+            return None
+        size = path.stat().st_size
+        if answer["ContentLength"] != size or not _agrees(answer, path, sha256):
+            raise StoreError(
+                f"{self._subject(key)}: damaged, it holds {answer['ContentLength']} bytes that are not the expected "
+                f"{size} bytes, SHA-256 {sha256}; remove the object and publish again"
+            )
+        return StoredObject(key, size, answer["ETag"])
+
+    def _head(self, key: str) -> dict[str, Any] | None:
+        """The HEAD answer, or `None`; a missing bucket is told apart, since HEAD answers 404 to both."""
+        from botocore.exceptions import ClientError
+
+        try:
+            answer: dict[str, Any] = self.clients.steady.head_object(**self._target(key), ChecksumMode="ENABLED")
+        except ClientError as fault:
+            if fault.response["ResponseMetadata"]["HTTPStatusCode"] != 404:
+                raise
+            self._check_bucket()
+            return None
+        return answer
+
+    def _check_bucket(self) -> None:
+        from botocore.exceptions import ClientError
+
+        try:
+            self.clients.steady.head_bucket(Bucket=self.bucket)
+        except ClientError as fault:
+            if fault.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
+                message = f"{self.url}: {self.clients.endpoint} has no such bucket; create it or correct the store URL"
+                raise StoreError(message) from fault
+
+    def _holds(self, key: str, content: bytes) -> bool:
+        try:
+            return self.get(key)[0] == content
+        except NotFoundError:
+            return False
+
+    def _target(self, key: str) -> dict[str, str]:
+        return {"Bucket": self.bucket, "Key": self._full(check_key(key))}
+
+    def _full(self, key: str) -> str:
+        return f"{self.prefix}/{key}" if self.prefix else key
+
+    def _write(self, key: str, *, is_ours: Callable[[], bool]) -> Write:
+        return Write(self._subject(key), self.clients.endpoint, is_ours)
+
+    def _subject(self, key: str) -> str:
+        return f"{self.url}/{key}"
+
+    def _faults(self, key: str) -> Any:
+        return translate_faults(self._subject(key), endpoint=self.clients.endpoint)
+
+
+def _agrees(answer: dict[str, Any], path: Path, sha256: str) -> bool:
+    """Whether the checksums that the server keeps for the whole object are those of the file."""
+    if "-" not in answer.get("ChecksumSHA256", "-"):
+        return bool(answer["ChecksumSHA256"] == encode_sha256(sha256))
+    if answer.get("ChecksumType") == "FULL_OBJECT" and "ChecksumCRC32" in answer:
+        return bool(answer["ChecksumCRC32"] == encode_crc32(path))
+    return True

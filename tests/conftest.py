@@ -1,0 +1,39 @@
+"""Fixtures for real object stores: one SeaweedFS per session, and a fresh store of each kind per test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from appliance.demo.storage import Storage, start_storage
+from appliance.digest import digest_bytes
+from appliance.store import Store, open_store
+
+
+@pytest.fixture(scope="session")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
+    """A running S3 server with the buckets `datasets` and `registry`."""
+    with start_storage(tmp_path_factory.mktemp("storage"), buckets=("datasets", "registry")) as running:
+        yield running
+
+
+@pytest.fixture
+def s3(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    """The server, with this process's AWS variables (and no others) pointing at it."""
+    for name in [n for n in os.environ if n.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in storage.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    return storage
+
+
+@pytest.fixture(params=["file", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """An empty store: a folder, then a prefix of a bucket on SeaweedFS."""
+    if request.param == "file":
+        return open_store(tmp_path_factory.mktemp("store").as_uri())
+    request.getfixturevalue("s3")
+    return open_store(f"s3://registry/{digest_bytes(request.node.nodeid.encode())[:16]}")

@@ -1,0 +1,194 @@
+"""The command line: light, documented, and one clear message per failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+from tiny import make_recipe, write_base, write_dataset
+
+from appliance.cli import VERBS, appliance
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "boto3", "botocore", "dvc", "pydantic")
+
+
+def call(*arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `appliance` as a user does."""
+    return subprocess.run(
+        [sys.executable, "-m", "appliance", *arguments],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+
+
+def walk(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
+    """Every command below `command` with its full name."""
+    yield " ".join(path), command
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            child = command.get_command(context, name)
+            assert child is not None
+            yield from walk(child, (*path, name))
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """`appliance --help` leaves torch and its friends, boto3, dvc and pydantic out of `sys.modules`."""
+    code = (
+        "import sys; from appliance.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        f"print([m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert all(verb in done.stdout for verb in VERBS)
+
+
+def test_help_takes_no_more_cpu_than_a_glance() -> None:
+    """`appliance --help` uses at most 0.15 s of CPU (the best of five, so that a busy machine does not fail it)."""
+    spent = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        call("--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(spent) <= 0.15
+
+
+def test_every_command_and_option_has_help() -> None:
+    """Nothing on the command line is undocumented, and the list of verbs is the code's."""
+    for name, command in walk(appliance):
+        assert command.help, name
+        for parameter in command.params:
+            assert not isinstance(parameter, click.Option) or parameter.help, f"{name}: {parameter.name}"
+
+
+def test_every_command_is_in_the_readme() -> None:
+    """The README shows each verb."""
+    readme = (ROOT / "README.md").read_text()
+    missing = [name for name, command in walk(appliance) if name and not isinstance(command, click.Group) and f"appliance {name}" not in readme]
+    assert missing == []
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny base, a dataset and a recipe; not a Git repository."""
+    root = tmp_path_factory.mktemp("project")
+    write_base(root / "base")
+    write_dataset(root / "datasets" / "colours")
+    (root / "recipes").mkdir()
+    (root / "recipes" / "colours.yaml").write_text(yaml.safe_dump(make_recipe().model_dump(mode="json", exclude_none=True)))
+    return root
+
+
+BAD: list[tuple[list[str], int, str]] = [
+    (["run", "recipes/none.yaml"], 1, "cannot be read"),
+    (["run", "bad.yaml"], 1, "bad.yaml:2: unknown key nmae; did you mean name?"),
+    (["run", "no-data.yaml"], 1, "datasets/none"),
+    (["run", "no-base.yaml"], 1, "nothing at"),
+    (["data", "check", "datasets/empty"], 1, "rows.jsonl"),
+    (["data", "check", "datasets/broken"], 1, "rows.jsonl:3"),
+    (["run", "few.yaml"], 1, "10"),
+    (["data", "check"], 2, "give either"),
+    (["list", "--store", "http://example.com/x"], 1, "s3://"),
+    (["list", "--store", "s3://bucket/x"], 1, "127.0.0.1:9"),
+    (["pull", "colours@production", "out", "--store", "file:///tmp/appliance-no-such-store"], 1, "colours"),
+    (["generate", "."], 1, "appliance pull"),
+    (["reconcile", "--store", "file:///tmp/appliance-no-such-store"], 1, "Git repository"),
+    (["rnu"], 2, "No such command"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "text"), BAD, ids=lambda v: " ".join(v)[:40] if isinstance(v, list) else "")
+def test_bad_input_is_one_message_and_the_documented_exit_code(
+    project: Path, arguments: list[str], code: int, text: str
+) -> None:
+    """No traceback, no other exit code, and the message names the place."""
+    write_bad_inputs(project)
+    env = {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "y",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "APPLIANCE_CACHE": str(project / "cache"),
+        "GIT_CEILING_DIRECTORIES": str(project.parent),
+    }
+    done = call(*arguments, cwd=project, env=env)
+    assert "Traceback" not in done.stderr + done.stdout
+    assert text in done.stderr + done.stdout
+    assert done.returncode == code
+
+
+def write_bad_inputs(project: Path) -> None:
+    """Recipes and datasets with one fault each."""
+    good = make_recipe().model_dump(mode="json", exclude_none=True)
+    dump = yaml.safe_dump
+    (project / "bad.yaml").write_text(dump({"base": {"model": "./base"}}).rstrip() .replace("\n  ", " ") + "\nnmae: x\n")
+    (project / "no-data.yaml").write_text(dump({**good, "dataset": {"path": "datasets/none"}}))
+    (project / "no-base.yaml").write_text(dump({**good, "base": {"model": "./none"}}))
+    (project / "few.yaml").write_text(dump({**good, "dataset": {"path": "datasets/few"}}))
+    write_dataset(project / "datasets" / "few", rows=9)
+    (write_dataset(project / "datasets" / "empty") / "rows.jsonl").write_bytes(b"")
+    broken = write_dataset(project / "datasets" / "broken") / "rows.jsonl"
+    lines = broken.read_text().splitlines()
+    broken.write_text("\n".join([*lines[:2], lines[2][:-5], *lines[3:]]) + "\n")
+
+
+def test_a_run_goes_from_rows_to_a_pulled_version(project: Path, tmp_path: Path) -> None:
+    """run, list, show, pull, promote and generate work together on a folder store, and a second run does nothing."""
+    store = f"file://{tmp_path / 'store'}"
+    env = {"APPLIANCE_STORE": store, "APPLIANCE_CACHE": str(tmp_path / "cache")}
+    first = call("run", "recipes/colours.yaml", "--json-never", cwd=project, env=env)
+    assert first.returncode == 2
+    first = call("run", "recipes/colours.yaml", cwd=project, env=env)
+    assert first.returncode in (0, 3), first.stderr
+    second = call("run", "recipes/colours.yaml", cwd=project, env=env)
+    assert "already there" in second.stdout, second.stderr
+    rows = json.loads(call("list", "--json", cwd=project, env=env).stdout)
+    assert len(rows) == 1
+    version = f"colours@{rows[0]['version']}"
+    assert rows[0]["version"] in call("show", version, cwd=project, env=env).stdout
+    forced = call("promote", version, "production", "--force", cwd=project, env=env)
+    assert forced.returncode == 0, forced.stderr
+    pulled = call("pull", "colours@production", str(tmp_path / "pulled"), cwd=project, env=env)
+    assert "verified" in pulled.stdout, pulled.stderr
+    said = call("generate", str(tmp_path / "pulled"), "--prompt", "red thing 99", "--compare", "--max-new-tokens", "4", "--json", cwd=project, env=env)
+    assert [o["arm"] for o in json.loads(said.stdout)] == ["candidate", "zero_shot"], said.stderr
+
+
+def test_a_run_interrupted_in_training_is_finished_by_the_same_command(project: Path, tmp_path: Path) -> None:
+    """SIGINT gives exit 33 and one message; the same command then finishes and publishes once."""
+    store = tmp_path / "store"
+    env = {**os.environ, "APPLIANCE_STORE": f"file://{store}", "APPLIANCE_OUT": str(tmp_path / "out")}
+    long = make_recipe(training={"epochs": 40}).model_dump(mode="json", exclude_none=True)
+    (project / "long.yaml").write_text(yaml.safe_dump(long))
+    command = [sys.executable, "-m", "appliance", "run", "long.yaml"]
+    child = subprocess.Popen(command, cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list((tmp_path / "out").glob("*/training/metrics.jsonl")):
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == 33, errors
+    assert "Traceback" not in errors
+    assert not list(store.glob("models/**/manifest.json")), "nothing half-made is visible"
+    done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode in (0, 3), done.stderr
+    assert "resuming from step" in done.stderr
+    assert len(list(store.glob("models/**/manifest.json"))) == 1

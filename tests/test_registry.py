@@ -1,0 +1,558 @@
+"""The registry: complete or invisible, immutable, verified on both ways, and safe between writers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance import registry
+from appliance.digest import canonical_json, digest_bytes, digest_file, list_files
+from appliance.errors import ApplianceError, PreconditionFailedError, RegistryError, StoreError
+from appliance.manifest import FileEntry, Manifest
+from appliance.registry.layout import blob_key, manifest_key, ref_key
+from appliance.store import Store, StoredObject, open_store
+
+AT = "2026-01-31T12:00:00Z"
+
+
+def make_folder(folder: Path, text: str = "weights") -> Path:
+    """An adapter folder of three files, one below a folder."""
+    (folder / "card").mkdir(parents=True, exist_ok=True)
+    (folder / "adapter.safetensors").write_bytes(text.encode() * 1000)
+    (folder / "adapter_config.json").write_bytes(b"{}")
+    (folder / "card" / "card.md").write_bytes(f"# {text}".encode())
+    return folder
+
+
+def make_manifest(folder: Path, **overrides: Any) -> Manifest:
+    """The manifest of a folder; keyword arguments replace fields."""
+    files = tuple(
+        FileEntry(path=n, size=(folder / n).stat().st_size, sha256=digest_file(folder / n)) for n in list_files(folder)
+    )
+    facts: dict[str, Any] = {
+        "schema": 1,
+        "name": "demo",
+        "kind": "adapter",
+        "run_key": digest_bytes(b"run"),
+        "created_at": AT,
+        "git_commit": "a" * 40,
+        "files": files,
+        "recipe": {},
+        "recipe_digest": digest_bytes(b"recipe"),
+        "data_digest": digest_bytes(b"data"),
+        "split_digest": digest_bytes(b"split"),
+        "base": {"model": "tiny"},
+        "verdict": "ship",
+        "metrics": {},
+        "training": {},
+        "versions": {},
+    }
+    return Manifest(**(facts | overrides))
+
+
+def publish_new(store: Store, folder: Path, text: str = "weights", **overrides: Any) -> str:
+    """Publish a version of its own content; the version."""
+    made = make_folder(folder / digest_bytes(text.encode())[:8], text)
+    return registry.publish(store, manifest=make_manifest(made, **overrides), folder=made)
+
+
+def promote(store: Store, version: str, alias: str = "production", **overrides: Any) -> registry.AliasMove:
+    """Promote a version of `demo`."""
+    facts: dict[str, Any] = {"name": "demo", "actor": "ci", "reason": "verdict ship", "at": AT}
+    return registry.promote(store, version=version, alias=alias, **(facts | overrides))
+
+
+def snapshot(store: Store) -> dict[str, bytes]:
+    """Every key and its bytes."""
+    return {o.key: store.get(o.key)[0] for o in store.list("")}
+
+
+def test_a_published_version_comes_back_byte_for_byte_under_every_name(store: Store, tmp_path: Path) -> None:
+    """By version, by alias and by bare name; the manifest lies beside the files."""
+    version = publish_new(store, tmp_path)
+    promote(store, version)
+    for number, reference in enumerate([f"demo@{version}", "demo@production", "demo"]):
+        manifest = registry.pull(store, reference, tmp_path / f"out{number}")
+        assert registry.resolve(store, reference) == (version, manifest)
+        registry.verify_folder(tmp_path / f"out{number}", manifest)
+        assert digest_file(tmp_path / f"out{number}" / "manifest.json").startswith(version[-12:])
+    assert list_files(tmp_path / "out0") == [
+        "adapter.safetensors",
+        "adapter_config.json",
+        "card/card.md",
+        "manifest.json",
+    ]
+    assert (tmp_path / "out0").stat().st_mode & 0o777 == 0o755
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_publishing_twice_is_publishing_once(store: Store, tmp_path: Path) -> None:
+    """The second call changes no byte of the store and gives the same version."""
+    version = publish_new(store, tmp_path)
+    before = snapshot(store)
+    assert publish_new(store, tmp_path) == version
+    assert snapshot(store) == before
+
+
+def test_the_layout_is_the_documented_one(store: Store, tmp_path: Path) -> None:
+    """Other programs may rely on these keys."""
+    version = publish_new(store, tmp_path)
+    move = promote(store, version)
+    keys = [o.key for o in store.list("")]
+    blobs = sorted(
+        f"blobs/sha256/{e.sha256[:2]}/{e.sha256}" for e in registry.load_manifest(store, "demo", version).files
+    )
+    entry = digest_bytes(move.encode())[:12]
+    assert keys == [
+        "FORMAT.json",
+        *blobs,
+        f"models/demo/reflog/00000001-{entry}.json",
+        "models/demo/refs/production.json",
+        f"models/demo/versions/{version}/manifest.json",
+    ]
+    assert b'"vid":' in move.encode()
+
+
+def test_versions_are_listed_oldest_first_with_aliases_and_found_by_run_key(store: Store, tmp_path: Path) -> None:
+    """The listing is the truth that reconcile compares with."""
+    newer = publish_new(store, tmp_path, "b", created_at="2026-02-01T00:00:00Z", run_key=digest_bytes(b"2"))
+    older = publish_new(store, tmp_path, "a", verdict="hold")
+    publish_new(store, tmp_path, "c", name="another")
+    promote(store, newer)
+    promote(store, newer, "staging")
+    listed = registry.list_versions(store, "demo")
+    assert [(v.version, v.aliases, v.verdict) for v in listed] == [
+        (older, (), "hold"),
+        (newer, ("production", "staging"), "ship"),
+    ]
+    assert [v.name for v in registry.list_versions(store)] == ["another", "demo", "demo"]
+    assert registry.list_versions(store, "unknown") == ()
+    assert registry.find_run(store, "demo", digest_bytes(b"2")) == newer
+    assert registry.find_run(store, "demo", digest_bytes(b"3")) is None
+    assert registry.find_run(store, "unknown", digest_bytes(b"2")) is None
+
+
+def test_a_second_move_keeps_the_first_in_the_history(store: Store, tmp_path: Path) -> None:
+    """Newest first, chained by hash; a rollback is a new move; repeating a move is none."""
+    first, second = publish_new(store, tmp_path, "a"), publish_new(store, tmp_path, "b")
+    moves = [promote(store, v, reason=r) for v, r in ((first, "1"), (second, "2"), (first, "rollback"))]
+    assert promote(store, first) == moves[-1]
+    promote(store, second, "staging")
+    assert registry.read_reflog(store, "demo", "production") == tuple(reversed(moves))
+    assert [m.seq for m in moves] == [1, 2, 3]
+    assert moves[2].prev == digest_bytes(moves[1].encode())
+    assert len(registry.read_reflog(store, "demo")) == 4
+    assert registry.read_alias(store, "demo", "production") == moves[-1]
+    assert registry.read_alias(store, "demo", "nowhere") is None
+    assert registry.read_reflog(store, "unknown") == ()
+
+
+def test_a_rewritten_history_is_named(store: Store, tmp_path: Path) -> None:
+    """The ref seals every record before it."""
+    promote(store, publish_new(store, tmp_path, "a"))
+    old = next(iter(store.list("models/demo/reflog/"))).key
+    promote(store, publish_new(store, tmp_path, "b"))
+    store.put(old, store.get(old)[0].replace(b'"ci"', b'"me"'))
+    with pytest.raises(RegistryError, match=r"altered, the history of production"):
+        registry.read_reflog(store, "demo")
+    store.delete(old)
+    with pytest.raises(RegistryError, match=r"missing, the history of production"):
+        registry.read_reflog(store, "demo")
+
+
+@pytest.mark.parametrize("verdict", ["hold", "inconclusive", "reject"])
+def test_only_a_ship_verdict_is_promoted_and_a_refusal_changes_nothing(
+    store: Store, tmp_path: Path, verdict: str
+) -> None:
+    """The failed call writes no key; with force the move says that it was forced."""
+    version = publish_new(store, tmp_path, verdict=verdict)
+    before = snapshot(store)
+    with pytest.raises(RegistryError, match=f"verdict {verdict}, expected ship"):
+        promote(store, version)
+    assert snapshot(store) == before
+    assert promote(store, version, force=True).forced
+
+
+def test_a_promotion_that_expected_another_version_changes_nothing(store: Store, tmp_path: Path) -> None:
+    """`expected` is the caller's own compare-and-swap."""
+    first, second = publish_new(store, tmp_path, "a"), publish_new(store, tmp_path, "b")
+    with pytest.raises(RegistryError, match="points at nothing"):
+        promote(store, second, expected=first)
+    promote(store, first)
+    before = snapshot(store)
+    with pytest.raises(RegistryError, match=f"points at {first}"):
+        promote(store, second, expected=second[:-1] + "0")
+    assert snapshot(store) == before
+    assert promote(store, second, expected=first).seq == 2
+
+
+def test_a_version_without_all_its_blobs_is_not_promoted(store: Store, tmp_path: Path) -> None:
+    """An alias never points at what cannot be pulled."""
+    version = publish_new(store, tmp_path)
+    entry = registry.load_manifest(store, "demo", version).files[0]
+    store.delete(blob_key(entry.sha256))
+    with pytest.raises(RegistryError, match=r"adapter.safetensors\) is missing"):
+        promote(store, version)
+    assert registry.read_alias(store, "demo", "production") is None
+
+
+@pytest.mark.parametrize("racers", [16])
+def test_racing_promotions_lose_no_move(tmp_path: Path, racers: int) -> None:
+    """Every writer's move is in the chain exactly once, whatever the order."""
+    check_race(open_store((tmp_path / "store").as_uri()), tmp_path, racers)
+
+
+def test_racing_promotions_on_s3_lose_no_move(s3: object, tmp_path: Path) -> None:
+    """The same over a real S3 server (three writers: each lost lock costs a second there)."""
+    check_race(open_store("s3://registry/promotions"), tmp_path, 3)
+
+
+def check_race(store: Store, folder: Path, racers: int) -> None:
+    """`racers` promotions of as many versions at one moment."""
+    versions = [publish_new(store, folder, f"{n}") for n in range(racers)]
+    barrier = threading.Barrier(racers)
+
+    def attempt(version: str) -> registry.AliasMove:
+        barrier.wait()
+        return promote(store, version)
+
+    with ThreadPoolExecutor(racers) as pool:
+        moves = list(pool.map(attempt, versions))
+    chain = registry.read_reflog(store, "demo", "production")
+    assert sorted(m.version for m in chain) == sorted(versions)
+    assert sorted(moves, key=lambda m: -m.seq) == list(chain)
+
+
+class WatchedStore:
+    """A store whose writing calls are counted and handed to `meet` before and after they are done."""
+
+    def __init__(self, inner: Store, meet: Callable[[int, str, bool], None]) -> None:
+        """`meet(number, key, done)` may raise or kill."""
+        self._inner, self._meet, self._calls, self._lock = inner, meet, 0, threading.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        """The inner store's own method, watched when it writes."""
+        method = getattr(self._inner, name)
+
+        def call(key: str, *arguments: Any, **options: Any) -> StoredObject:
+            with self._lock:
+                self._calls += 1
+                number = self._calls
+            self._meet(number, key, False)
+            result: StoredObject = method(key, *arguments, **options)
+            self._meet(number, key, True)
+            return result
+
+        return call if name.startswith("put") else method
+
+
+def test_a_promotion_that_was_applied_and_overtaken_is_not_made_twice(tmp_path: Path) -> None:
+    """The answer is lost, another writer moves on, the retry finds its own op_id in the chain."""
+    inner = open_store((tmp_path / "store").as_uri())
+    first, second = publish_new(inner, tmp_path, "a"), publish_new(inner, tmp_path, "b")
+    lost: list[str] = []
+
+    def lose(_number: int, key: str, done: bool) -> None:
+        if done and "/refs/" in key and not lost:
+            lost.append(key)
+            promote(inner, second)
+            raise PreconditionFailedError(key)
+
+    store: Any = WatchedStore(inner, lose)
+    mine = promote(store, first, op_id="mine")
+    assert (mine.seq, mine.op_id) == (1, "mine")
+    assert [m.version for m in registry.read_reflog(inner, "demo")] == [second, first]
+
+
+def check_readable(store: Store, folder: Path) -> None:
+    """Every visible manifest is fully readable and every alias resolves: the invariant of publication."""
+    for info in registry.list_versions(store):
+        registry.pull(store, f"{info.name}@{info.version}", folder / info.version)
+        for alias in info.aliases:
+            assert registry.resolve(store, f"{info.name}@{alias}")[0] == info.version
+
+
+def run_killed(job: Callable[[], object], *, after_s: float | None = None) -> int:
+    """Run `job` in a forked child, SIGKILL it after a time if one is given; its exit status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            job()
+        finally:
+            os._exit(0)
+    if after_s is not None:
+        time.sleep(after_s)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
+def test_a_publisher_killed_at_any_step_leaves_only_whole_versions(tmp_path: Path, done: bool) -> None:
+    """SIGKILL around each write of publish and promote; the same commands then finish the job."""
+    source, steps = make_folder(tmp_path / "source"), 0
+
+    def job(target: Any) -> str:
+        version = registry.publish(target, manifest=make_manifest(source), folder=source)
+        promote(target, version)
+        return version
+
+    for step in range(1, 20):
+        store = open_store((tmp_path / f"store{step}").as_uri())
+
+        def die(number: int, _key: str, is_done: bool, step: int = step) -> None:
+            if (number, is_done) == (step, done):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        watched = WatchedStore(store, die)
+        killed = run_killed(lambda watched=watched: job(watched)) == -signal.SIGKILL
+        steps += killed
+        check_readable(store, tmp_path / f"pulled{step}")
+        version = job(store)
+        assert registry.resolve(store, "demo")[0] == version
+        assert len(registry.read_reflog(store, "demo")) == 1
+        if not killed:
+            break
+    assert steps == 7  # FORMAT.json, three blobs, manifest, reflog, ref
+
+
+def test_a_publisher_killed_at_any_moment_leaves_only_whole_versions(tmp_path: Path) -> None:
+    """SIGKILL at times that no step boundary explains; the survivors go on with the same store."""
+    store = open_store((tmp_path / "store").as_uri())
+    for number in range(12):
+
+        def job(number: int = number) -> None:
+            for copy in range(100):
+                promote(store, publish_new(store, tmp_path / "source", f"{number}-{copy}" * 500))
+
+        run_killed(job, after_s=0.007 * (number + 1))
+        check_readable(store, tmp_path / f"pulled{number}")
+        list(registry.read_reflog(store, "demo"))
+    assert registry.list_versions(store)
+
+
+@pytest.mark.parametrize("change", [lambda b: b[:-1], lambda b: b[:-1] + b"X", lambda b: b + b"!", None])
+def test_a_damaged_blob_is_named_on_pull_and_nothing_appears(
+    store: Store, tmp_path: Path, change: Callable[[bytes], bytes] | None
+) -> None:
+    """Truncated, altered, longer or missing: the target folder is not even made."""
+    version = publish_new(store, tmp_path)
+    key = blob_key(registry.load_manifest(store, "demo", version).files[0].sha256)
+    if change is None:
+        store.delete(key)
+    else:
+        store.put(key, change(store.get(key)[0]))
+    with pytest.raises(ApplianceError, match=key) as fault:
+        registry.pull(store, f"demo@{version}", tmp_path / "out" / "here")
+    assert "\n" not in str(fault.value)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "path", ["../evil", "/etc/evil", "a/../../evil", "a\\..\\evil", "a//b", ".", "manifest.json", "adapter.safetensors"]
+)
+def test_a_manifest_with_an_unsafe_path_is_refused_on_pull(tmp_path: Path, path: str) -> None:
+    """A hostile manifest with a right digest writes nothing anywhere."""
+    store = open_store((tmp_path / "store").as_uri())
+    version = publish_new(store, tmp_path)
+    body = registry.load_manifest(store, "demo", version).model_dump(mode="json", by_alias=True)
+    body["files"].append({**body["files"][0], "path": path})
+    content = canonical_json(body)
+    hostile = f"{version.rpartition('-')[0]}-{digest_bytes(content)[:12]}"
+    store.put(manifest_key("demo", hostile), content)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(RegistryError, match=hostile):
+        registry.pull(store, f"demo@{hostile}", tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_an_altered_manifest_is_refused(store: Store, tmp_path: Path) -> None:
+    """The digest in the version's name seals it."""
+    version = publish_new(store, tmp_path, verdict="hold")
+    key = manifest_key("demo", version)
+    store.put(key, store.get(key)[0].replace(b'"hold"', b'"ship"'))
+    for call in (
+        lambda: registry.pull(store, f"demo@{version}", tmp_path / "out"),
+        lambda: promote(store, version),
+        lambda: registry.list_versions(store),
+    ):
+        with pytest.raises(RegistryError, match="damaged"):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
+def test_pulling_again_verifies_and_leaves_the_folder(tmp_path: Path) -> None:
+    """The same version in place is success; a changed file in it is named; the folder is never touched."""
+    store = open_store((tmp_path / "store").as_uri())
+    version = publish_new(store, tmp_path)
+    registry.pull(store, f"demo@{version}", tmp_path / "out")
+    inode = (tmp_path / "out" / "adapter_config.json").stat().st_ino
+    registry.pull(store, f"demo@{version}", tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_config.json").stat().st_ino == inode
+    (tmp_path / "out" / "adapter_config.json").write_bytes(b"[]")
+    (tmp_path / "out" / "extra.bin").write_bytes(b"")
+    with pytest.raises(RegistryError, match=r"adapter_config.json: SHA-256 .*extra.bin: does not belong"):
+        registry.pull(store, f"demo@{version}", tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_config.json").read_bytes() == b"[]"
+
+
+def test_a_folder_with_something_else_is_never_pulled_into(tmp_path: Path) -> None:
+    """An empty folder is used, a foreign one and a file are refused."""
+    store = open_store((tmp_path / "store").as_uri())
+    version = publish_new(store, tmp_path)
+    (tmp_path / "empty").mkdir()
+    registry.pull(store, f"demo@{version}", tmp_path / "empty")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(RegistryError, match=f"something other than demo@{version}"):
+        registry.pull(store, f"demo@{version}", tmp_path / "full")
+    with pytest.raises(RegistryError, match="is a file"):
+        registry.pull(store, f"demo@{version}", tmp_path / "full" / "thesis.txt")
+    with pytest.raises(StoreError, match="File exists"):
+        registry.pull(store, f"demo@{version}", tmp_path / "full" / "thesis.txt" / "x")
+    assert list_files(tmp_path / "full") == ["thesis.txt"]
+
+
+def test_verification_names_every_fault(tmp_path: Path) -> None:
+    """Missing, shortened, altered, linked and foreign files are told in one message."""
+    folder = make_folder(tmp_path / "f")
+    (folder / "link.txt").write_text("x")
+    manifest = make_manifest(folder)
+    (folder / "adapter.safetensors").unlink()
+    (folder / "adapter_config.json").write_bytes(b"{}  ")
+    (folder / "card" / "card.md").write_bytes(b"# weightz")
+    (folder / "link.txt").rename(tmp_path / "elsewhere")
+    (folder / "link.txt").symlink_to(tmp_path / "elsewhere")
+    (folder / "new").write_text("")
+    with pytest.raises(RegistryError) as fault:
+        registry.verify_folder(folder, manifest)
+    for words in (
+        "safetensors: missing",
+        "4 bytes, expected 2",
+        "card.md: SHA-256",
+        "link.txt: is a link",
+        "new: does not",
+    ):
+        assert words in str(fault.value)
+
+
+def test_files_that_changed_since_the_manifest_are_not_published(store: Store, tmp_path: Path) -> None:
+    """Nothing is written when the folder is not the one that was judged."""
+    folder = make_folder(tmp_path / "f")
+    manifest = make_manifest(folder)
+    (folder / "adapter_config.json").write_bytes(b"[]")
+    with pytest.raises(RegistryError, match=r"adapter_config.json: SHA-256"):
+        registry.publish(store, manifest=manifest, folder=folder)
+    assert list(store.list("")) == []
+
+
+def test_another_manifest_under_the_version_is_a_loud_error(store: Store, tmp_path: Path) -> None:
+    """What is visible never changes, not even into what it should have been."""
+    folder = make_folder(tmp_path / "f")
+    manifest = make_manifest(folder)
+    store.put(manifest_key("demo", manifest.version), b"{}")
+    with pytest.raises(RegistryError, match="another manifest has this version"):
+        registry.publish(store, manifest=manifest, folder=folder)
+    assert store.get(manifest_key("demo", manifest.version))[0] == b"{}"
+
+
+def test_a_damaged_blob_in_the_store_stops_a_publication(store: Store, tmp_path: Path) -> None:
+    """No manifest is written over a blob that is not its content."""
+    folder = make_folder(tmp_path / "f")
+    manifest = make_manifest(folder)
+    store.put(blob_key(manifest.files[0].sha256), b"rot")
+    with pytest.raises(StoreError, match="damaged"):
+        registry.publish(store, manifest=manifest, folder=folder)
+    assert registry.list_versions(store) == ()
+
+
+@pytest.mark.parametrize(
+    ("reference", "words"),
+    [
+        ("dmo@production", "no model 'dmo'; did you mean demo?"),
+        ("dmo", "no model 'dmo'; did you mean demo?"),
+        ("demo@prodution", "no alias 'prodution' of demo; did you mean production?"),
+        ("demo@zzz", "no alias 'zzz' of demo; there is production"),
+        ("held", "held has no alias 'production'; give held@VERSION or an alias (held@staging)"),
+        (
+            "demo@20260131120000-aaaaaaaaaaaa-000000000000",
+            "no version '20260131120000-aaaaaaaaaaaa-000000000000' of demo; did",
+        ),
+        ("../demo@production", "not a model name"),
+        ("demo@../x", "not an alias"),
+        ("demo@", "not an alias"),
+        ("", "not a model name"),
+        ("Demo\n@production", "not a model name"),
+    ],
+)
+def test_an_unknown_or_malformed_reference_says_what_there_is(tmp_path: Path, reference: str, words: str) -> None:
+    """Model, alias and version are each named, with the nearest that exists."""
+    store = open_store((tmp_path / "store").as_uri())
+    promote(store, publish_new(store, tmp_path))
+    promote(store, publish_new(store, tmp_path, name="held"), "staging", name="held")
+    with pytest.raises(RegistryError) as fault:
+        registry.resolve(store, reference)
+    assert words in str(fault.value)
+    assert "\n" not in str(fault.value)
+
+
+def test_an_empty_store_says_that_there_is_nothing_yet(store: Store) -> None:
+    """Reading a registry that was never written is no traceback and no write."""
+    with pytest.raises(RegistryError, match="no model 'demo'; there is none yet"):
+        registry.resolve(store, "demo@production")
+    assert registry.list_versions(store) == ()
+    assert list(store.list("")) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b'{"schema":2}', "schema 2, this release knows 1"), (b"<html>", "is this prefix a registry")],
+)
+def test_a_registry_of_another_schema_is_not_touched(store: Store, tmp_path: Path, content: bytes, words: str) -> None:
+    """Neither read nor written by a release that does not know it."""
+    store.put("FORMAT.json", content)
+    for call in (
+        lambda: publish_new(store, tmp_path),
+        lambda: registry.resolve(store, "demo"),
+        lambda: promote(store, "20260131120000-aaaaaaaaaaaa-000000000000"),
+    ):
+        with pytest.raises(RegistryError, match=words):
+            call()
+    assert [o.key for o in store.list("")] == ["FORMAT.json"]
+
+
+def test_a_damaged_ref_is_named(store: Store, tmp_path: Path) -> None:
+    """Neither rubbish nor another alias's record is followed."""
+    promote(store, publish_new(store, tmp_path))
+    ref = store.get(ref_key("demo", "production"))[0]
+    store.put(ref_key("demo", "staging"), ref)
+    with pytest.raises(RegistryError, match="belongs to demo@production"):
+        registry.resolve(store, "demo@staging")
+    store.put(ref_key("demo", "staging"), ref[:-5])
+    with pytest.raises(RegistryError, match=r"refs/staging.json: damaged"):
+        promote(store, registry.resolve(store, "demo")[0], "staging")
+
+
+def test_an_unreachable_store_is_one_line_for_every_verb(
+    s3: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The registry adds nothing to what the store says."""
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    store = open_store("s3://registry/denied")
+    for call in (
+        lambda: publish_new(store, tmp_path),
+        lambda: registry.pull(store, "demo@production", tmp_path / "out"),
+        lambda: registry.list_versions(store),
+        lambda: promote(store, "20260131120000-aaaaaaaaaaaa-000000000000"),
+    ):
+        with pytest.raises(StoreError, match="credentials refused") as fault:
+            call()
+        assert "\n" not in str(fault.value)
+    assert not (tmp_path / "out").exists()
