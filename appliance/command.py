@@ -94,7 +94,12 @@ def run_worker(
 def run_visible(argv: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> int:
     """Run a program that speaks to the user itself, in this process's terminal; return its exit code."""
     child = subprocess.Popen(
-        list(argv), cwd=cwd, env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL, text=True, start_new_session=True
+        list(argv),
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        stdin=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
     )
     with forward_signals(child) as received, child:
         child.wait()

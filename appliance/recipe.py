@@ -125,7 +125,9 @@ class EvaluationSection(Section):
     """How base and candidate are compared on the held-out test rows."""
 
     metric: Literal["exact_match", "contract_valid"] = "exact_match"
-    system_prompt: str | None = Field(None, description="the best prompt for the base model; the rows' own when left out")
+    system_prompt: str | None = Field(
+        None, description="the best prompt for the base model; the rows' own when left out"
+    )
     few_shot: int = Field(3, ge=0, le=16, description="demonstrations from train for the few-shot arm; 0 leaves it out")
     max_new_tokens: int = Field(256, ge=1, le=8192)
     gates: GateSection = GateSection()

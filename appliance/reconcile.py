@@ -14,7 +14,8 @@ from appliance import registry
 from appliance.command import run_command
 from appliance.data import load_pointer, pull_data
 from appliance.errors import ApplianceError, CommandError, InterruptedRunError, RecipeError
-from appliance.pipeline import Finished, Origin, Workspace, prepare, run_recipe
+from appliance.pipeline import Finished, run_recipe
+from appliance.preparation import Origin, Workspace, prepare
 from appliance.recipe import Recipe, load_recipe
 from appliance.store import Store
 
@@ -60,11 +61,21 @@ def reconcile(
 
 def read_origin(root: Path, *, actor: str) -> Origin:
     """The last commit that touched a recipe or the data pointer. Raises `CommandError` outside a repository."""
-    command = ["git", "-c", "log.showSignature=false", "log", "-1", "--format=%H %cd", "--date=format-local:%Y-%m-%dT%H:%M:%SZ"]
+    command = [
+        "git",
+        "-c",
+        "log.showSignature=false",
+        "log",
+        "-1",
+        "--format=%H %cd",
+        "--date=format-local:%Y-%m-%dT%H:%M:%SZ",
+    ]
     try:
         line = run_command([*command, "--", "recipes", POINTER], cwd=root, env={"TZ": "UTC"}).strip()
     except CommandError as fault:
-        raise CommandError(f"{root}: not a Git repository with a commit; run it in the team's repository ({fault})") from fault
+        raise CommandError(
+            f"{root}: not a Git repository with a commit; run it in the team's repository ({fault})"
+        ) from fault
     if not line:
         raise CommandError(f"{root}: no commit touches recipes/ or {POINTER}; commit a recipe and a dataset first")
     commit, _, time = line.partition(" ")

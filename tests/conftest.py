@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from appliance.demo.storage import Storage, start_storage
 from appliance.digest import digest_bytes
 from appliance.store import Store, open_store
+from appliance.store.s3 import S3Store
 
 
 @pytest.fixture(scope="session")
@@ -30,10 +32,21 @@ def s3(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Storage:
     return storage
 
 
+@pytest.fixture(scope="session")
+def bucket(storage: Storage) -> S3Store:
+    """The whole bucket `registry` as a store, connected once: building clients is the slow part."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in storage.environment.items():
+            patch.setenv(name, value)
+        store = open_store("s3://registry")
+    assert isinstance(store, S3Store)
+    return store
+
+
 @pytest.fixture(params=["file", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """An empty store: a folder, then a prefix of a bucket on SeaweedFS."""
     if request.param == "file":
         return open_store(tmp_path_factory.mktemp("store").as_uri())
-    request.getfixturevalue("s3")
-    return open_store(f"s3://registry/{digest_bytes(request.node.nodeid.encode())[:16]}")
+    prefix = digest_bytes(request.node.nodeid.encode())[:16]
+    return replace(request.getfixturevalue("bucket"), prefix=prefix)

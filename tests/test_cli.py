@@ -23,7 +23,9 @@ ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "boto3", "botocore", "dvc", "pydantic")
 
 
-def call(*arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def call(
+    *arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run `appliance` as a user does."""
     return subprocess.run(
         [sys.executable, "-m", "appliance", *arguments],
@@ -82,7 +84,11 @@ def test_every_command_and_option_has_help() -> None:
 def test_every_command_is_in_the_readme() -> None:
     """The README shows each verb."""
     readme = (ROOT / "README.md").read_text()
-    missing = [name for name, command in walk(appliance) if name and not isinstance(command, click.Group) and f"appliance {name}" not in readme]
+    missing = [
+        name
+        for name, command in walk(appliance)
+        if name and not isinstance(command, click.Group) and f"appliance {name}" not in readme
+    ]
     assert missing == []
 
 
@@ -93,7 +99,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_base(root / "base")
     write_dataset(root / "datasets" / "colours")
     (root / "recipes").mkdir()
-    (root / "recipes" / "colours.yaml").write_text(yaml.safe_dump(make_recipe().model_dump(mode="json", exclude_none=True)))
+    (root / "recipes" / "colours.yaml").write_text(
+        yaml.safe_dump(make_recipe().model_dump(mode="json", exclude_none=True))
+    )
     return root
 
 
@@ -115,7 +123,9 @@ BAD: list[tuple[list[str], int, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "code", "text"), BAD, ids=lambda v: " ".join(v)[:40] if isinstance(v, list) else "")
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"), BAD, ids=lambda v: " ".join(v)[:40] if isinstance(v, list) else ""
+)
 def test_bad_input_is_one_message_and_the_documented_exit_code(
     project: Path, arguments: list[str], code: int, text: str
 ) -> None:
@@ -139,7 +149,7 @@ def write_bad_inputs(project: Path) -> None:
     """Recipes and datasets with one fault each."""
     good = make_recipe().model_dump(mode="json", exclude_none=True)
     dump = yaml.safe_dump
-    (project / "bad.yaml").write_text(dump({"base": {"model": "./base"}}).rstrip() .replace("\n  ", " ") + "\nnmae: x\n")
+    (project / "bad.yaml").write_text(dump({"base": {"model": "./base"}}).rstrip().replace("\n  ", " ") + "\nnmae: x\n")
     (project / "no-data.yaml").write_text(dump({**good, "dataset": {"path": "datasets/none"}}))
     (project / "no-base.yaml").write_text(dump({**good, "base": {"model": "./none"}}))
     (project / "few.yaml").write_text(dump({**good, "dataset": {"path": "datasets/few"}}))
@@ -168,7 +178,18 @@ def test_a_run_goes_from_rows_to_a_pulled_version(project: Path, tmp_path: Path)
     assert forced.returncode == 0, forced.stderr
     pulled = call("pull", "colours@production", str(tmp_path / "pulled"), cwd=project, env=env)
     assert "verified" in pulled.stdout, pulled.stderr
-    said = call("generate", str(tmp_path / "pulled"), "--prompt", "red thing 99", "--compare", "--max-new-tokens", "4", "--json", cwd=project, env=env)
+    said = call(
+        "generate",
+        str(tmp_path / "pulled"),
+        "--prompt",
+        "red thing 99",
+        "--compare",
+        "--max-new-tokens",
+        "4",
+        "--json",
+        cwd=project,
+        env=env,
+    )
     assert [o["arm"] for o in json.loads(said.stdout)] == ["candidate", "zero_shot"], said.stderr
 
 

@@ -71,29 +71,23 @@ def test_strangers_are_refused(storage: Storage) -> None:
         connect(storage).put_object(Bucket="unknown", Key="k", Body=b"")
 
 
-def test_a_taken_port_is_left_to_its_owner(tmp_path: Path) -> None:
-    """The remembered port is in use: the server moves, says so in its endpoint, and answers there."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        ports = dict.fromkeys(storage_module._PORTS, port)
-        (tmp_path / "ports.json").write_text(json.dumps(ports))
-        with start_storage(tmp_path, buckets=("data",)) as storage:
-            assert storage.endpoint != f"http://127.0.0.1:{port}"
-            assert connect(storage).list_buckets()["Buckets"][0]["Name"] == "data"
-
-
-def test_a_port_lost_between_choice_and_start_is_chosen_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weed stops at a taken explicit port; the next attempt has others."""
+def test_taken_ports_are_left_to_their_owners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A remembered port that is in use is not chosen; one that is lost after the choice is chosen anew."""
     choose = storage_module._choose_ports
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        bad = [taken.getsockname()[1]]
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.socket() as lost:
+        port = taken.getsockname()[1]
+        (tmp_path / "ports.json").write_text(json.dumps(dict.fromkeys(storage_module._PORTS, port)))
+        assert port not in choose(tmp_path).values()
+        lost.bind(("127.0.0.1", 0))
+        bad = [lost.getsockname()[1]]
 
         def choose_badly(folder: Path) -> dict[str, int]:
             return choose(folder) | ({"s3.port": bad.pop()} if bad else {})
 
         monkeypatch.setattr(storage_module, "_choose_ports", choose_badly)
         with start_storage(tmp_path, buckets=("data",)) as storage:
-            assert connect(storage).list_buckets()["Buckets"]
+            assert not storage.endpoint.endswith((f":{port}", f":{lost.getsockname()[1]}"))
+            assert connect(storage).list_buckets()["Buckets"][0]["Name"] == "data"
 
 
 def test_the_server_dies_with_a_killed_owner_and_two_owners_are_refused(

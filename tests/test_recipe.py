@@ -41,7 +41,10 @@ def test_the_demo_recipe_at_the_top_is_the_packaged_one() -> None:
 
 def test_all_faults_are_reported_at_once_with_their_lines() -> None:
     """A person mends a file once, not once per fault."""
-    text = "name: A b\nbase: {model: ./base}\ndataset: {path: d}\nmethod:\n  type: lora\n  rnak: 3\n  rank: 0\ntraning: {}\n"
+    text = (
+        "name: A b\nbase: {model: ./base}\ndataset: {path: d}\n"
+        "method:\n  type: lora\n  rnak: 3\n  rank: 0\ntraning: {}\n"
+    )
     with pytest.raises(RecipeError) as caught:
         parse_recipe(text, source="r.yaml")
     lines = sorted(str(caught.value).splitlines())

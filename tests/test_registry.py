@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from appliance.errors import ApplianceError, PreconditionFailedError, RegistryEr
 from appliance.manifest import FileEntry, Manifest
 from appliance.registry.layout import blob_key, manifest_key, ref_key
 from appliance.store import Store, StoredObject, open_store
+from appliance.store.s3 import S3Store
 
 AT = "2026-01-31T12:00:00Z"
 
@@ -210,9 +212,9 @@ def test_racing_promotions_lose_no_move(tmp_path: Path, racers: int) -> None:
     check_race(open_store((tmp_path / "store").as_uri()), tmp_path, racers)
 
 
-def test_racing_promotions_on_s3_lose_no_move(s3: object, tmp_path: Path) -> None:
+def test_racing_promotions_on_s3_lose_no_move(bucket: S3Store, tmp_path: Path) -> None:
     """The same over a real S3 server (three writers: each lost lock costs a second there)."""
-    check_race(open_store("s3://registry/promotions"), tmp_path, 3)
+    check_race(replace(bucket, prefix="promotions"), tmp_path, 3)
 
 
 def check_race(store: Store, folder: Path, racers: int) -> None:

@@ -275,9 +275,9 @@ def test_no_credentials_and_broken_settings_are_one_line(s3: Storage, monkeypatc
     check_one_line(fault, "no complete credentials", "AWS_ACCESS_KEY_ID")
 
 
-def test_a_file_above_64_mib_goes_up_in_parts_with_one_creation(s3: Storage, tmp_path: Path) -> None:
+def test_a_file_above_64_mib_goes_up_in_parts_with_one_creation(bucket: S3Store, tmp_path: Path) -> None:
     """Same bytes back; a second upload finds it equal; other bytes of the same size are named as damage."""
-    store = open_store("s3://registry/large")
+    store = replace(bucket, prefix="large")
     content = os.urandom(1 << 20) * 66
     sha256 = write_file(tmp_path / "in", content)
     first = store.put_file("blob", tmp_path / "in", sha256=sha256)
@@ -326,26 +326,24 @@ FAULTS = {
 }
 
 
-def make_faulty(url: str, fault: str) -> S3Store:
-    """The store behind `url` whose first conditional write meets `fault`."""
-    store = open_store(url)
-    assert isinstance(store, S3Store)
+def make_faulty(bucket: S3Store, prefix: str, fault: str) -> S3Store:
+    """A store below `prefix` whose first conditional write meets `fault`."""
     error, applied = FAULTS[fault]
-    once = FaultyClient(store.clients.once, error, applied=applied)
-    return replace(store, clients=Clients(store.clients.steady, once))
+    once = FaultyClient(bucket.clients.once, error, applied=applied)
+    return replace(bucket, prefix=prefix, clients=Clients(bucket.clients.steady, once))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_creation_with_a_lost_answer_succeeds_exactly_once(s3: Storage, tmp_path: Path, fault: str) -> None:
+def test_a_creation_with_a_lost_answer_succeeds_exactly_once(bucket: S3Store, tmp_path: Path, fault: str) -> None:
     """409 and 5xx are tried again; our own first success is not mistaken for a competitor's."""
-    store = make_faulty(f"s3://registry/lost-{fault}", fault)
+    store = make_faulty(bucket, f"lost-{fault}", fault)
     made = store.put("ref", b"mine", if_none_match=True)
     assert store.get("ref") == (b"mine", made)
     with pytest.raises(PreconditionFailedError):
         store.put("ref", b"other", if_none_match=True)
-    store = make_faulty(f"s3://registry/lost-{fault}", fault)
+    store = make_faulty(bucket, f"lost-{fault}", fault)
     assert store.put("ref", b"newer", if_match=made.etag) == store.head("ref")
-    store = make_faulty(f"s3://registry/lost-{fault}", fault)
+    store = make_faulty(bucket, f"lost-{fault}", fault)
     sha256 = write_file(tmp_path / "f", b"blob")
     assert store.put_file("blob", tmp_path / "f", sha256=sha256).size == 4
 
@@ -360,37 +358,37 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> int:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_large_upload_with_a_lost_answer_at_the_end_succeeds(
-    s3: Storage, tmp_path: Path, small_parts: int, fault: str
+    bucket: S3Store, tmp_path: Path, small_parts: int, fault: str
 ) -> None:
     """409 at completion starts the upload anew; a lost answer is settled by looking."""
-    store = make_faulty(f"s3://registry/large-{fault}", fault)
+    store = make_faulty(bucket, f"large-{fault}", fault)
     sha256 = write_file(tmp_path / "f", bytes(small_parts))
     stored = store.put_file("blob", tmp_path / "f", sha256=sha256)
     assert stored.size == small_parts
     assert stored.etag.strip('"').endswith("-2")
 
 
-def test_a_large_file_that_changed_is_not_stored(s3: Storage, tmp_path: Path, small_parts: int) -> None:
+def test_a_large_file_that_changed_is_not_stored(bucket: S3Store, tmp_path: Path, small_parts: int) -> None:
     """The digest is taken over the parts that were sent; the upload is thrown away."""
-    store = open_store("s3://registry/changed")
+    store = replace(bucket, prefix="changed")
     write_file(tmp_path / "f", bytes(small_parts))
     with pytest.raises(StoreError, match="the file changed"):
         store.put_file("blob", tmp_path / "f", sha256="0" * 64)
     assert store.head("blob") is None
 
 
-def test_racing_large_uploads_of_one_file_all_succeed(s3: Storage, tmp_path: Path, small_parts: int) -> None:
+def test_racing_large_uploads_of_one_file_all_succeed(bucket: S3Store, tmp_path: Path, small_parts: int) -> None:
     """One completion creates the object; the others find it equal."""
-    store = open_store("s3://registry/large-race")
+    store = replace(bucket, prefix="large-race")
     sha256 = write_file(tmp_path / "f", bytes(small_parts))
     found = race(lambda _: store.put_file("blob", tmp_path / "f", sha256=sha256), racers=3)
     assert found == [found[0]] * 3
 
 
-def test_a_lost_answer_never_makes_a_competitors_object_ours(s3: Storage) -> None:
+def test_a_lost_answer_never_makes_a_competitors_object_ours(bucket: S3Store) -> None:
     """After a lost answer that was not applied, a 412 stays a lost race."""
-    open_store("s3://registry/rival").put("ref", b"theirs")
-    store = make_faulty("s3://registry/rival", "lost-before")
+    replace(bucket, prefix="rival").put("ref", b"theirs")
+    store = make_faulty(bucket, "rival", "lost-before")
     with pytest.raises(PreconditionFailedError):
         store.put("ref", b"mine", if_none_match=True)
 

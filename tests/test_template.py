@@ -12,8 +12,9 @@ from appliance.example import Example, Message
 from appliance.model import load_template, render_row
 
 LLAMA = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim"
-    " + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'"
+    " + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
@@ -38,7 +39,9 @@ def read_spans(folder: Path, example: Example) -> list[str]:
     [(TEMPLATE, *SPECIAL), (LLAMA, "<|begin|>", "<|eot_id|>"), (MISTRAL, "<s>", "</s>")],
     ids=["chatml", "llama3", "mistral"],
 )
-def test_the_trained_text_is_the_assistant_turns_and_their_stop_tokens(tmp_path: Path, template: str, bos: str, eos: str) -> None:
+def test_the_trained_text_is_the_assistant_turns_and_their_stop_tokens(
+    tmp_path: Path, template: str, bos: str, eos: str
+) -> None:
     """Without any generation marker in the template, every assistant turn is found, and nothing else."""
     write_tokenizer(tmp_path, template=template, bos=bos, eos=eos)
     example = make_example(("user", "a?"), ("assistant", "one"), ("user", "b?"), ("assistant", "two é"))
@@ -52,7 +55,9 @@ def test_the_rendering_is_that_of_transformers(tmp_path: Path) -> None:
 
     write_tokenizer(tmp_path, template=LLAMA, bos="<|begin|>", eos="<|eot_id|>")
     messages = [{"role": "system", "content": "s <é> & 'q'"}, {"role": "user", "content": " hi "}]
-    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True
+    )
     ours = load_template(tmp_path).encode_prompt([Message(m["role"], m["content"]) for m in messages])
     assert ours == theirs["input_ids"]
 

@@ -115,7 +115,10 @@ def test_the_same_job_gives_the_same_bytes(base: Path, tmp_path: Path, reference
     job = make_job(base, tmp_path / "elsewhere")
     env = {**os.environ, "PYTHONHASHSEED": "123"}
     subprocess.run(
-        [sys.executable, "-m", "appliance.training.worker", str(write_job(job))], check=True, env=env, capture_output=True
+        [sys.executable, "-m", "appliance.training.worker", str(write_job(job))],
+        check=True,
+        env=env,
+        capture_output=True,
     )
     assert digest_folder(job.adapter) == reference["adapter_sha256"]
     assert str(tmp_path) not in (job.adapter / "adapter_config.json").read_text()
@@ -132,7 +135,9 @@ def wait_for_step(job: TrainingJob, step: int, child: subprocess.Popen[bytes]) -
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and child.poll() is None:
         journal = job.folder / "metrics.jsonl"
-        if journal.is_file() and any(json.loads(x)["step"] >= step for x in journal.read_text().splitlines() if x.endswith("}")):
+        if journal.is_file() and any(
+            json.loads(x)["step"] >= step for x in journal.read_text().splitlines() if x.endswith("}")
+        ):
             return
         time.sleep(0.005)
 
@@ -235,7 +240,10 @@ def test_the_loss_is_over_trained_tokens_only(base: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"method": {"type": "full"}, "training": {"learning_rate": 1.0, "epochs": 20}}, "lower training.learning_rate"),
+        (
+            {"method": {"type": "full"}, "training": {"learning_rate": 1.0, "epochs": 20}},
+            "lower training.learning_rate",
+        ),
         ({"method": {"type": "lora", "targets": ["no_such_layer"]}}, "linear layers of this model: down_proj"),
     ],
     ids=["diverges", "no-such-layer"],
@@ -333,7 +341,14 @@ def test_arguments_are_what_the_recipe_says(tmp_path: Path) -> None:
         output=Path("out"),
     )
     assert count_steps(recipe.training, rows=33) == arguments["max_steps"] == 10
-    picked = ("gradient_accumulation_steps", "learning_rate", "eval_steps", "save_steps", "save_total_limit", "warmup_steps")
+    picked = (
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+        "warmup_steps",
+    )
     assert [arguments[k] for k in picked] == [2, 0.01, 3, 3, 2, 1]
     assert arguments["auto_find_batch_size"] is False
     assert arguments["report_to"] == []

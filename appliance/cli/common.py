@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import click
 
 from appliance.errors import CommandError
-from appliance.pipeline import Finished, Origin, Workspace
+from appliance.pipeline import Finished
+from appliance.preparation import Origin, Workspace
 from appliance.reconcile import read_origin
 from appliance.store import Store, open_store
 

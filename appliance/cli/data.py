@@ -21,7 +21,12 @@ def command() -> None:
 
 @command.command("check")
 @click.argument("folder", type=click.Path(path_type=Path), required=False)
-@click.option("--recipe", "recipe_path", type=click.Path(path_type=Path), help="Check this recipe's dataset, splits and token lengths.")
+@click.option(
+    "--recipe",
+    "recipe_path",
+    type=click.Path(path_type=Path),
+    help="Check this recipe's dataset, splits and token lengths.",
+)
 @click.option("--root", type=click.Path(path_type=Path), default=".", show_default=True, help="The repository.")
 @click.option(
     "--cache",

@@ -47,7 +47,9 @@ class _Stage:
 
 
 def _failed(verb: str, code: int) -> ApplianceError:
-    fault = ApplianceError(f"demo: `appliance {verb}` ended with exit code {code}; mend what it said and run the demo again")
+    fault = ApplianceError(
+        f"demo: `appliance {verb}` ended with exit code {code}; mend what it said and run the demo again"
+    )
     fault.exit_code = code
     return fault
 
@@ -61,7 +63,9 @@ def _failed(verb: str, code: int) -> ApplianceError:
     help="Folder for everything the demo makes; run again in it, only what is missing is done.",
 )
 @click.option("--quick", is_flag=True, help="A tenth of the rows, one epoch: shows the way, not the gain.")
-@click.option("--full", is_flag=True, help="Then commit new rows and reconcile again: a second version appears, the first stays.")
+@click.option(
+    "--full", is_flag=True, help="Then commit new rows and reconcile again: a second version appears, the first stays."
+)
 def command(*, workspace: Path, quick: bool, full: bool) -> None:
     """Run the main job end to end on this machine: S3 server, Git and DVC repository, training, verdict, registry.
 
@@ -74,7 +78,9 @@ def command(*, workspace: Path, quick: bool, full: bool) -> None:
     with start_storage(home / "storage", buckets=_BUCKETS) as storage:
         environment = {**storage.environment, "APPLIANCE_STORE": "s3://adapters/registry"}
         say(f"S3 at {storage.endpoint}, data in {home / 'storage'}")
-        repository = prepare_repository(home / "repository", remote="s3://datasets/dvc", endpoint=storage.endpoint, quick=quick)
+        repository = prepare_repository(
+            home / "repository", remote="s3://datasets/dvc", endpoint=storage.endpoint, quick=quick
+        )
         stage = _Stage(repository=repository, workspace=home, environment=environment)
         _title(2, "write the dataset and commit it: dvc add, dvc push, git commit")
         say(commit_dataset(repository, rows=rows, message="Add workplace requests", env=environment))

@@ -20,11 +20,15 @@ from appliance.recipe import EvaluationSection, Recipe
 
 @click.command("generate")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--prompt", "prompts", multiple=True, help="A user turn; repeatable. Lines of standard input when left out.")
+@click.option(
+    "--prompt", "prompts", multiple=True, help="A user turn; repeatable. Lines of standard input when left out."
+)
 @click.option("--system", help="System prompt; the one the version was trained with when left out.")
 @click.option("--compare", is_flag=True, help="Also without the adapter.")
 @click.option("--max-new-tokens", type=click.IntRange(1, 8192), default=256, show_default=True, help="Longest answer.")
-@click.option("--root", type=click.Path(path_type=Path), default=".", show_default=True, help="Where a relative base path starts.")
+@click.option(
+    "--root", type=click.Path(path_type=Path), default=".", show_default=True, help="Where a relative base path starts."
+)
 @click.option(
     "--cache",
     type=click.Path(path_type=Path),
@@ -50,8 +54,12 @@ def command(
     recipe = Recipe.model_validate(manifest.recipe)
     base = resolve_base(recipe.base, root=root.resolve(), cache=cache.expanduser().resolve(), note=say)
     asked = prompts or tuple(line.strip() for line in sys.stdin if line.strip())
+    if not asked:
+        raise click.UsageError("nothing to answer: give --prompt or lines on standard input")
     lead = system if system is not None else _read_system(folder)
-    outputs = _answer(asked, system=lead, base=base, folder=folder, manifest=manifest, compare=compare, limit=max_new_tokens)
+    outputs = _answer(
+        asked, system=lead, base=base, folder=folder, manifest=manifest, compare=compare, limit=max_new_tokens
+    )
     if as_json:
         print_json([{"prompt": asked[int(o.id)], "arm": o.arm, "output": o.output, "stop": o.stop} for o in outputs])
         return
@@ -65,7 +73,9 @@ def _load_manifest(folder: Path) -> Manifest:
     try:
         return decode_manifest((folder / "manifest.json").read_bytes(), source=str(folder / "manifest.json"))
     except OSError as fault:
-        raise RegistryError(f"{folder}: no manifest.json here; fetch a version with `appliance pull NAME@ALIAS {folder}`") from fault
+        raise RegistryError(
+            f"{folder}: no manifest.json here; fetch a version with `appliance pull NAME@ALIAS {folder}`"
+        ) from fault
 
 
 def _read_system(folder: Path) -> str | None:
@@ -79,14 +89,29 @@ def _read_system(folder: Path) -> str | None:
 
 
 def _answer(
-    asked: tuple[str, ...], *, system: str | None, base: Base, folder: Path, manifest: Manifest, compare: bool, limit: int
+    asked: tuple[str, ...],
+    *,
+    system: str | None,
+    base: Base,
+    folder: Path,
+    manifest: Manifest,
+    compare: bool,
+    limit: int,
 ) -> list[Output]:
     lead = (Message("system", system),) if system else ()
     examples = [
-        Example(str(i), (*lead, Message("user", t), Message("assistant", "")), provenance="human") for i, t in enumerate(asked)
+        Example(str(i), (*lead, Message("user", t), Message("assistant", "")), provenance="human")
+        for i, t in enumerate(asked)
     ]
     is_adapter = manifest.kind == "adapter"
-    arms = [Arm("candidate", base.folder if is_adapter else folder.resolve(), folder.resolve() if is_adapter else None, is_prompted=False)]
+    arms = [
+        Arm(
+            "candidate",
+            base.folder if is_adapter else folder.resolve(),
+            folder.resolve() if is_adapter else None,
+            is_prompted=False,
+        )
+    ]
     if compare:
         arms.insert(0, Arm("zero_shot", base.folder, None, is_prompted=False))
     template = load_template(base.folder)

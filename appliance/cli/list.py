@@ -17,7 +17,9 @@ def command(*, name: str | None, store_url: str, as_json: bool) -> None:
     """List the versions of NAME, or of every model, oldest first, with verdicts and aliases."""
     versions = registry.list_versions(open_store(store_url), name)
     if as_json:
-        rows = [{"name": v.name, "version": v.version, "verdict": v.verdict, "aliases": list(v.aliases)} for v in versions]
+        rows = [
+            {"name": v.name, "version": v.version, "verdict": v.verdict, "aliases": list(v.aliases)} for v in versions
+        ]
         print_json(rows)
         return
     if not versions:

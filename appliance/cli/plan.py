@@ -8,29 +8,32 @@ import click
 
 from appliance.cli.common import build_workspace, json_option, print_json, recipe_argument, workspace_options
 from appliance.model import load_template, render_row
-from appliance.pipeline import plan_run, prepare
 from appliance.plan import Plan, read_machine
+from appliance.preparation import plan_run, prepare
 from appliance.recipe import load_recipe
-from appliance.training.rows import show_mask
+from appliance.training import show_mask
 
 
 @click.command("plan")
 @recipe_argument
 @workspace_options
-@click.option("--show-mask", "masks", type=click.IntRange(0, 100), default=0, help="Print N rows with trained tokens in colour.")
+@click.option(
+    "--show-mask", "masks", type=click.IntRange(0, 100), default=0, help="Print N rows with trained tokens in colour."
+)
 @json_option
 def command(*, recipe: Path, root: Path, cache: Path, runs: Path | None, masks: int, as_json: bool) -> None:
     """Show rows, tokens, steps, micro-batch and memory of RECIPE on this machine; trains nothing."""
     prepared = prepare(load_recipe(recipe), workspace=build_workspace(root=root, cache=cache, runs=runs))
-    plan = plan_run(prepared, machine=read_machine())
+    template = load_template(prepared.base.folder)
+    rows = [render_row(e, template) for e in prepared.splits.train]
+    plan = plan_run(prepared, rows=rows, machine=read_machine())
     if as_json:
         print_json({**plan.to_json(), "run_key": prepared.key})
         return
     _print_plan(plan, key=prepared.key)
-    template = load_template(prepared.base.folder)
-    for example in prepared.splits.train[:masks]:
-        pieces = show_mask(render_row(example, template), template)
-        click.echo(f"\n{example.id}")
+    for row in rows[:masks]:
+        pieces = show_mask(row, template)
+        click.echo(f"\n{row.id}")
         click.echo("".join(click.style(text, fg="green", bold=True) if trained else text for text, trained in pieces))
 
 

@@ -6,8 +6,16 @@ from pathlib import Path
 
 import click
 
-from appliance.cli.common import build_workspace, find_origin, print_finished, recipe_argument, store_option, workspace_options
-from appliance.pipeline import prepare, publish_run
+from appliance.cli.common import (
+    build_workspace,
+    find_origin,
+    print_finished,
+    recipe_argument,
+    store_option,
+    workspace_options,
+)
+from appliance.pipeline import publish_run
+from appliance.preparation import prepare
 from appliance.recipe import load_recipe
 from appliance.store import open_store
 

@@ -22,4 +22,6 @@ def command(*, reference: str, folder: Path, store_url: str) -> None:
     """
     manifest = registry.pull(open_store(store_url), reference, folder)
     size = sum(f.size for f in manifest.files)
-    click.echo(f"{manifest.name}@{manifest.version}: {len(manifest.files)} files, {size / 1e6:.1f} MB, verified, in {folder}")
+    click.echo(
+        f"{manifest.name}@{manifest.version}: {len(manifest.files)} files, {size / 1e6:.1f} MB, verified, in {folder}"
+    )

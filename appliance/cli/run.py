@@ -23,7 +23,9 @@ from appliance.recipe import load_recipe
 @recipe_argument
 @store_option(required=False)
 @workspace_options
-@click.option("--force", is_flag=True, help="Make a new version even if the registry has one for this recipe, data and base.")
+@click.option(
+    "--force", is_flag=True, help="Make a new version even if the registry has one for this recipe, data and base."
+)
 def command(*, recipe: Path, store_url: str | None, root: Path, cache: Path, runs: Path | None, force: bool) -> int:
     """Check, train, evaluate, judge and publish one RECIPE; without --store it stops at the card.
 

@@ -6,7 +6,7 @@ from appliance.data.check import Report, check_dataset
 from appliance.data.findings import Finding
 from appliance.data.pointer import Pointer, digest_dvc_folder, is_current, load_pointer, pull_data
 from appliance.data.rows import Dataset, DatasetCard, Row, load_dataset
-from appliance.data.split import Splits, select_side, split_dataset
+from appliance.data.split import Splits, select_side, split_dataset, summarise_dataset
 
 __all__ = [
     "Dataset",
@@ -24,4 +24,5 @@ __all__ = [
     "pull_data",
     "select_side",
     "split_dataset",
+    "summarise_dataset",
 ]

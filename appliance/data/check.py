@@ -119,7 +119,9 @@ def _check_ids(dataset: Dataset) -> Iterator[Finding]:
 
 def _check_duplicates(dataset: Dataset) -> Iterator[Finding]:
     """No content twice."""
-    yield from _find_repeats(dataset.rows, "duplicate", key=lambda e: e.content_hash, words="the content", fix="remove one")
+    yield from _find_repeats(
+        dataset.rows, "duplicate", key=lambda e: e.content_hash, words="the content", fix="remove one"
+    )
 
 
 def _find_repeats(
@@ -192,12 +194,17 @@ def _check_sizes(dataset: Dataset, test_rows: int, *, floor: int) -> Iterator[Fi
     rows, place = len(dataset.rows), str(dataset.folder)
     severity: Severity = "error" if rows < _SMALLEST else "warning"
     if rows < 100:
-        message = f"{rows} rows; at least {_SMALLEST} are needed and 100 for a simple task (500 to 1,000 for a complex one)"
+        message = (
+            f"{rows} rows; at least {_SMALLEST} are needed and 100 for a simple task (500 to 1,000 for a complex one)"
+        )
         yield Finding(severity, "volume", place, message, "collect more, or prompt with a few examples instead")
     if rows >= _SMALLEST and test_rows < floor:
         points = next((p for n, p in reversed(_DETECTABLE) if test_rows >= n), None)
         finds = f"find only gains of {points} points or more" if points else "hardly show any gain"
-        message = f"{test_rows} test rows, the gate wants {floor}: a test on so few can {finds}, the verdict will be inconclusive"
+        message = (
+            f"{test_rows} test rows, the gate wants {floor}: a test on so few can {finds}, "
+            "the verdict will be inconclusive"
+        )
         yield Finding("warning", "test-size", place, message, "add rows or raise dataset.split.test")
 
 

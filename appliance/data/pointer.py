@@ -20,7 +20,10 @@ from appliance.errors import CommandError, DatasetError
 
 _REASONS = (
     ("No remote", "no DVC remote is configured; `dvc remote add --default store s3://bucket/prefix`"),
-    ("Unable to locate credentials", "no credentials for the DVC remote; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+    (
+        "Unable to locate credentials",
+        "no credentials for the DVC remote; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    ),
     ("Forbidden", "the DVC remote refuses these credentials; check AWS_ACCESS_KEY_ID and the bucket's policy"),
     ("InvalidAccessKeyId", "the DVC remote refuses these credentials; check AWS_ACCESS_KEY_ID"),
     ("SignatureDoesNotMatch", "the DVC remote refuses these credentials; check AWS_SECRET_ACCESS_KEY"),
@@ -77,7 +80,9 @@ def pull_data(pointer: Pointer, *, root: Path) -> None:
     if is_current(pointer, root):
         return
     try:
-        run_command([sys.executable, "-m", "dvc", "pull", "--force", "--quiet", pointer.file.name], cwd=root, timeout_s=3600.0)
+        run_command(
+            [sys.executable, "-m", "dvc", "pull", "--force", "--quiet", pointer.file.name], cwd=root, timeout_s=3600.0
+        )
     except CommandError as fault:
         reason = next((text for mark, text in _REASONS if mark in str(fault)), str(fault).splitlines()[-1])
         raise DatasetError(f"{pointer.file}: dvc pull failed: {reason}") from fault

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from appliance.data.rows import Dataset
 from appliance.digest import digest_json
@@ -58,3 +58,22 @@ def split_dataset(dataset: Dataset | Sequence[Example], split: SplitSection) -> 
                 "add rows, or give dataset.split other shares in the recipe"
             )
     return Splits(tuple(sides["train"]), tuple(sides["validation"]), tuple(sides["test"]))
+
+
+def summarise_dataset(dataset: Dataset, splits: Splits) -> dict[str, Any]:
+    """What the card says of the data; `system_prompt` is the one that every row has, else `None`."""
+    examples = dataset.examples
+    provenance = [e.provenance for e in examples]
+    systems = {next((m.content for m in e.messages if m.role == "system"), None) for e in examples}
+    return {
+        "name": dataset.card.name,
+        "licence": dataset.card.licence,
+        "rows": len(examples),
+        "train": len(splits.train),
+        "validation": len(splits.validation),
+        "test": len(splits.test),
+        "digest": dataset.digest,
+        "split_digest": splits.digest,
+        "provenance": {p: provenance.count(p) for p in sorted(set(provenance))},
+        "system_prompt": systems.pop() if len(systems) == 1 else None,
+    }

@@ -55,7 +55,9 @@ def commit_dataset(folder: Path, *, rows: int, message: str, env: Mapping[str, s
     _dvc(folder, "push", "--quiet", "datasets.dvc", env=env)
     run_command(["git", "add", "--all"], cwd=folder)
     if run_command(["git", "status", "--porcelain"], cwd=folder).strip():
-        run_command(["git", "-c", "commit.gpgsign=false", "commit", "--quiet", "--message", message], cwd=folder, env=_IDENTITY)
+        run_command(
+            ["git", "-c", "commit.gpgsign=false", "commit", "--quiet", "--message", message], cwd=folder, env=_IDENTITY
+        )
         state = "committed"
     else:
         state = "unchanged"

@@ -29,7 +29,7 @@ _PORTS = (
     "s3.port", "s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc",
     "filer.port", "filer.port.grpc", "admin.port", "admin.port.grpc",
 )  # fmt: skip
-_START_S, _STOP_S, _LOCK_S, _PROBE_S, _POLL_S = 60.0, 10.0, 10.0, 2.0, 0.05
+_START_S, _STOP_S, _LOCK_S, _PROBE_S, _POLL_S = 60.0, 5.0, 10.0, 2.0, 0.05
 _ATTEMPTS = 3
 _PORT_TAKEN = "Port allocation failed"
 
@@ -135,7 +135,8 @@ def _run_server(folder: Path, storage: Storage, *, ports: Mapping[str, int], han
     data.mkdir(exist_ok=True)
     storage.log.unlink(missing_ok=True)
     argv = _build_command(folder, buckets=storage.buckets, ports=ports)
-    server = start_server(argv, log=storage.log, pass_fds=(handle.fileno(),))
+    # weed makes an identity of the AWS variables it finds: they must be the same as in identity.json.
+    server = start_server(argv, log=storage.log, env=storage.environment, pass_fds=(handle.fileno(),))
     try:
         yield server
     finally:
@@ -226,7 +227,7 @@ def _build_client(storage: Storage) -> Any:
 
 
 def _stop(server: Any) -> None:
-    """SIGTERM, then SIGKILL after 10 s or when this wait is interrupted; returns when it is gone."""
+    """SIGTERM, then SIGKILL after 5 s or when this wait is interrupted; returns when it is gone."""
     try:
         if server.poll() is None:
             server.terminate()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from appliance.evaluation.arms import Arm, build_arms, build_prompts
 from appliance.evaluation.generate import GenerationJob, generate
-from appliance.evaluation.outputs import Output, Result, decode_outputs
+from appliance.evaluation.outputs import Output, Result, decode_outputs, decode_results, encode_results
 from appliance.evaluation.scorers import score_outputs
 from appliance.evaluation.statistics import smallest_gain
 from appliance.evaluation.verdict import Verdict, judge
@@ -23,6 +23,8 @@ __all__ = [
     "build_arms",
     "build_prompts",
     "decode_outputs",
+    "decode_results",
+    "encode_results",
     "generate",
     "judge",
     "score_outputs",

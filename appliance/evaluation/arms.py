@@ -49,7 +49,9 @@ def build_arms(
     if section.few_shot:
         arms.append(Arm("few_shot", base, None, is_prompted=True))
     if champion is not None:
-        arms.append(_build_tuned("champion", champion, base=base, is_adapter=(champion / "adapter_config.json").is_file()))
+        arms.append(
+            _build_tuned("champion", champion, base=base, is_adapter=(champion / "adapter_config.json").is_file())
+        )
     arms.append(_build_tuned("candidate", artifact, base=base, is_adapter=is_adapter))
     return tuple(arms)
 

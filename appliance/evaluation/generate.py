@@ -63,7 +63,9 @@ def generate(
     )
     bar.close()
     if code in (33, -15, -2):
-        raise InterruptedRunError("evaluation stopped by a signal; finished answers are kept: run the same command to go on")
+        raise InterruptedRunError(
+            "evaluation stopped by a signal; finished answers are kept: run the same command to go on"
+        )
     if code != 0:
         raise EvaluationError(_explain(job, code))
     return decode_outputs((job.folder / "outputs.jsonl").read_bytes())

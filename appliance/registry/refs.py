@@ -22,7 +22,7 @@ DEFAULT_ALIAS = "production"
 _ATTEMPTS = 64
 
 
-def promote(  # noqa: PLR0913 - each is a field of the record
+def promote(
     store: Store,
     *,
     name: str,

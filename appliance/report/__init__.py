@@ -1,1 +1,9 @@
+"""The report: one JSON truth about a run, rendered as Markdown and as one self-contained page."""
 
+from __future__ import annotations
+
+from appliance.report.card import build_card, write_card
+from appliance.report.html import render_html
+from appliance.report.markdown import render_markdown
+
+__all__ = ["build_card", "render_html", "render_markdown", "write_card"]

@@ -7,6 +7,6 @@ checkpoint that belongs to another run or whose bytes are damaged.
 from __future__ import annotations
 
 from appliance.training.launch import TrainingJob, train
-from appliance.training.rows import prepare_rows
+from appliance.training.rows import prepare_rows, show_mask
 
-__all__ = ["TrainingJob", "prepare_rows", "train"]
+__all__ = ["TrainingJob", "prepare_rows", "show_mask", "train"]

@@ -49,11 +49,15 @@ def attend(
     does not compute: batches that are not packed, soft caps, windows shorter than a document.
     """
     if attention_mask is not None or query.shape[0] != 1 or softcap is not None:
-        raise ValueError("packed attention needs one flat batch without a mask or a soft cap; set training.packing: false")
+        raise ValueError(
+            "packed attention needs one flat batch without a mask or a soft cap; set training.packing: false"
+        )
     if cu_seq_lens_q is None or max_length_q is None:
         cu_seq_lens_q, max_length_q = torch.tensor([0, query.shape[2]], device=query.device), query.shape[2]
     if sliding_window is not None and max_length_q > sliding_window:
-        raise ValueError(f"a row of {max_length_q} tokens exceeds the window of {sliding_window}; set training.packing: false")
+        raise ValueError(
+            f"a row of {max_length_q} tokens exceeds the window of {sliding_window}; set training.packing: false"
+        )
     index, real = _spread_index(cu_seq_lens_q, int(max_length_q))
     groups = query.shape[1] // key.shape[1]
     queries = query[0].transpose(0, 1)[index].transpose(1, 2)

@@ -7,6 +7,7 @@ short chats with a long vocabulary is a third of the work.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from appliance.model import TokenRow
@@ -44,7 +45,7 @@ def collate_packed(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "labels": labels,
         "shift_labels": labels,
         "cu_seq_lens_q": torch.tensor(lengths, dtype=torch.int32),
-        "max_length_q": max(b - a for a, b in zip(lengths, lengths[1:], strict=False)),
+        "max_length_q": max(b - a for a, b in pairwise(lengths)),
     }
 
 

@@ -125,7 +125,11 @@ def _explain(job: TrainingJob, code: int) -> TrainingError | InterruptedRunError
     if code == _INTERRUPTED:
         return InterruptedRunError(f"training stopped by a signal: {message}; run the same command to go on")
     if code == _TRANSIENT:
-        return DeviceError(f"out of memory with micro-batch 1: {message}; use a shorter max_length, qlora or a larger device")
+        return DeviceError(
+            f"out of memory with micro-batch 1: {message}; use a shorter max_length, qlora or a larger device"
+        )
     if code < 0:
-        message = f"the training process was killed by signal {-code} (out of memory?); the same command resumes; log: {log}"
+        message = (
+            f"the training process was killed by signal {-code} (out of memory?); the same command resumes; log: {log}"
+        )
     return TrainingError(message)

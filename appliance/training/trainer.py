@@ -90,7 +90,9 @@ def run_job(job: TrainingJob, *, stop: Stop, emit: Emit) -> None:
         began = time.monotonic()
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         if trainer.state.global_step < trainer.args.max_steps:
-            raise InterruptedRunError(f"at step {trainer.state.global_step} of {trainer.args.max_steps}, checkpoint saved")
+            raise InterruptedRunError(
+                f"at step {trainer.state.global_step} of {trainer.args.max_steps}, checkpoint saved"
+            )
 
         # 6. The artifact, refused when it is not finite or changes nothing.
         _check_trained(model, job, train_rows[0], device=device)
@@ -183,7 +185,9 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 
     def _refuse_divergence(self, step: int, *, loss: float, norm: float) -> None:
         if not math.isfinite(loss) or not math.isfinite(norm):
-            raise TrainingError(f"step {step}: loss {loss}, gradient norm {norm}: not finite; lower training.learning_rate")
+            raise TrainingError(
+                f"step {step}: loss {loss}, gradient norm {norm}: not finite; lower training.learning_rate"
+            )
         self._first = loss if self._first is None else self._first
         self._bad = self._bad + 1 if loss > max(_DIVERGED * self._first, self._first + 2.0) else 0
         if self._bad >= _PATIENCE:
@@ -195,18 +199,18 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 
 def _build_model(job: TrainingJob, *, precision: Precision, device: torch.device) -> Any:
     attention.register()
-    is_full = isinstance(job.method, FullMethod)
+    method = job.method
     model = load_model(
         job.base,
-        precision="fp32" if is_full else precision,  # full: fp32 master weights, computed under autocast
+        precision="fp32" if isinstance(method, FullMethod) else precision,  # master weights, computed under autocast
         device=device,
-        four_bit=isinstance(job.method, QloraMethod),
+        four_bit=isinstance(method, QloraMethod),
         attention=attention.NAME if job.training.packing else "sdpa",
     )
-    if is_full:
+    if isinstance(method, FullMethod):
         return model
     try:
-        return get_peft_model(model, LoraConfig(**build_adapter_arguments(job.method)))
+        return get_peft_model(model, LoraConfig(**build_adapter_arguments(method)))
     except ValueError as fault:
         names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
         raise TrainingError(f"method.targets: {fault}; linear layers of this model: {', '.join(names)}") from fault
@@ -274,7 +278,9 @@ def _build_trainer(
         args=SFTConfig(**arguments),
         train_dataset=Dataset.from_list(build_records(train_rows)),
         eval_dataset=Dataset.from_list(build_records(validation_rows)) if validation_rows else None,
-        data_collator=collate_packed if job.training.packing else partial(collate_padded, pad_id=tokenizer.pad_token_id),
+        data_collator=collate_packed
+        if job.training.packing
+        else partial(collate_padded, pad_id=tokenizer.pad_token_id),
         processing_class=tokenizer,
         callbacks=[watch],
     )
@@ -374,7 +380,7 @@ def _peak_memory(device: torch.device) -> int:
 
 @contextmanager
 def _out_of_memory_as_device_error() -> Iterator[None]:
-    """torch says out of memory in two ways; both mean: try again with a smaller micro-batch."""
+    """Torch says out of memory in two ways; both mean: try again with a smaller micro-batch."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as fault:

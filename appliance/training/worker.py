@@ -17,7 +17,12 @@ from appliance.digest import canonical_json, write_atomic
 from appliance.errors import ApplianceError, DeviceError, InterruptedRunError
 from appliance.training.launch import TrainingJob
 
-_QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
+_QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_MODE": "disabled",
+}
 
 
 class StopFlag:

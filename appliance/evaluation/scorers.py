@@ -1,0 +1,108 @@
+"""Scorers: each output against its reference and the dataset's contract, without mercy.
+
+An answer in a code fence, with prose around it or with a key too many would break the program that
+reads it, so it scores 0. Nothing is stripped but white space at the ends.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from appliance.contract import Contract, JsonContract
+from appliance.errors import EvaluationError
+from appliance.evaluation.outputs import Output, Result
+from appliance.example import Example
+
+_LIMIT = 100_000
+
+
+def score_outputs(outputs: Sequence[Output], examples: Sequence[Example], contract: Contract) -> tuple[Result, ...]:
+    """One result per output, in the outputs' order.
+
+    Raises `EvaluationError` when an arm lacks a row, answers one twice, or answers an unknown one.
+    """
+    known = {e.id: e for e in examples}
+    _check_complete(outputs, set(known))
+    return tuple(_score(output, known[output.id], contract) for output in outputs)
+
+
+def _check_complete(outputs: Sequence[Output], ids: set[str]) -> None:
+    for arm in sorted({o.arm for o in outputs}):
+        answered = [o.id for o in outputs if o.arm == arm]
+        wrong = sorted(set(answered) ^ ids)
+        if wrong or len(answered) != len(ids):
+            what = f"row {wrong[0]} is missing or unknown" if wrong else "a row has two answers"
+            raise EvaluationError(f"arm {arm}: {what} ({len(answered)} answers, {len(ids)} rows); evaluate again")
+
+
+def _score(output: Output, example: Example, contract: Contract) -> Result:
+    scores = {
+        "exact_match": float(is_exact(output.output, example.answer, contract)),
+        "contract_valid": float(keeps_contract(output.output, contract)),
+    }
+    if isinstance(contract, JsonContract):
+        scores["field_f1"] = score_fields(output.output, example.answer)
+    return Result(
+        id=output.id,
+        arm=output.arm,
+        output=output.output,
+        stop=output.stop,
+        tokens=output.tokens,
+        prompt_tokens=output.prompt_tokens,
+        seconds=output.seconds,
+        category=example.category,
+        group=example.group_key,
+        scores=scores,
+    )
+
+
+def keeps_contract(text: str, contract: Contract) -> bool:
+    """Whether the output keeps the contract as it stands."""
+    return len(text) <= _LIMIT and not contract.find_faults(text.strip())
+
+
+def is_exact(text: str, reference: str, contract: Contract) -> bool:
+    """Equal after trimming; for JSON contracts equal as values, whatever the order of keys.
+
+    Types count: 1, 1.0 and true differ.
+    """
+    if not isinstance(contract, JsonContract):
+        return text.strip() == reference.strip()
+    found = _parse(text)
+    return found is not None and _canonical(found[0]) == _canonical(json.loads(reference))
+
+
+def score_fields(text: str, reference: str) -> float:
+    """F1 over top-level (key, value) pairs; 0 when either is no object."""
+    found, expected = _parse(text), json.loads(reference)
+    if found is None or not isinstance(found[0], dict) or not isinstance(expected, dict):
+        return 0.0
+    ours = {(k, _canonical(v)) for k, v in found[0].items()}
+    theirs = {(k, _canonical(v)) for k, v in expected.items()}
+    return 2 * len(ours & theirs) / (len(ours) + len(theirs)) if ours or theirs else 1.0
+
+
+def _parse(text: str) -> tuple[Any] | None:
+    """The value of strict JSON without repeated keys, in a tuple; `None` for anything else."""
+    if len(text) > _LIMIT:
+        return None
+    try:
+        return (json.loads(text.strip(), object_pairs_hook=_refuse_repeats, parse_constant=_refuse_constant),)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({k for k, _ in pairs}) != len(pairs):
+        raise ValueError("a key is given twice")
+    return dict(pairs)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

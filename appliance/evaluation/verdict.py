@@ -1,0 +1,180 @@
+"""The verdict: ship, hold, inconclusive or reject, with its reasons and the numbers behind each.
+
+The candidate must beat the better of the prompted arms and must not lose to the champion. Too few
+rows are inconclusive, whatever they show; missing answers are an error, never a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from appliance.errors import EvaluationError
+from appliance.evaluation.outputs import Result
+from appliance.evaluation.statistics import mcnemar_exact, paired_gain_interval, smallest_gain, wilson_interval
+from appliance.manifest import Outcome
+from appliance.recipe import GateSection
+
+_PROMPTED = ("zero_shot", "few_shot")
+_CHAMPION_ALPHA = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The candidate against one arm on the same rows; `gain` is a share of rows."""
+
+    against: str
+    gain: float
+    interval: tuple[float, float]
+    p_value: float
+    wins: int
+    losses: int
+    ties: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was decided and why."""
+
+    outcome: Outcome
+    reasons: tuple[str, ...]
+    metric: str
+    n: int
+    arms: dict[str, dict[str, Any]]
+    best_prompted: str
+    comparison: Comparison
+    champion: Comparison | None
+    power: dict[str, Any]
+    slices: dict[str, dict[str, dict[str, Any]]]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+def judge(results: Sequence[Result], *, metric: str, gates: GateSection) -> Verdict:
+    """Decide from scored results. Raises `EvaluationError` when an arm or a score is missing."""
+    scores = _gather(results, metric)
+    n = len(scores["candidate"])
+    prompted = [a for a in _PROMPTED if a in scores]
+    best = max(prompted, key=lambda a: (sum(scores[a].values()), a))
+    comparison = _compare(scores["candidate"], scores[best], against=best)
+    champion = _compare(scores["candidate"], scores["champion"], against="champion") if "champion" in scores else None
+    detectable = smallest_gain(n, alpha=gates.alpha)
+    outcome, reasons = _decide(n, comparison, champion, gates=gates, detectable=detectable, metric=metric)
+    return Verdict(
+        outcome=outcome,
+        reasons=tuple(reasons),
+        metric=metric,
+        n=n,
+        arms={arm: _summarise([r for r in results if r.arm == arm], metric) for arm in scores},
+        best_prompted=best,
+        comparison=comparison,
+        champion=champion,
+        power={"n": n, "alpha": gates.alpha, "smallest_gain": detectable},
+        slices=_slice(results, metric),
+    )
+
+
+def _gather(results: Sequence[Result], metric: str) -> dict[str, dict[str, float]]:
+    """Scores by arm and row id; every arm must have the same rows."""
+    scores: dict[str, dict[str, float]] = {}
+    for result in results:
+        value = result.scores.get(metric)
+        if value not in (0.0, 1.0):
+            raise EvaluationError(
+                f"row {result.id}, arm {result.arm}: {metric} is {value}, expected 0 or 1; evaluate again"
+            )
+        scores.setdefault(result.arm, {})[result.id] = value
+    if "candidate" not in scores or not any(a in scores for a in _PROMPTED):
+        raise EvaluationError(f"arms {sorted(scores)}: the candidate and a prompted arm are needed; evaluate again")
+    for arm, rows in scores.items():
+        if rows.keys() != scores["candidate"].keys():
+            raise EvaluationError(
+                f"arm {arm} has {len(rows)} rows, the candidate {len(scores['candidate'])}; evaluate again"
+            )
+    return scores
+
+
+def _compare(ours: dict[str, float], theirs: dict[str, float], *, against: str) -> Comparison:
+    pairs = [(ours[i], theirs[i]) for i in ours]
+    both, wins = pairs.count((1.0, 1.0)), pairs.count((1.0, 0.0))
+    losses, neither = pairs.count((0.0, 1.0)), pairs.count((0.0, 0.0))
+    return Comparison(
+        against=against,
+        gain=(wins - losses) / len(pairs),
+        interval=paired_gain_interval(both=both, wins=wins, losses=losses, neither=neither),
+        p_value=mcnemar_exact(wins, losses),
+        wins=wins,
+        losses=losses,
+        ties=both + neither,
+    )
+
+
+def _decide(
+    n: int,
+    comparison: Comparison,
+    champion: Comparison | None,
+    *,
+    gates: GateSection,
+    detectable: float | None,
+    metric: str,
+) -> tuple[Outcome, list[str]]:
+    """The first rule that applies decides; a loss is told before a lack of rows."""
+    found = _describe(comparison, metric)
+    is_significant = comparison.p_value < gates.alpha
+    if is_significant and comparison.gain < 0:
+        return "reject", [f"worse than prompting: {found}"]
+    if n < gates.min_test_rows:
+        finds = f"finds gains of {detectable * 100:.0f} points or more" if detectable else "finds no gain at all"
+        reason = f"{n} test rows, the gate wants {gates.min_test_rows}: the test {finds} with 80% power; add rows"
+        return "inconclusive", [reason, found]
+    if not is_significant:
+        if detectable is not None and comparison.interval[1] >= max(detectable, gates.min_gain):
+            return "inconclusive", [
+                f"not significant at {gates.alpha:g}, and a worthwhile gain is not ruled out: {found}"
+            ]
+        return "hold", [f"not better than prompting at {gates.alpha:g}: {found}; do not fine-tune for this"]
+    if comparison.gain < gates.min_gain:
+        return "hold", [f"a gain below {gates.min_gain * 100:g} points is not worth its maintenance: {found}"]
+    if champion is not None:
+        loses = champion.gain < 0 and champion.p_value < _CHAMPION_ALPHA
+        if loses or champion.gain < -gates.min_gain:
+            return "hold", [found, f"loses to the version in use: {_describe(champion, metric)}"]
+        return "ship", [found, f"does not lose to the version in use: {_describe(champion, metric)}"]
+    return "ship", [found]
+
+
+def _describe(c: Comparison, metric: str) -> str:
+    low, high = c.interval
+    return (
+        f"{metric} {c.gain * 100:+.1f} points against {c.against} (95% interval {low * 100:+.1f} to {high * 100:+.1f}, "
+        f"exact McNemar p = {c.p_value:.2g}; {c.wins} rows better, {c.losses} worse, {c.ties} equal)"
+    )
+
+
+def _summarise(results: Sequence[Result], metric: str) -> dict[str, Any]:
+    n = len(results)
+    mean = {name: sum(r.scores[name] for r in results) / n for name in results[0].scores}
+    return {
+        "n": n,
+        "score": mean[metric],
+        "interval": wilson_interval(mean[metric] * n, n),
+        **{k: v for k, v in mean.items() if k != metric},
+        "length_stops": sum(r.stop == "length" for r in results) / n,
+        "mean_tokens": sum(r.tokens for r in results) / n,
+        "mean_prompt_tokens": sum(r.prompt_tokens for r in results) / n,
+        "seconds": round(sum(r.seconds for r in results), 2),
+    }
+
+
+def _slice(results: Sequence[Result], metric: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Score by category and arm."""
+    slices: dict[str, dict[str, dict[str, Any]]] = {}
+    for category in sorted({r.category for r in results if r.category is not None}):
+        rows = [r for r in results if r.category == category]
+        arms = sorted({r.arm for r in rows})
+        picked = {a: [r.scores[metric] for r in rows if r.arm == a] for a in arms}
+        slices[category] = {a: {"n": len(v), "score": sum(v) / len(v)} for a, v in picked.items()}
+    return slices

@@ -1,0 +1,73 @@
+"""The release: a finished run's artifact and card as one immutable version, and its alias by the verdict."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from appliance import registry
+from appliance.digest import digest_file, list_files
+from appliance.manifest import FileEntry, Manifest
+from appliance.preparation import Origin, Prepared, read_versions
+from appliance.recipe import FullMethod, Recipe
+from appliance.run import Run
+from appliance.store import Store
+
+
+def collect_files(run: Run) -> Path:
+    """The folder that is published: the artifact's files and the card's beside them."""
+    folder = run.folder / "release"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(run.adapter, folder)
+    shutil.copytree(run.card, folder / "card")
+    shutil.copyfile(run.card / "card.md", folder / "README.md")
+    shutil.copyfile(run.evaluation / "results.jsonl", folder / "card" / "results.jsonl")
+    return folder
+
+
+def build_manifest(run: Run, prepared: Prepared, *, folder: Path) -> Manifest:
+    """The manifest of the files in `folder`, from what the run's stages recorded."""
+    record, verdict = run.read("prepare"), run.read("judge")["verdict"]
+    files = [(n, folder / n) for n in list_files(folder)]
+    return Manifest(
+        schema=1,
+        name=prepared.recipe.name,
+        kind="model" if isinstance(prepared.recipe.method, FullMethod) else "adapter",
+        run_key=run.key,
+        created_at=record["time"],
+        git_commit=record["commit"],
+        files=tuple(FileEntry(path=n, size=p.stat().st_size, sha256=digest_file(p)) for n, p in files),
+        recipe=prepared.recipe.model_dump(mode="json"),
+        recipe_digest=prepared.recipe.digest,
+        data_digest=prepared.dataset.digest,
+        split_digest=prepared.splits.digest,
+        base=prepared.base.to_json(),
+        verdict=verdict["outcome"],
+        metrics={
+            "metric": verdict["metric"],
+            "n": verdict["n"],
+            "arms": {a: v["score"] for a, v in verdict["arms"].items()},
+        },
+        training=run.read("train")["summary"],
+        versions=read_versions(),
+        parent=run.read("evaluate")["champion"],
+    )
+
+
+def promote_by_verdict(recipe: Recipe, version: str, manifest: Manifest, *, store: Store, origin: Origin) -> None:
+    """Move the recipe's alias to a version that ships and has never been behind it.
+
+    A version that was there and is not any more was rolled back by a person: it stays so.
+    """
+    alias = recipe.publish.alias
+    seen = {entry.version for entry in registry.read_reflog(store, recipe.name) if entry.alias == alias}
+    if manifest.verdict == "ship" and version not in seen:
+        registry.promote(
+            store,
+            name=recipe.name,
+            version=version,
+            alias=alias,
+            actor=origin.actor,
+            reason="verdict ship",
+            at=origin.time,
+        )

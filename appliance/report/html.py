@@ -1,0 +1,136 @@
+"""The card as one self-contained page: no script, no request, readable on a phone and in the dark."""
+
+from __future__ import annotations
+
+from html import escape
+from importlib import resources
+from typing import Any
+
+from appliance.report.plots import Points, draw_bar, draw_lines
+from appliance.report.words import ARM_NAMES, DASH, VERDICT_WORDS, list_facts, say_interval, say_number, say_percent
+
+_MASK_LIMIT = 1200
+
+
+def render_html(card: dict[str, Any]) -> str:
+    """The page; every text of the card is escaped."""
+    style = resources.files("appliance.report").joinpath("card.css").read_text("utf-8")
+    body = [
+        _render_banner(card),
+        _render_arms(card),
+        _render_slices(card),
+        _render_curves(card),
+        _render_mask(card),
+        _render_facts(card),
+        _render_use(card),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(card['name'])}: {escape(card['verdict']['outcome'])}</title>\n"
+        f"<style>{style}</style></head>\n<body><main>\n" + "\n".join(p for p in body if p) + "\n</main></body></html>\n"
+    )
+
+
+def _render_banner(card: dict[str, Any]) -> str:
+    verdict = card["verdict"]
+    reasons = "".join(f"<li>{escape(r)}</li>" for r in verdict["reasons"])
+    origin = f"commit {(card['git_commit'] or DASH)[:12]} · {card['created_at']} · run {card['run_key'][:12]}"
+    return (
+        f"<header><h1>{escape(card['name'])}</h1><p class='origin'>{escape(origin)}</p></header>"
+        f"<section class='banner {escape(verdict['outcome'])}'>"
+        f"<strong>{escape(VERDICT_WORDS[verdict['outcome']])}</strong>"
+        f"<ul>{reasons}</ul></section>"
+    )
+
+
+def _render_arms(card: dict[str, Any]) -> str:
+    verdict = card["verdict"]
+    rows = []
+    for name, arm in verdict["arms"].items():
+        css = "ours" if name == "candidate" else "theirs"
+        rows.append(
+            f"<tr><th scope='row'>{escape(ARM_NAMES.get(name, name))}</th>"
+            f"<td class='wide'>{draw_bar(arm['score'], arm['interval'], css=css)}</td>"
+            f"<td class='n'><b>{say_percent(arm['score'])}</b><small>{say_interval(arm['interval'])}</small></td>"
+            f"<td class='n'>{say_percent(arm.get('contract_valid'))}</td>"
+            f"<td class='n'>{say_number(arm.get('field_f1'))}</td>"
+            f"<td class='n'>{arm['mean_prompt_tokens']:.0f}</td>"
+            f"<td class='n'>{say_percent(arm['length_stops'])}</td></tr>"
+        )
+    names = (verdict["metric"].replace("_", " "), "keeps contract", "field F1", "prompt tokens", "cut off")
+    head = "<th>arm</th><th></th>" + "".join(f"<th class='n'>{escape(n)}</th>" for n in names)
+    return (
+        f"<section><h2>{verdict['n']} held-out test rows</h2><div class='scroll'><table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div></section>"
+    )
+
+
+def _render_slices(card: dict[str, Any]) -> str:
+    slices, arms = card["verdict"]["slices"], list(card["verdict"]["arms"])
+    if not slices:
+        return ""
+    head = "".join(f"<th class='n'>{escape(ARM_NAMES.get(a, a))}</th>" for a in arms)
+    rows = []
+    for name, row in slices.items():
+        ours = row.get("candidate", {"score": 0.0})["score"]
+        cells = "".join(f"<td class='n'>{say_percent(row[a]['score']) if a in row else DASH}</td>" for a in arms)
+        bar = draw_bar(ours, (ours, ours), css="ours")
+        count = max(v["n"] for v in row.values())
+        rows.append(
+            f"<tr><th scope='row'>{escape(name)}</th><td class='n'>{count}</td><td class='wide'>{bar}</td>{cells}</tr>"
+        )
+    return (
+        "<section><h2>By category</h2><div class='scroll'><table><thead><tr><th>category</th><th class='n'>rows</th>"
+        f"<th>tuned</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
+    )
+
+
+def _render_curves(card: dict[str, Any]) -> str:
+    curves = card["curves"]
+    plots = (
+        draw_lines(
+            {"training": _pick(curves, "loss"), "validation": _pick(curves, "validation_loss")},
+            label="Loss",
+            is_log=True,
+        ),
+        draw_lines({"learning rate": _pick(curves, "learning_rate")}, label="Learning rate"),
+        draw_lines({"gradient norm": _pick(curves, "grad_norm")}, label="Gradient norm", is_log=True),
+    )
+    drawn = "".join(plots)
+    return f"<section><h2>Training</h2><div class='plots'>{drawn}</div></section>" if drawn else ""
+
+
+def _pick(curves: list[dict[str, Any]], key: str) -> Points:
+    return [(float(c["step"]), float(c[key])) for c in curves if key in c]
+
+
+def _render_mask(card: dict[str, Any]) -> str:
+    pieces = card["training"].get("mask_example") or []
+    if not pieces:
+        return ""
+    shown, used = [], 0
+    for text, trained in pieces:
+        part = text[: max(0, _MASK_LIMIT - used)]
+        used += len(part)
+        shown.append(f"<mark>{escape(part)}</mark>" if trained else escape(part))
+    return (
+        "<section><h2>What was trained on</h2><p>The first training row; only the marked tokens carry loss.</p>"
+        f"<pre class='mask'>{''.join(shown)}</pre></section>"
+    )
+
+
+def _render_facts(card: dict[str, Any]) -> str:
+    blocks = []
+    for title, facts in list_facts(card).items():
+        items = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
+        blocks.append(f"<div class='facts'><h3>{escape(title)}</h3><dl>{items}</dl></div>")
+    return f"<section><h2>How it was made</h2><div class='grid'>{''.join(blocks)}</div></section>"
+
+
+def _render_use(card: dict[str, Any]) -> str:
+    name, alias = escape(card["name"]), escape(card["alias"])
+    return (
+        f"<section><h2>Use</h2><pre>appliance pull {name}@{alias} ./{name}\n"
+        f"appliance generate ./{name} --prompt '...' --compare</pre></section>"
+    )

@@ -1,0 +1,94 @@
+"""Numbers and names as people read them, shared by both renderings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+DASH = "–"
+ARM_NAMES = {
+    "zero_shot": "base, best prompt",
+    "few_shot": "base, few-shot",
+    "champion": "version in use",
+    "candidate": "tuned (this version)",
+}
+VERDICT_WORDS = {
+    "ship": "Ship: better than the prompted base model on held-out data.",
+    "hold": "Hold: not worth shipping on this evidence.",
+    "inconclusive": "Inconclusive: the test rows cannot tell.",
+    "reject": "Reject: worse than the prompted base model.",
+}
+
+
+def say_percent(value: float | None) -> str:
+    """A share as a percentage with one decimal."""
+    return DASH if value is None else f"{value * 100:.1f}%"
+
+
+def say_interval(interval: list[float] | None) -> str:
+    """A 95% interval of a share."""
+    return DASH if not interval else f"{interval[0] * 100:.1f} to {interval[1] * 100:.1f}%"
+
+
+def say_number(value: Any) -> str:
+    """Integers with separators, floats with four significant digits, nothing as a dash."""
+    if value is None:
+        return DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def say_bytes(value: int | None) -> str:
+    """Bytes in GiB."""
+    return DASH if value is None else f"{value / 2**30:.2f} GiB"
+
+
+def list_facts(card: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """The tables below the scores: title -> name -> value."""
+    data, training, recipe = card["data"], card["training"], card["recipe"]
+    method, section = recipe["method"], recipe["training"]
+    provenance = ", ".join(f"{k} {v:,}" for k, v in data.get("provenance", {}).items())
+    facts = {
+        "Data": {
+            "dataset": str(data.get("name", DASH)),
+            "licence": str(data.get("licence") or DASH),
+            "rows": f"{say_number(data.get('rows'))}: {say_number(data.get('train'))} train, "
+            f"{say_number(data.get('validation'))} validation, {say_number(data.get('test'))} test",
+            "provenance": provenance or DASH,
+            "data digest": str(data.get("digest", DASH))[:16],
+            "split digest": str(data.get("split_digest", DASH))[:16],
+        },
+        "Method": {
+            "method": " ".join(str(method[k]) for k in ("type", "variant") if k in method),
+            **{k: say_number(method[k]) for k in ("rank", "alpha", "dropout") if k in method},
+            "learning rate": say_number(training.get("learning_rate")),
+            "epochs": say_number(section["epochs"]),
+            "rows a step": say_number(training.get("effective_batch")),
+            "trained parameters": f"{say_number(training.get('trainable_parameters'))} "
+            f"of {say_number(training.get('total_parameters'))}",
+            "seed": str(section["seed"]),
+        },
+        "Training": {
+            "steps": say_number(training.get("steps")),
+            "tokens": f"{say_number(training.get('tokens'))}, "
+            f"{say_number(training.get('trained_tokens'))} of them trained on",
+            "time": f"{say_number(training.get('seconds'))} s, "
+            f"{say_number(training.get('tokens_per_second'))} tokens/s",
+            "loss": f"{say_number(training.get('first_loss'))} to {say_number(training.get('last_loss'))}",
+            "validation loss": f"best {say_number(training.get('best_validation_loss'))}, "
+            f"last {say_number(training.get('last_validation_loss'))}",
+            "device": f"{training.get('device', DASH)}, {training.get('dtype', DASH)}",
+            "peak memory": say_bytes(training.get("peak_memory_bytes")),
+            "adapter digest": str(training.get("adapter_sha256", DASH))[:16],
+        },
+        "Origin": {
+            "base model": card["base"].get("model", DASH),
+            "base revision": card["base"].get("revision", DASH)[:24],
+            "commit": str(card["git_commit"] or DASH)[:12],
+            "commit time": card["created_at"],
+            "run key": card["run_key"][:16],
+        },
+    }
+    return facts | {"Versions": {k: str(v) for k, v in card["versions"].items()}}
