@@ -10,7 +10,7 @@ import json
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class JsonContract(BaseModel):
@@ -20,11 +20,22 @@ class JsonContract(BaseModel):
     type: Literal["json"]
     json_schema: dict[str, Any] = Field(alias="schema")
 
+    @field_validator("json_schema")
+    @classmethod
+    def _check_schema(cls, schema: dict[str, Any]) -> dict[str, Any]:
+        from jsonschema import Draft202012Validator, SchemaError
+
+        try:
+            Draft202012Validator.check_schema(schema)
+        except SchemaError as fault:
+            message = f"not a JSON Schema: {_where(fault.absolute_path)}: {fault.message}"
+            raise ValueError(message) from fault
+        return schema
+
     @cached_property
     def _validator(self) -> Any:
         from jsonschema import Draft202012Validator
 
-        Draft202012Validator.check_schema(self.json_schema)
         return Draft202012Validator(self.json_schema)
 
     def find_faults(self, text: str) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -32,7 +32,7 @@ class Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     """One row: `messages` ends with the assistant turn that is the reference answer."""
 
     id: str
-    messages: tuple[Message, ...]
+    messages: Annotated[tuple[Message, ...], msgspec.Meta(min_length=1)]
     provenance: Provenance
     tools: str | None = None
     category: str | None = None

@@ -19,6 +19,7 @@ from appliance.digest import list_files
 from appliance.errors import CommandError, DatasetError
 
 _REASONS = (
+    ("unsaved files", "its folder has uncommitted changes, which are kept; `dvc add` and commit, or move them away"),
     ("No remote", "no DVC remote is configured; `dvc remote add --default store s3://bucket/prefix`"),
     (
         "Unable to locate credentials",
@@ -80,9 +81,7 @@ def pull_data(pointer: Pointer, *, root: Path) -> None:
     if is_current(pointer, root):
         return
     try:
-        run_command(
-            [sys.executable, "-m", "dvc", "pull", "--force", "--quiet", pointer.file.name], cwd=root, timeout_s=3600.0
-        )
+        run_command([sys.executable, "-m", "dvc", "pull", "--quiet", pointer.file.name], cwd=root, timeout_s=3600.0)
     except CommandError as fault:
         reason = next((text for mark, text in _REASONS if mark in str(fault)), str(fault).splitlines()[-1])
         raise DatasetError(f"{pointer.file}: dvc pull failed: {reason}") from fault

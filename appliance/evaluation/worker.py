@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from appliance.digest import write_atomic
 from appliance.evaluation.arms import Arm, Prompt
 from appliance.evaluation.generate import GenerationJob
 from appliance.evaluation.outputs import decode_outputs
@@ -84,7 +85,7 @@ def _load_done(file: Path) -> set[tuple[str, str]]:
     if not file.is_file():
         return set()
     outputs = decode_outputs(file.read_bytes())
-    file.write_bytes(b"".join(msgspec.json.encode(o) + b"\n" for o in outputs))
+    write_atomic(file, b"".join(msgspec.json.encode(o) + b"\n" for o in outputs))
     return {(o.id, o.arm) for o in outputs}
 
 

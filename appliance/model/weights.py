@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
@@ -59,7 +60,7 @@ def load_model(
             local_files_only=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as fault:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as fault:
         first = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
         raise ModelError(
             f"base model {folder}: cannot be loaded ({first}); delete the folder and fetch it again"
