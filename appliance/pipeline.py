@@ -61,6 +61,8 @@ def run_recipe(
             return _finish_published(recipe, prepared.key, version, store=store, origin=origin)
     run = open_run(workspace.runs, name=recipe.name, key=prepared.key)
     with run.lock():
+        if force and run.is_done("publish"):
+            run.start_over()
         _prepare_stage(run, prepared, workspace=workspace, origin=origin)
         _train_stage(run, prepared, workspace=workspace)
         if until == "train":
@@ -85,6 +87,8 @@ def publish_run(prepared: Prepared, *, workspace: Workspace, store: Store, origi
 def _prepare_stage(run: Run, prepared: Prepared, *, workspace: Workspace, origin: Origin) -> None:
     """Split rows and token rows on disk, every mask checked, and the plan."""
     if run.is_done("prepare"):
+        if run.read("prepare")["commit"] is None and origin.commit is not None:  # committed after it was tried
+            run.amend("prepare", commit=origin.commit, time=origin.time)
         return
     workspace.note(
         f"{len(prepared.splits.train)} train, {len(prepared.splits.validation)} validation, "
@@ -211,10 +215,10 @@ def _judge_stage(run: Run, prepared: Prepared) -> None:
 
 
 def _card_stage(run: Run, prepared: Prepared) -> None:
-    if run.is_done("card"):
+    record, recipe = run.read("prepare"), prepared.recipe
+    if run.is_done("card") and run.read("card")["commit"] == record["commit"]:
         return
     metrics = [json.loads(line) for line in (run.training / "metrics.jsonl").read_bytes().splitlines()]
-    record, recipe = run.read("prepare"), prepared.recipe
     card = report.build_card(
         recipe=recipe,
         run_key=run.key,
@@ -232,7 +236,7 @@ def _card_stage(run: Run, prepared: Prepared) -> None:
         versions=read_versions(),
     )
     report.write_card(card, run.card)
-    run.finish("card")
+    run.finish("card", commit=record["commit"])
 
 
 def _publish_stage(run: Run, prepared: Prepared, *, workspace: Workspace, store: Store, origin: Origin) -> Finished:

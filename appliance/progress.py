@@ -49,7 +49,7 @@ class Progress:
         elapsed = time.monotonic() - self._began
         left = elapsed / share - elapsed if share > 0 else 0.0
         text = f"{self.label} {self.done}/{self.total}{self.unit} {elapsed:.0f} s"
-        text += f", about {left:.0f} s left" if share < 1 else ""
+        text += f", about {left:.0f} s left" if 0 < share < 1 else ""
         text += f"  {self._note}" if self._note else ""
         if self._bar:
             filled = round(share * _WIDTH)

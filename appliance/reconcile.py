@@ -49,8 +49,11 @@ def reconcile(
     once when a signal stops a run.
     """
     origin = read_origin(workspace.root, actor=actor)
-    if not allow_dirty:
-        _check_clean(workspace.root)
+    if not allow_dirty and origin.commit is None:
+        names = ", ".join(find_changes(workspace.root)[:5])
+        raise CommandError(
+            f"{workspace.root}: not committed: {names}; commit it, or give --allow-dirty to train on it as it is"
+        )
     recipes = find_recipes(workspace.root, only=only)
     pull_data(load_pointer(workspace.root / POINTER), root=workspace.root)
     return tuple(
@@ -60,7 +63,11 @@ def reconcile(
 
 
 def read_origin(root: Path, *, actor: str) -> Origin:
-    """The last commit that touched a recipe or the data pointer. Raises `CommandError` outside a repository."""
+    """The last commit that touched a recipe or the data pointer.
+
+    It is not named as the origin when one of them has changed since. Raises `CommandError` outside
+    a repository.
+    """
     command = [
         "git",
         "-c",
@@ -79,7 +86,13 @@ def read_origin(root: Path, *, actor: str) -> Origin:
     if not line:
         raise CommandError(f"{root}: no commit touches recipes/ or {POINTER}; commit a recipe and a dataset first")
     commit, _, time = line.partition(" ")
-    return Origin(commit=commit, time=time, actor=actor)
+    return Origin(commit=None if find_changes(root) else commit, time=time, actor=actor)
+
+
+def find_changes(root: Path) -> list[str]:
+    """Recipes and the data pointer, where they are not as they were committed."""
+    command = ["git", "status", "--porcelain", "--", "recipes", POINTER]
+    return [line[3:] for line in run_command(command, cwd=root).splitlines()]
 
 
 def find_recipes(root: Path, *, only: Sequence[str] = ()) -> list[Path]:
@@ -130,11 +143,3 @@ def _check_unique(recipe: Recipe, path: Path) -> None:
             continue  # it is reported as its own outcome
         if twin:
             raise RecipeError(f"{path}: name {recipe.name} is also the name in {other}; one model, one recipe")
-
-
-def _check_clean(root: Path) -> None:
-    """What is trained must be what is committed."""
-    changed = run_command(["git", "status", "--porcelain", "--", "recipes", POINTER], cwd=root).splitlines()
-    if changed:
-        names = ", ".join(line[3:] for line in changed[:5])
-        raise CommandError(f"{root}: not committed: {names}; commit it, or give --allow-dirty to train on it as it is")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,18 @@ class Run:
         state = self._read_state()
         kept = {s: state[s] for s in STAGES[: STAGES.index(stage)] if s in state}
         write_atomic(self._state, canonical_json({"key": self.key, "stages": {**kept, stage: record}}))
+
+    def amend(self, stage: Stage, **changes: Any) -> None:
+        """Change what a finished stage recorded, without forgetting what comes after it."""
+        state = self._read_state()
+        state[stage] |= changes
+        write_atomic(self._state, canonical_json({"key": self.key, "stages": state}))
+
+    def start_over(self) -> None:
+        """Forget every stage and remove their files."""
+        self._state.unlink(missing_ok=True)
+        for folder in (p for p in self.folder.iterdir() if p.is_dir()):
+            shutil.rmtree(folder)
 
     @property
     def _state(self) -> Path:

@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 
 import click
 
-from appliance.errors import CommandError
+from appliance.data import is_current, load_pointer
+from appliance.errors import CommandError, DatasetError
 from appliance.pipeline import Finished
 from appliance.preparation import Origin, Workspace
-from appliance.reconcile import read_origin
+from appliance.reconcile import POINTER, read_origin
 from appliance.store import Store, open_store
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -80,11 +81,15 @@ def build_workspace(*, root: Path, cache: Path, runs: Path | None) -> Workspace:
 
 
 def find_origin(root: Path) -> Origin:
-    """The commit behind the data; outside a Git repository, now and no commit."""
+    """The commit behind recipes and data; now and no commit where what is on disk is not committed."""
+    home = root.resolve()
     try:
-        return read_origin(root.resolve(), actor=read_actor())
-    except CommandError:
-        return Origin(commit=None, time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), actor=read_actor())
+        origin = read_origin(home, actor=read_actor())
+        if origin.commit is not None and is_current(load_pointer(home / POINTER), home):
+            return origin
+    except (CommandError, DatasetError):
+        pass  # outside a repository, or without a data pointer
+    return Origin(commit=None, time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), actor=read_actor())
 
 
 def read_actor() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -20,7 +21,7 @@ from appliance.errors import ApplianceError, InterruptedRunError
 _NAME, _ALIAS = "workplace-requests", "production"
 _BUCKETS = ("datasets", "adapters")
 _UNSEEN = (
-    "Hello, the radiator in room B-204 is cold again and people are freezing, can someone come today please?",
+    "Hello, the heater in room B 204 has gone cold again and people are freezing. It cannot wait, please hurry!",
     "need 3 keyboards for the new starters in D-118, no hurry",
     "Could you book me a train ticket for next week? It is not urgent.",
 )
@@ -36,7 +37,7 @@ class _Stage:
 
     def run(self, *arguments: str) -> None:
         """Show and run one `appliance` command. Raises with its exit code when it fails."""
-        click.echo(click.style(f"\n$ appliance {' '.join(arguments)}", bold=True))
+        click.echo(click.style(f"\n$ {shlex.join(('appliance', *arguments))}", bold=True))
         sys.stdout.flush()
         argv = [sys.executable, "-m", "appliance", *arguments]
         code = run_visible(argv, cwd=self.repository, env=self.environment)

@@ -24,7 +24,7 @@ from appliance.recipe import EvaluationSection, Recipe
     "--prompt", "prompts", multiple=True, help="A user turn; repeatable. Lines of standard input when left out."
 )
 @click.option("--system", help="System prompt; the one the version was trained with when left out.")
-@click.option("--compare", is_flag=True, help="Also without the adapter.")
+@click.option("--compare", is_flag=True, help="Also by the base model, with the recipe's best prompt.")
 @click.option("--max-new-tokens", type=click.IntRange(1, 8192), default=256, show_default=True, help="Longest answer.")
 @click.option(
     "--root", type=click.Path(path_type=Path), default=".", show_default=True, help="Where a relative base path starts."
@@ -58,7 +58,14 @@ def command(
         raise click.UsageError("nothing to answer: give --prompt or lines on standard input")
     lead = system if system is not None else _read_system(folder)
     outputs = _answer(
-        asked, system=lead, base=base, folder=folder, manifest=manifest, compare=compare, limit=max_new_tokens
+        asked,
+        system=lead,
+        best=recipe.evaluation.system_prompt if system is None else None,
+        base=base,
+        folder=folder,
+        is_adapter=manifest.kind == "adapter",
+        compare=compare,
+        limit=max_new_tokens,
     )
     if as_json:
         print_json([{"prompt": asked[int(o.id)], "arm": o.arm, "output": o.output, "stop": o.stop} for o in outputs])
@@ -66,7 +73,7 @@ def command(
     for index, text in enumerate(asked):
         click.echo(click.style(text, bold=True))
         for output in (o for o in outputs if int(o.id) == index):
-            click.echo(f"  {'with' if output.arm == 'candidate' else 'without':8} {output.output}")
+            click.echo(f"  {'tuned' if output.arm == 'candidate' else 'base':6} {output.output}")
 
 
 def _load_manifest(folder: Path) -> Manifest:
@@ -94,7 +101,8 @@ def _answer(
     system: str | None,
     base: Base,
     folder: Path,
-    manifest: Manifest,
+    is_adapter: bool,
+    best: str | None,
     compare: bool,
     limit: int,
 ) -> list[Output]:
@@ -103,7 +111,6 @@ def _answer(
         Example(str(i), (*lead, Message("user", t), Message("assistant", "")), provenance="human")
         for i, t in enumerate(asked)
     ]
-    is_adapter = manifest.kind == "adapter"
     arms = [
         Arm(
             "candidate",
@@ -113,9 +120,9 @@ def _answer(
         )
     ]
     if compare:
-        arms.insert(0, Arm("zero_shot", base.folder, None, is_prompted=False))
+        arms.insert(0, Arm("zero_shot", base.folder, None, is_prompted=True))
     template = load_template(base.folder)
-    section = EvaluationSection(few_shot=0)
+    section = EvaluationSection(few_shot=0, system_prompt=best)
     prompts = [p for a in arms for p in build_prompts(a, examples, section=section, train=(), template=template)]
     with tempfile.TemporaryDirectory(prefix="appliance-") as scratch:
         job = GenerationJob(
@@ -126,4 +133,4 @@ def _answer(
             batch=16,
             precision="auto",
         )
-        return sorted(generate(job, prompts, note=say), key=lambda o: (int(o.id), o.arm))
+        return sorted(generate(job, prompts, note=say), key=lambda o: (int(o.id), o.arm))  # tuned before base

@@ -19,6 +19,7 @@ from appliance.digest import list_files
 from appliance.errors import CommandError, DatasetError
 
 _REASONS = (
+    ("Missing cache", "the remote lacks the data of this commit; its author has to run `dvc push`"),
     ("unsaved files", "its folder has uncommitted changes, which are kept; `dvc add` and commit, or move them away"),
     ("No remote", "no DVC remote is configured; `dvc remote add --default store s3://bucket/prefix`"),
     (
@@ -32,7 +33,6 @@ _REASONS = (
     ("Connect", "the DVC remote cannot be reached; check the endpoint and the network"),
     ("No module named dvc", "dvc is not installed; pip install 'appliance[data]'"),
     ("missing-files", "the remote lacks the data of this commit; its author has to run `dvc push`"),
-    ("Missing cache", "the remote lacks the data of this commit; its author has to run `dvc push`"),
     ("does not exist", "the remote lacks the data of this commit; its author has to run `dvc push`"),
 )
 
@@ -81,7 +81,7 @@ def pull_data(pointer: Pointer, *, root: Path) -> None:
     if is_current(pointer, root):
         return
     try:
-        run_command([sys.executable, "-m", "dvc", "pull", "--quiet", pointer.file.name], cwd=root, timeout_s=3600.0)
+        run_command([sys.executable, "-m", "dvc", "pull", pointer.file.name], cwd=root, timeout_s=3600.0)
     except CommandError as fault:
         reason = next((text for mark, text in _REASONS if mark in str(fault)), str(fault).splitlines()[-1])
         raise DatasetError(f"{pointer.file}: dvc pull failed: {reason}") from fault

@@ -52,7 +52,7 @@ def commit_dataset(folder: Path, *, rows: int, message: str, env: Mapping[str, s
     """
     write_dataset(folder / "datasets" / "workplace-requests", rows=rows)
     _dvc(folder, "add", "--quiet", "datasets")
-    _dvc(folder, "push", "--quiet", "datasets.dvc", env=env)
+    _dvc(folder, "push", "datasets.dvc", env=env)
     run_command(["git", "add", "--all"], cwd=folder)
     if run_command(["git", "status", "--porcelain"], cwd=folder).strip():
         run_command(

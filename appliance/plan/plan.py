@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,10 @@ def build_plan(
     section = recipe.training
     longest = max(lengths)
     micro = select_micro_batch(section.effective_batch, longest=longest)
-    parameters = count_parameters(base)
+    weights = read_weight_shapes(base)
+    parameters = sum(math.prod(s) for s in weights.values())
     shape = _read_shape(base)
-    trainable = _count_trainable(recipe.method, parameters=parameters, shape=shape)
+    trainable = count_trainable(recipe.method, weights)
     peaks = {
         c: _estimate_peak(
             recipe.method,
@@ -101,9 +102,9 @@ def select_micro_batch(effective: int, *, longest: int) -> int:
     return next(m for m in range(effective, 0, -1) if effective % m == 0 and (m * longest <= _MICRO_TOKENS or m == 1))
 
 
-def count_parameters(base: Path) -> int:
-    """Weights in the safetensors files, read from their headers alone."""
-    total = 0
+def read_weight_shapes(base: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight in the safetensors files, from their headers alone."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(base.glob("*.safetensors")):
         with file.open("rb") as stream:
             lead = stream.read(8)
@@ -114,28 +115,31 @@ def count_parameters(base: Path) -> int:
                 header = json.loads(stream.read(size))
             except ValueError as fault:
                 raise ModelError(f"{file}: damaged header; copy the model again") from fault
-        total += sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
-    return total
+        shapes |= {name: tuple(t["shape"]) for name, t in header.items() if name != "__metadata__"}
+    return shapes
 
 
 def _read_shape(base: Path) -> dict[str, int]:
     config = json.loads((base / "config.json").read_text("utf-8"))
     config = config.get("text_config", config)
-    names = {
-        "hidden": "hidden_size",
-        "layers": "num_hidden_layers",
-        "vocabulary": "vocab_size",
-        "inner": "intermediate_size",
-    }
+    names = {"hidden": "hidden_size", "layers": "num_hidden_layers", "vocabulary": "vocab_size"}
     return {k: int(config.get(v) or 0) for k, v in names.items()}
 
 
-def _count_trainable(method: Method, *, parameters: int, shape: dict[str, int]) -> int:
-    """Exact for full; for LoRA on all linear layers: seven projections of a decoder layer."""
+def count_trainable(method: Method, weights: Mapping[str, tuple[int, ...]]) -> int:
+    """All weights for full; for LoRA rank x (in + out) of every target matrix, plus DoRA's magnitudes (out)."""
     if isinstance(method, FullMethod):
-        return parameters
-    per_layer = 4 * 2 * shape["hidden"] + 3 * (shape["hidden"] + shape["inner"])
-    return method.rank * per_layer * shape["layers"]
+        return sum(math.prod(s) for s in weights.values())
+    matrices = {n.removesuffix(".weight"): s for n, s in weights.items() if len(s) == 2 and n.endswith(".weight")}
+    targets = [s for name, s in matrices.items() if _is_target(name, method.targets)]
+    magnitudes = sum(s[0] for s in targets) if method.variant == "dora" else 0
+    return sum(method.rank * (s[0] + s[1]) for s in targets) + magnitudes
+
+
+def _is_target(name: str, targets: str | Sequence[str]) -> bool:
+    """Whether PEFT would adapt this matrix; "all-linear" means every one but embeddings and head."""
+    last = name.rpartition(".")[2]
+    return last in targets if not isinstance(targets, str) else "embed" not in name and last != "lm_head"
 
 
 def _estimate_peak(

@@ -7,7 +7,7 @@ from importlib import resources
 from typing import Any
 
 from appliance.report.plots import Points, draw_bar, draw_lines
-from appliance.report.words import ARM_NAMES, DASH, VERDICT_WORDS, list_facts, say_interval, say_number, say_percent
+from appliance.report.words import ARM_NAMES, DASH, VERDICT_WORDS, list_facts, say_interval, say_percent, say_share
 
 _MASK_LIMIT = 1200
 
@@ -54,7 +54,7 @@ def _render_arms(card: dict[str, Any]) -> str:
             f"<td class='wide'>{draw_bar(arm['score'], arm['interval'], css=css)}</td>"
             f"<td class='n'><b>{say_percent(arm['score'])}</b><small>{say_interval(arm['interval'])}</small></td>"
             f"<td class='n'>{say_percent(arm.get('contract_valid'))}</td>"
-            f"<td class='n'>{say_number(arm.get('field_f1'))}</td>"
+            f"<td class='n'>{say_share(arm.get('field_f1'))}</td>"
             f"<td class='n'>{arm['mean_prompt_tokens']:.0f}</td>"
             f"<td class='n'>{say_percent(arm['length_stops'])}</td></tr>"
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from appliance.report.words import ARM_NAMES, VERDICT_WORDS, list_facts, say_interval, say_number, say_percent
+from appliance.report.words import ARM_NAMES, VERDICT_WORDS, list_facts, say_interval, say_percent, say_share
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#])")
 
@@ -60,7 +60,7 @@ def _render_arms(card: dict[str, Any]) -> str:
             say_percent(arm["score"]),
             say_interval(arm["interval"]),
             say_percent(arm.get("contract_valid")),
-            say_number(arm.get("field_f1")),
+            say_share(arm.get("field_f1")),
             f"{arm['mean_prompt_tokens']:.0f}",
             say_percent(arm["length_stops"]),
         ]

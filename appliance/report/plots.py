@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from html import escape
 
 Points = Sequence[tuple[float, float]]
-_W, _H, _L, _R, _T, _B = 460.0, 210.0, 52.0, 12.0, 12.0, 30.0
+_W, _H, _L, _R, _T, _B = 320.0, 190.0, 46.0, 10.0, 10.0, 34.0
 
 
 def draw_lines(series: dict[str, Points], *, label: str, is_log: bool = False) -> str:
@@ -67,8 +67,8 @@ def _draw_grid(low: float, high: float, *, is_log: bool) -> list[str]:
 
 def _draw_steps(left: float, right: float) -> list[str]:
     ticks = [t for t in _ticks(left, right) if t == int(t)]
-    labels = [f'<text x="{_x(t, left, right):.1f}" y="{_H - 10}" text-anchor="middle">{t:.0f}</text>' for t in ticks]
-    return [*labels, f'<text x="{_W - _R}" y="{_H - 1}" text-anchor="end" class="axis">step</text>']
+    labels = [f'<text x="{_x(t, left, right):.1f}" y="{_H - 18}" text-anchor="middle">{t:.0f}</text>' for t in ticks]
+    return [*labels, f'<text x="{_W - _R}" y="{_H - 4}" text-anchor="end" class="axis">step</text>']
 
 
 def _ticks(low: float, high: float) -> list[float]:

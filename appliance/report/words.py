@@ -24,6 +24,11 @@ def say_percent(value: float | None) -> str:
     return DASH if value is None else f"{value * 100:.1f}%"
 
 
+def say_share(value: float | None) -> str:
+    """A score between 0 and 1 with three decimals."""
+    return DASH if value is None else f"{value:.3f}"
+
+
 def say_interval(interval: list[float] | None) -> str:
     """A 95% interval of a share."""
     return DASH if not interval else f"{interval[0] * 100:.1f} to {interval[1] * 100:.1f}%"

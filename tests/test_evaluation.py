@@ -1,0 +1,257 @@
+"""Laws of evaluation: strict scorers, demonstrations from train only, the same answers after any interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+from tiny import write_base
+
+from appliance.contract import Contract, JsonContract
+from appliance.errors import EvaluationError, InterruptedRunError
+from appliance.evaluation import (
+    Arm,
+    GenerationJob,
+    Output,
+    build_arms,
+    build_prompts,
+    decode_outputs,
+    generate,
+    score_outputs,
+)
+from appliance.evaluation.arms import Prompt
+from appliance.example import Example, Message
+from appliance.model import load_template
+from appliance.recipe import EvaluationSection
+
+TICKET = JsonContract.model_validate(
+    {
+        "type": "json",
+        "schema": {
+            "type": "object",
+            "required": ["item", "n"],
+            "properties": {"item": {"type": "string"}, "n": {"type": "integer"}},
+            "additionalProperties": False,
+        },
+    }
+)
+LABELS: Contract = TypeAdapter(Contract).validate_python({"type": "labels", "labels": ["red", "blue"]})
+
+
+def make_example(number: int = 0, *, ask: str | None = None, answer: str = '{"item": "lamp", "n": 2}') -> Example:
+    """A row with a system prompt."""
+    messages = (
+        Message("system", "Short."),
+        Message("user", ask or f"question {number}"),
+        Message("assistant", answer),
+    )
+    return Example(f"t{number}", messages, provenance="program")
+
+
+def make_output(text: str, *, number: int = 0, arm: str = "candidate") -> Output:
+    """One answer."""
+    return Output(id=f"t{number}", arm=arm, output=text, stop="eos", tokens=1, prompt_tokens=1, seconds=0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "exact", "keeps", "fields"),
+    [
+        ('{"item": "lamp", "n": 2}', 1, 1, 1.0),
+        ('  {"n": 2, "item": "lamp"}\n', 1, 1, 1.0),  # the order of keys and white space at the ends do not count
+        ('{"item": "lamp", "n": 3}', 0, 1, 0.5),
+        ('{"item": "lamp", "n": 2.0}', 0, 1, 0.5),  # JSON Schema calls 2.0 an integer; a strict reader does not
+        ('{"item": "lamp", "n": true}', 0, 0, 0.5),
+        ('{"item": "lamp", "n": 2, "n": 2}', 0, 1, 0.0),
+        ('{"item": "lamp", "n": 2, "x": 1}', 0, 0, 0.8),
+        ('```json\n{"item": "lamp", "n": 2}\n```', 0, 0, 0.0),
+        ('Here you are: {"item": "lamp", "n": 2}', 0, 0, 0.0),
+        ('{"item": "lamp", "n": NaN}', 0, 0, 0.0),
+        ("[" * 5000, 0, 0, 0.0),
+        ('["lamp", 2]', 0, 0, 0.0),
+        ("", 0, 0, 0.0),
+    ],
+)
+def test_the_json_scorer_shows_no_mercy(text: str, exact: int, keeps: int, fields: float) -> None:
+    """What would break a program that reads the answer scores nothing."""
+    (result,) = score_outputs([make_output(text)], [make_example()], TICKET)
+    assert result.scores == {"exact_match": exact, "contract_valid": keeps, "field_f1": pytest.approx(fields)}
+
+
+def test_labels_are_compared_after_trimming() -> None:
+    """`red` is red, `Red` is not."""
+    row = make_example(answer="red")
+    scores = [
+        score_outputs([make_output(t)], [row], LABELS)[0].scores["exact_match"] for t in (" red\n", "Red", "reds")
+    ]
+    assert scores == [1.0, 0.0, 0.0]
+
+
+@given(st.text(max_size=300))
+def test_no_output_can_crash_a_scorer(text: str) -> None:
+    """A model may say anything."""
+    (result,) = score_outputs([make_output(text)], [make_example()], TICKET)
+    assert all(0 <= s <= 1 for s in result.scores.values())
+
+
+def test_a_missing_a_double_or_an_unknown_answer_is_an_error() -> None:
+    """An arm that lacks rows must not look good on the others."""
+    rows = [make_example(0), make_example(1)]
+    both = [make_output("x", number=n, arm=a) for a in ("zero_shot", "candidate") for n in (0, 1)]
+    assert len(score_outputs(both, rows, TICKET)) == 4
+    for bad in (both[:-1], [*both, both[-1]], [*both, make_output("x", number=9)]):
+        with pytest.raises(EvaluationError, match="evaluate again"):
+            score_outputs(bad, rows, TICKET)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base model."""
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+def test_the_base_gets_the_best_prompt_and_the_tuned_its_own(base: Path) -> None:
+    """The recipe's system prompt replaces the rows' own for the base alone; few-shot adds turns from train."""
+    section = EvaluationSection(system_prompt="Best prompt.", few_shot=2)
+    arms = build_arms(section, base=base, artifact=base, is_adapter=True, champion=None)
+    assert [a.name for a in arms] == ["zero_shot", "few_shot", "candidate"]
+    template = load_template(base)
+    train = [make_example(n, ask=f"red car number {n}") for n in range(5)] + [make_example(9, ask="blue boat now")]
+    row = make_example(20, ask="blue boat please")
+    texts = {
+        a.name: template.decode(build_prompts(a, [row], section=section, train=train, template=template)[0].input_ids)
+        for a in arms
+    }
+    assert "Best prompt." in texts["zero_shot"]
+    assert "Short." not in texts["zero_shot"]
+    assert "Short." in texts["candidate"]
+    assert "Best prompt." not in texts["candidate"]
+    assert texts["few_shot"].count("<|im_start|>user") == 3
+    assert texts["few_shot"].index("blue boat now") > texts["few_shot"].index("red car"), "the nearest comes last"
+    assert all(t.endswith("<|im_start|>assistant\n") for t in texts.values())
+
+
+def test_without_few_shot_the_arm_is_left_out(base: Path) -> None:
+    """`few_shot: 0` asks for no such arm; a champion adds its own."""
+    section = EvaluationSection(few_shot=0)
+    arms = build_arms(section, base=base, artifact=base, is_adapter=False, champion=base)
+    assert [a.name for a in arms] == ["zero_shot", "champion", "candidate"]
+    assert arms[2].adapter is None
+
+
+def write_adapter(folder: Path, base: Path) -> Path:
+    """A LoRA adapter with random weights."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
+    return folder
+
+
+def make_job(base: Path, folder: Path, adapter: Path, **changes: object) -> tuple[GenerationJob, list[Prompt]]:
+    """A job of two arms with prompts of different lengths."""
+    template = load_template(base)
+    arms = (Arm("zero_shot", base, None, is_prompted=True), Arm("candidate", base, adapter, is_prompted=False))
+    rows = [make_example(n, ask="x" * (n % 7 + 1)) for n in range(30)]
+    section = EvaluationSection(few_shot=0)
+    prompts = [p for a in arms for p in build_prompts(a, rows, section=section, train=(), template=template)]
+    values: dict[str, object] = {
+        "folder": folder,
+        "arms": arms,
+        "stop_ids": tuple(template.stop_ids),
+        "max_new_tokens": 8,
+        "batch": 4,
+        "precision": "fp32",
+        "threads": 1,
+    }
+    return GenerationJob.model_validate({**values, **changes}), prompts
+
+
+def without_seconds(outputs: tuple[Output, ...]) -> list[tuple[str, ...]]:
+    """What must be equal between two runs."""
+    return sorted((o.id, o.arm, o.output, o.stop, str(o.tokens)) for o in outputs)
+
+
+def test_generation_goes_on_where_it_was_killed_with_the_same_answers(base: Path, tmp_path: Path) -> None:
+    """SIGKILL after some batches, a torn last line: the next call adds what is missing and changes nothing."""
+    adapter = write_adapter(tmp_path / "adapter", base)
+    job, prompts = make_job(base, tmp_path / "whole", adapter)
+    whole = generate(job, prompts, note=lambda _: None)
+    assert Counter(o.arm for o in whole) == {"zero_shot": 30, "candidate": 30}
+    assert any(
+        a.output != b.output
+        for a in whole
+        for b in whole
+        if a.id == b.id and a.arm == "zero_shot" and b.arm == "candidate"
+    ), "the adapter changes something"
+
+    lines = (tmp_path / "whole" / "outputs.jsonl").read_bytes().splitlines(keepends=True)
+    job, prompts = make_job(base, tmp_path / "torn", adapter)
+    killed_after(job, prompts, lines=8)
+    with (tmp_path / "torn" / "outputs.jsonl").open("ab") as stream:
+        stream.write(lines[20][: len(lines[20]) // 2])
+    kept = (tmp_path / "torn" / "outputs.jsonl").read_bytes().splitlines(keepends=True)[:-1]
+    again = generate(job, prompts, note=lambda _: None)
+    assert without_seconds(again) == without_seconds(whole)
+    assert (tmp_path / "torn" / "outputs.jsonl").read_bytes().splitlines(keepends=True)[: len(kept)] == kept
+
+
+def killed_after(job: GenerationJob, prompts: list[Prompt], *, lines: int) -> None:
+    """Run the job in a process of its own and SIGKILL the worker once it has written `lines` lines."""
+    code = (
+        "import sys, pickle; from appliance.evaluation import generate\n"
+        "job, prompts = pickle.load(sys.stdin.buffer)\n"
+        "generate(job, prompts, note=lambda _: None)\n"
+    )
+    import pickle
+
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert parent.stdin is not None
+    parent.stdin.write(pickle.dumps((job, prompts)))
+    parent.stdin.close()
+    file = job.folder / "outputs.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not file.is_file() or file.read_bytes().count(b"\n") < lines):
+        time.sleep(0.005)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+    assert parent.wait(timeout=60) != 0
+
+
+def test_a_changed_job_does_not_continue_old_answers(base: Path, tmp_path: Path) -> None:
+    """Another limit is another job: its answers are all new."""
+    adapter = write_adapter(tmp_path / "adapter", base)
+    job, prompts = make_job(base, tmp_path / "job", adapter)
+    generate(job, prompts[:4], note=lambda _: None)
+    shorter, _ = make_job(base, tmp_path / "job", adapter, max_new_tokens=3)
+    assert all(o.tokens <= 3 for o in generate(shorter, prompts[:4], note=lambda _: None))
+
+
+def test_a_failed_child_is_one_message_with_its_log(base: Path, tmp_path: Path) -> None:
+    """No traceback of the child reaches the user; the place of the log does."""
+    job, prompts = make_job(base, tmp_path / "job", tmp_path / "no-adapter")
+    with pytest.raises(EvaluationError, match=r"worker\.log"):
+        generate(job, prompts, note=lambda _: None)
+
+
+def test_damaged_outputs_are_told(tmp_path: Path) -> None:
+    """A line in the middle that is no answer is not skipped."""
+    good = json.dumps({k: getattr(make_output("x"), k) for k in Output.__struct_fields__})
+    with pytest.raises(EvaluationError, match="damaged"):
+        decode_outputs(f"{good}\nrubbish\n{good}\n".encode())
+    assert len(decode_outputs(f"{good}\n{good[:9]}".encode())) == 1
+    assert not decode_outputs(b"")
+    assert InterruptedRunError.exit_code == 33

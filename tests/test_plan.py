@@ -1,0 +1,104 @@
+"""Laws of the plan: it is exact where it can be, and it warns where the guide would."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import make_recipe, write_base
+
+from appliance.errors import ModelError
+from appliance.plan import Machine, Plan, build_plan, read_machine
+from appliance.plan.plan import count_trainable, read_weight_shapes, select_micro_batch
+from appliance.recipe import LoraMethod, Recipe
+from appliance.training.arguments import build_adapter_arguments, count_steps
+
+SMALL = Machine(cores=2, memory_bytes=8 << 30)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base model."""
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+def plan(recipe: Recipe, base: Path, *, rows: int = 60, length: int = 50, machine: Machine = SMALL) -> Plan:
+    """A plan over equal rows."""
+    return build_plan(
+        recipe, lengths=[length] * rows, trained_tokens=5 * rows, validation_rows=6, base=base, machine=machine
+    )
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        LoraMethod(type="lora", rank=4),
+        LoraMethod(type="lora", rank=8, variant="dora"),
+        LoraMethod(type="lora", rank=2, targets=("q_proj", "down_proj")),
+    ],
+    ids=["all", "dora", "two"],
+)
+def test_trained_parameters_are_those_that_peft_makes(base: Path, method: LoraMethod) -> None:
+    """Counted from the headers of the weights, without torch, and exact."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**build_adapter_arguments(method)))
+    assert count_trainable(method, read_weight_shapes(base)) == model.get_nb_trainable_parameters()[0]
+
+
+def test_steps_are_those_of_training(base: Path) -> None:
+    """The plan's steps are the trainer's."""
+    recipe = make_recipe(training={"epochs": 2.5, "effective_batch": 8})
+    assert plan(recipe, base, rows=61).steps == count_steps(recipe.training, rows=61) == 20
+
+
+@pytest.mark.parametrize(("effective", "longest", "micro"), [(8, 100, 8), (8, 1000, 4), (16, 4096, 1), (6, 1500, 2)])
+def test_the_micro_batch_divides_the_effective_batch(effective: int, longest: int, micro: int) -> None:
+    """Accumulation is whole, and the worst case is bounded."""
+    assert select_micro_batch(effective, longest=longest) == micro
+    assert effective % micro == 0
+
+
+def test_checkpointing_is_off_where_it_fits_and_on_where_it_does_not(base: Path) -> None:
+    """`auto` decides by memory; a recipe can overrule it."""
+    large = Machine(cores=2, memory_bytes=64 << 30)
+    tight = Machine(cores=2, memory_bytes=1 << 30)
+    assert not plan(make_recipe(), base, machine=large).checkpointing
+    assert plan(make_recipe(), base, machine=tight).checkpointing
+    forced = make_recipe(training={"gradient_checkpointing": "off"})
+    assert not plan(forced, base, machine=tight).checkpointing
+
+
+def test_values_outside_the_guide_are_warned_with_the_range(base: Path) -> None:
+    """Rate, epochs, method and memory: each doubt names what is usual."""
+    recipe = make_recipe(method={"type": "full"}, training={"learning_rate": 1e-3, "epochs": 9})
+    said = "\n".join(plan(recipe, base, machine=Machine(2, 1 << 29)).warnings)
+    for part in ("1e-05 to 2e-05", "usual 2 to 5", "10,000 rows", "exceeds the 0.5 GiB"):
+        assert part in said
+    assert not plan(make_recipe(training={"learning_rate": 2e-4}), base).warnings
+
+
+def test_a_damaged_header_is_one_message(base: Path, tmp_path: Path) -> None:
+    """Weights that are no safetensors file are named."""
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 40)
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        read_weight_shapes(tmp_path)
+
+
+def test_limits_are_those_of_the_cgroup(tmp_path: Path) -> None:
+    """Half a host's cores and memory are what the process may use."""
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    (tmp_path / "memory.max").write_text("1073741824\n")
+    machine = read_machine(tmp_path)
+    assert (machine.cores, machine.memory_bytes) == (1, 1 << 30)
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert read_machine(tmp_path).cores >= 1
+
+
+def test_a_plan_is_plain_json(base: Path) -> None:
+    """It goes into the run folder and to `plan --json`."""
+    record = plan(make_recipe(), base).to_json()
+    assert json.loads(json.dumps(record))["rows"] == 60

@@ -1,0 +1,159 @@
+"""Laws of the card: one JSON truth, three renderings that say the same, and nothing in it can break out."""
+
+from __future__ import annotations
+
+import json
+import os
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_verdict import make_results, pairs
+from tiny import make_recipe
+
+from appliance.evaluation import judge
+from appliance.recipe import GateSection
+from appliance.report import build_card, render_html, render_markdown, write_card
+
+GOLDEN = Path(__file__).parent / "golden"
+HOSTILE = "<script>alert('x')</script>|`*_[](javascript:1)\n# \"&amp;"
+
+
+def make_card(*, champion: bool = False, **changes: Any) -> dict[str, Any]:
+    """The card of an imagined run with round numbers."""
+    ours, theirs = pairs(both=10, wins=70, losses=2, neither=38)
+    arms = {"zero_shot": [0.0] * 120, "few_shot": theirs, "candidate": ours}
+    if champion:
+        arms["champion"] = theirs
+    verdict = judge(make_results(arms), metric="exact_match", gates=GateSection())
+    values: dict[str, Any] = {
+        "recipe": make_recipe(),
+        "run_key": "ab" * 32,
+        "git_commit": "0123456789abcdef0123456789abcdef01234567",
+        "created_at": "2026-01-31T12:00:00Z",
+        "base": {"model": "./base", "revision": "sha256:" + "cd" * 32},
+        "data": {
+            "name": "colours", "licence": "Apache-2.0", "rows": 1200, "train": 960, "validation": 120, "test": 120,
+            "digest": "ef" * 32, "split_digest": "12" * 32, "provenance": {"human": 1000, "program": 200},
+            "system_prompt": None,
+        },
+        "training": {
+            "learning_rate": 2e-4, "effective_batch": 8, "trainable_parameters": 4_884_480,
+            "total_parameters": 139_400_064, "steps": 4, "tokens": 12_000, "trained_tokens": 3_000, "seconds": 80.0,
+            "tokens_per_second": 150.0, "first_loss": 2.5, "last_loss": 0.125, "best_validation_loss": 0.25,
+            "last_validation_loss": 0.25, "device": "cpu", "dtype": "bf16", "peak_memory_bytes": 2**30,
+            "adapter_sha256": "34" * 32,
+            "mask_example": [["<|user|>red thing<|assistant|>", False], ["red<|end|>", True], ["\n", False]],
+        },
+        "metrics": [
+            *({"step": s, "epoch": s / 2, "loss": 2.5 / s, "learning_rate": 2e-4 / s, "grad_norm": 1 / s, "tokens": 9}
+              for s in range(1, 5)),
+            {"step": 4, "epoch": 2.0, "validation_loss": 0.25},
+        ],
+        "verdict": verdict.to_json(),
+        "versions": {"appliance": "0.1.0", "torch": "2.13.0"},
+    }  # fmt: skip
+    return build_card(**{**values, **changes})
+
+
+class _Page(HTMLParser):
+    """Collects tags and attributes, and that every tag is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def read_page(html: str) -> _Page:
+    """The parsed page; fails when tags are not balanced."""
+    page = _Page()
+    page.feed(html)
+    assert page.open == []
+    return page
+
+
+@pytest.mark.parametrize("name", ["card.md", "card.html"])
+def test_the_card_is_as_it_was_last_looked_at(name: str) -> None:
+    """Golden files, written anew with UPDATE_GOLDEN=1 and then looked at by a person."""
+    text = {"card.md": render_markdown, "card.html": render_html}[name](make_card(champion=True))
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.mkdir(exist_ok=True)
+        (GOLDEN / name).write_text(text)
+    assert text == (GOLDEN / name).read_text()
+
+
+def test_the_page_is_whole_and_needs_nobody() -> None:
+    """Balanced tags, no script, no request to anywhere."""
+    page = read_page(render_html(make_card()))
+    assert "script" not in page.tags
+    assert not [v for k, v in page.attributes if k in ("src", "href", "onclick")]
+    assert page.tags.count("polyline") >= 4
+    assert "Ship: better than the prompted base model" in page.text
+
+
+def test_hostile_names_stay_text() -> None:
+    """Names, categories and rows come from people; none can become markup or leave its cell."""
+    card = make_card(
+        data={**make_card()["data"], "name": HOSTILE, "licence": HOSTILE},
+        versions={HOSTILE: HOSTILE},
+        git_commit=HOSTILE,
+    )
+    card["verdict"]["slices"] = {HOSTILE: card["verdict"]["slices"]["a"]}
+    card["training"]["mask_example"] = [[HOSTILE, True]]
+    page = read_page(render_html(card))
+    assert "script" not in page.tags
+    assert "alert('x')" in page.text
+    markdown = render_markdown(card)
+    assert "<script>" not in markdown.split("---\n", 2)[2]
+    tables = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in tables)
+
+
+def test_the_front_matter_is_yaml_for_hubs() -> None:
+    """A hub reads base, library and result from the head of the file."""
+    _, front, _ = render_markdown(make_card()).split("---\n", 2)
+    values = yaml.safe_load(front)
+    assert values["library_name"] == "peft"
+    assert values["model-index"][0]["results"][0]["metrics"] == [{"type": "exact_match", "value": 0.6667}]
+
+
+def test_numbers_are_the_same_in_all_three(tmp_path: Path) -> None:
+    """What JSON says is what both renderings show."""
+    card = make_card()
+    write_card(card, tmp_path)
+    assert json.loads((tmp_path / "card.json").read_text()) == card
+    markdown, page = (tmp_path / "card.md").read_text(), read_page((tmp_path / "card.html").read_text()).text
+    for arm in card["verdict"]["arms"].values():
+        shown = f"{arm['score'] * 100:.1f}%"
+        assert shown in markdown
+        assert shown in page
+
+
+def test_a_card_with_little_in_it_is_still_a_card() -> None:
+    """No categories, no curves, no commit: sections are left out, nothing breaks."""
+    card = make_card(metrics=[], git_commit=None)
+    card["verdict"]["slices"] = {}
+    card["training"]["mask_example"] = []
+    assert "By category" not in read_page(render_html(card)).text
+    assert "By category" not in render_markdown(card)

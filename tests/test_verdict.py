@@ -1,0 +1,193 @@
+"""Laws of statistics and verdict: no claim without evidence, no pass by missing data."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from appliance.errors import EvaluationError
+from appliance.evaluation import Result, judge, smallest_gain
+from appliance.evaluation.statistics import mcnemar_exact, paired_gain_interval, wilson_interval
+from appliance.recipe import GateSection
+
+GATES = GateSection(min_test_rows=100)
+
+
+def make_results(arms: dict[str, Sequence[float]]) -> list[Result]:
+    """Results of each arm with these scores, row by row."""
+    return [
+        Result(
+            id=f"t{i}",
+            arm=arm,
+            output="",
+            stop="eos",
+            tokens=3,
+            prompt_tokens=5,
+            seconds=0.1,
+            category="ab"[i % 2],
+            group=f"g{i}",
+            scores={"exact_match": float(score), "contract_valid": 1.0},
+        )
+        for arm, scores in arms.items()
+        for i, score in enumerate(scores)
+    ]
+
+
+def pairs(*, both: int = 0, wins: int = 0, losses: int = 0, neither: int = 0) -> tuple[list[float], list[float]]:
+    """(candidate, other) scores with this many rows of each kind."""
+    kinds = [(1.0, 1.0)] * both + [(1.0, 0.0)] * wins + [(0.0, 1.0)] * losses + [(0.0, 0.0)] * neither
+    return [a for a, _ in kinds], [b for _, b in kinds]
+
+
+def decide(*, champion: tuple[int, int] | None = None, gates: GateSection = GATES, **counts: int) -> str:
+    """The outcome for these paired rows; `champion` is (wins, losses) against it."""
+    ours, theirs = pairs(**counts)
+    arms = {"zero_shot": theirs, "candidate": ours}
+    if champion is not None:
+        wins, losses = champion
+        won = [i for i, s in enumerate(ours) if s][:wins]
+        lost = [i for i, s in enumerate(ours) if not s][:losses]
+        arms["champion"] = [1.0 if i in lost else 0.0 if i in won else s for i, s in enumerate(ours)]
+    return judge(make_results(arms), metric="exact_match", gates=gates).outcome
+
+
+@pytest.mark.parametrize(
+    ("counts", "outcome"),
+    [
+        ({"wins": 60, "neither": 60}, "ship"),
+        ({"wins": 3, "neither": 17}, "inconclusive"),  # 3 points on 20 rows are no success
+        ({"wins": 20}, "inconclusive"),  # nor is a clean sweep of too few rows
+        ({"losses": 30, "neither": 100}, "reject"),
+        ({"losses": 15}, "reject"),  # a loss is told before a lack of rows
+        ({"both": 100, "wins": 12, "losses": 10, "neither": 100}, "hold"),
+        ({"both": 60, "wins": 10, "losses": 4, "neither": 40}, "hold"),  # a large gain is ruled out
+        ({"both": 50, "wins": 18, "losses": 6, "neither": 40}, "inconclusive"),  # it is not
+        ({"both": 1980, "wins": 20, "neither": 0}, "hold"),  # significant, and not worth its maintenance
+        ({"both": 200}, "hold"),
+    ],
+)
+def test_the_verdict_follows_its_rules(counts: dict[str, int], outcome: str) -> None:
+    """Each rule on an example of its own."""
+    assert decide(**counts) == outcome
+
+
+def test_the_candidate_must_not_lose_to_the_version_in_use() -> None:
+    """It may be equal; clearly worse holds it even where it beats prompting."""
+    assert decide(both=20, wins=80, neither=20, champion=(2, 2)) == "ship"
+    assert decide(both=20, wins=80, neither=20, champion=(0, 15)) == "hold"
+
+
+def test_the_best_prompted_arm_is_the_bar() -> None:
+    """Few-shot beats zero-shot here, so it is few-shot that counts."""
+    ours, weak = pairs(wins=60, neither=60)
+    strong = [1.0] * 55 + [0.0] * 65
+    verdict = judge(
+        make_results({"zero_shot": weak, "few_shot": strong, "candidate": ours}), metric="exact_match", gates=GATES
+    )
+    assert verdict.best_prompted == "few_shot"
+    assert verdict.comparison.wins == 5
+    assert verdict.outcome != "ship"
+
+
+def test_reasons_carry_the_numbers() -> None:
+    """A reader can check the decision: gain, interval, p-value and rows."""
+    ours, theirs = pairs(both=10, wins=60, losses=2, neither=48)
+    verdict = judge(make_results({"zero_shot": theirs, "candidate": ours}), metric="exact_match", gates=GATES)
+    assert "+48.3 points against zero_shot" in verdict.reasons[0]
+    assert "60 rows better, 2 worse, 58 equal" in verdict.reasons[0]
+    assert verdict.slices["a"]["candidate"]["n"] == 60
+    assert verdict.power["smallest_gain"] == smallest_gain(120, alpha=0.01)
+
+
+@pytest.mark.parametrize(
+    "arms",
+    [
+        {"zero_shot": [1.0] * 3},
+        {"candidate": [1.0] * 3},
+        {"zero_shot": [1.0] * 3, "candidate": [1.0] * 4},
+        {"zero_shot": [1.0] * 3, "candidate": [1.0, 0.5, 0.0]},
+        {"zero_shot": [1.0] * 3, "candidate": [1.0, math.nan, 0.0]},
+        {},
+    ],
+)
+def test_missing_or_graded_data_is_an_error_never_a_pass(arms: dict[str, list[float]]) -> None:
+    """An arm, a row or a score that is not there stops the run."""
+    with pytest.raises(EvaluationError):
+        judge(make_results(arms), metric="exact_match", gates=GATES)
+
+
+def test_equal_models_are_shipped_in_at_most_one_of_twenty_trials() -> None:
+    """A/A trials over base rates and agreement: the gate at 0.01 ships by chance in far less than 5%."""
+    rng = random.Random(11)
+    shipped = trials = 0
+    for rate, agreement in product((0.1, 0.5, 0.9), (0.0, 0.5, 0.9)):
+        for _ in range(60):
+            ours, theirs = [], []
+            for _ in range(150):
+                first = float(rng.random() < rate)
+                ours.append(first)
+                theirs.append(first if rng.random() < agreement else float(rng.random() < rate))
+            outcome = judge(
+                make_results({"zero_shot": theirs, "candidate": ours}), metric="exact_match", gates=GATES
+            ).outcome
+            shipped += outcome == "ship"
+            trials += 1
+    assert shipped / trials <= 0.05
+
+
+def test_a_known_gain_is_shipped_at_the_stated_power() -> None:
+    """Where the power table says 80%, about 80% of simulated trials are significant."""
+    n, gain = 150, smallest_gain(150, alpha=0.01)
+    assert gain is not None
+    rng = random.Random(5)
+    found = 0
+    for _ in range(400):
+        draws = [rng.random() for _ in range(n)]
+        wins = sum(d < gain + 0.05 for d in draws)
+        losses = sum(gain + 0.05 <= d < gain + 0.10 for d in draws)
+        found += mcnemar_exact(wins, losses) < 0.01 and wins > losses
+    assert 0.75 <= found / 400 <= 0.90
+
+
+@pytest.mark.parametrize(("n", "points"), [(10, 78), (40, 28), (100, 15), (200, 9), (500, 5)])
+def test_the_power_table(n: int, points: int) -> None:
+    """The smallest detectable gains at 0.05 with 5% of rows worse, as the data check states them."""
+    gain = smallest_gain(n, alpha=0.05)
+    assert gain is not None
+    assert abs(gain * 100 - points) <= 1
+
+
+def test_mcnemar_by_hand() -> None:
+    """2 * (0.5 ** 6) for six wins to nil; 1 for a draw and for nothing."""
+    assert mcnemar_exact(6, 0) == pytest.approx(2 * 0.5**6)
+    assert mcnemar_exact(5, 5) == 1.0
+    assert mcnemar_exact(0, 0) == 1.0
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.tuples(*[st.integers(0, 60)] * 4).filter(lambda c: sum(c) > 0))
+def test_intervals_hold_the_estimate_and_stay_in_range(counts: tuple[int, int, int, int]) -> None:
+    """Lower <= estimate <= upper, within what is possible; swapping the arms mirrors the interval."""
+    both, wins, losses, neither = counts
+    n = sum(counts)
+    low, high = paired_gain_interval(both=both, wins=wins, losses=losses, neither=neither)
+    assert -1 <= low <= (wins - losses) / n + 1e-9
+    assert (wins - losses) / n - 1e-9 <= high <= 1
+    mirrored = paired_gain_interval(both=both, wins=losses, losses=wins, neither=neither)
+    assert mirrored == pytest.approx((-high, -low))
+    low, high = wilson_interval(wins, n)
+    assert 0 <= low <= wins / n + 1e-9
+    assert wins / n - 1e-9 <= high <= 1
+
+
+def test_newcombe_by_the_book() -> None:
+    """Newcombe (1998), table II, method 10, the contrast 43/7/1/... is close to the printed interval."""
+    low, high = paired_gain_interval(both=36, wins=12, losses=2, neither=0)
+    assert low == pytest.approx(0.0569, abs=0.002)
+    assert high == pytest.approx(0.3404, abs=0.002)
