@@ -7,13 +7,16 @@ reaches it once, from here, and can be answered with a checkpoint instead of a h
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from appliance.errors import CommandError
 
@@ -57,20 +60,29 @@ def run_command(
     return done.stdout
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerEnd:
+    """How a child worker ended: its exit code (`-N`: killed by signal N) and why, when it failed."""
+
+    code: int
+    failure: str = ""
+
+
 def run_worker(
     argv: Sequence[str],
     *,
     log: Path,
-    on_line: Callable[[str], None],
+    on_event: Callable[[dict[str, Any]], None],
     env: Mapping[str, str] | None = None,
-) -> int:
-    """Run a child worker, hand each line of its standard output to `on_line`, return its exit code.
+) -> WorkerEnd:
+    """Run a child worker (see `appliance.child`) and hand each event it emits to `on_event`.
 
-    Standard error goes to the file `log`. SIGINT and SIGTERM are forwarded to the child as SIGTERM
-    once; the child then has 120 s to save a checkpoint before it is killed.
+    Standard error goes to the file `log`, new for each run. SIGINT and SIGTERM are forwarded to the
+    child as SIGTERM once; the child then has 120 s to save a checkpoint before it is killed.
     """
+    failure = ""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as errors:
+    with log.open("wb") as errors:
         child = subprocess.Popen(
             list(argv),
             stdout=subprocess.PIPE,
@@ -83,12 +95,31 @@ def run_worker(
         )
         with forward_signals(child) as received, child:
             try:
-                for line in child.stdout or ():
-                    on_line(line.rstrip("\n"))
+                for event in _read_events(child.stdout or ()):
+                    failure = event.get("failure", failure)
+                    on_event(event)
             except BaseException:
                 child.kill()
                 raise
-    return _end(child, received)
+    code = _end(child, received)
+    return WorkerEnd(code, failure or (_describe_death(code, log) if code else ""))
+
+
+def _read_events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The JSON objects among the lines; a library that prints is not listened to."""
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict):
+                yield event
+
+
+def _describe_death(code: int, log: Path) -> str:
+    """What is known of a child that ended without a word of its own."""
+    if code < 0:
+        return f"killed by signal {-code} (out of memory?); run the same command to go on; its log is {log}"
+    lines = log.read_text("utf-8", errors="replace").strip().splitlines()
+    return f"ended with code {code}{': ' + lines[-1] if lines else ''}; its log is {log}"
 
 
 def run_visible(argv: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> int:
@@ -107,8 +138,12 @@ def run_visible(argv: Sequence[str], *, cwd: Path | None = None, env: Mapping[st
 
 
 def _end(child: subprocess.Popen[str], received: Sequence[int]) -> int:
-    """The child's exit code; a signal that came too late to stop the child stops this process."""
-    if received and child.returncode == 0:
+    """The child's exit code. A signal that the child did not answer with an exit code stops this process.
+
+    That is so when it came before the child could listen, while its interpreter was ending, or when
+    the child had to be killed.
+    """
+    if received and child.returncode <= 0:
         signal.raise_signal(received[0])
     return child.returncode
 

@@ -7,6 +7,8 @@ A failed quality gate is a `Verdict`, not an exception.
 
 from __future__ import annotations
 
+import errno
+
 
 class ApplianceError(Exception):
     """An expected failure, with a message for the person who can mend it."""
@@ -64,3 +66,10 @@ class DeviceError(ApplianceError):
     """A transient device fault (out of memory after every retry, a lost GPU)."""
 
     exit_code = 34
+
+
+def is_disk_full(fault: BaseException) -> bool:
+    """Whether a failure means that the disk or the quota is full; torch and safetensors say it in words only."""
+    if isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(words in str(fault) for words in ("No space left on device", "file write failed"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ COLOURS = ("red", "blue", "green", "black")
 
 
 def write_dataset(folder: Path, *, rows: int = 64, shuffle: bool = False) -> Path:
-    """Requests for things in a colour; the answer is the colour (or the wrong one, with `shuffle`)."""
+    """Requests for things in a colour; the answer is the colour (or, with `shuffle`, any colour)."""
     folder.mkdir(parents=True, exist_ok=True)
     card = {"name": "colours", "description": "Name the colour.", "licence": "Apache-2.0"}
     card["contract"] = {"type": "labels", "labels": list(COLOURS)}  # type: ignore[assignment]
@@ -87,9 +88,9 @@ def write_dataset(folder: Path, *, rows: int = 64, shuffle: bool = False) -> Pat
     lines = []
     for index in range(rows):
         colour = COLOURS[index % len(COLOURS)]
-        answer = COLOURS[(index * 7 // 4) % len(COLOURS)] if shuffle else colour
+        answer = random.Random(index).choice(COLOURS) if shuffle else colour
         messages = [
-            {"role": "user", "content": f"{colour} thing {index}"},
+            {"role": "user", "content": f"thing {index}: {colour}"},
             {"role": "assistant", "content": answer},
         ]
         lines.append(json.dumps({"id": f"r{index}", "messages": messages, "provenance": "program"}))

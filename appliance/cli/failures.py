@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
@@ -15,7 +14,7 @@ from types import FrameType
 import click
 
 from appliance.digest import write_atomic
-from appliance.errors import ApplianceError, InterruptedRunError
+from appliance.errors import ApplianceError, InterruptedRunError, is_disk_full
 
 _BUG, _USAGE, _INTERRUPTED = 70, 2, 33
 
@@ -34,12 +33,10 @@ def run_guarded(group: click.Group, argv: Sequence[str] | None) -> int:
         return _fail("stopped; what was finished is kept: run the same command to go on", _INTERRUPTED)
     except ApplianceError as fault:
         return _fail(str(fault), fault.exit_code)
-    except OSError as fault:
-        if fault.errno in (errno.ENOSPC, errno.EDQUOT):
-            place = fault.filename or "the disk"
+    except Exception as fault:  # noqa: BLE001 - the last line of defence: a bug is told as one
+        if is_disk_full(fault):
+            place = getattr(fault, "filename", None) or "the disk"
             return _fail(f"{place}: no space left; free some and run the same command to go on", 1)
-        return _report_bug()
-    except Exception:  # noqa: BLE001 - the last line of defence: a bug is told as one
         return _report_bug()
     return result if isinstance(result, int) else 0
 

@@ -6,10 +6,10 @@ are fixed by the job alone, so that it gives the same outputs as an uninterrupte
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from pydantic import BaseModel, ConfigDict
@@ -48,26 +48,23 @@ def generate(
     write_atomic(job.folder / "job.json", job.model_dump_json(indent=1).encode())
     bar = Progress("generate", len(prompts), unit=" answers")
 
-    def follow(line: str) -> None:
-        event = json.loads(line) if line.startswith("{") else {}
+    def follow(event: dict[str, Any]) -> None:
         if "note" in event:
             note(event["note"])
         elif "done" in event:
             bar.advance(event["done"], event["arm"])
 
-    code = run_worker(
+    end = run_worker(
         [sys.executable, "-m", "appliance.evaluation.worker", str(job.folder)],
         log=job.folder / "worker.log",
-        on_line=follow,
+        on_event=follow,
         env=env,
     )
     bar.close()
-    if code in (33, -15, -2):
-        raise InterruptedRunError(
-            "evaluation stopped by a signal; finished answers are kept: run the same command to go on"
-        )
-    if code != 0:
-        raise EvaluationError(_explain(job, code))
+    if end.code == InterruptedRunError.exit_code:
+        raise InterruptedRunError("evaluation stopped by a signal; run the same command to go on")
+    if end.code:
+        raise EvaluationError(f"evaluation: {end.failure}")
     return decode_outputs((job.folder / "outputs.jsonl").read_bytes())
 
 
@@ -78,13 +75,3 @@ def _start_over_if_changed(job: GenerationJob, prompts: Sequence[Prompt]) -> Non
     if not stamp.is_file() or stamp.read_text("ascii") != digest:
         (job.folder / "outputs.jsonl").unlink(missing_ok=True)
         write_atomic(stamp, digest.encode())
-
-
-def _explain(job: GenerationJob, code: int) -> str:
-    log = job.folder / "worker.log"
-    try:
-        lines = log.read_text("utf-8", errors="replace").strip().splitlines()
-    except OSError:
-        lines = []
-    last = f": {lines[-1]}" if lines else ""
-    return f"the generation process ended with code {code}{last}; its log is {log}; run the same command to go on"

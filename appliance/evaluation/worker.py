@@ -1,44 +1,36 @@
-"""`python -m appliance.evaluation.worker FOLDER`: the generation child.
-
-Exit codes: 0 every prompt answered; 33 stopped by a signal between two batches. One JSON object a
-line on standard output for the parent.
-"""
+"""`python -m appliance.evaluation.worker FOLDER`: the generation child. Exit codes as in `appliance.child`."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
+from appliance.child import Emit, StopFlag, run_child
 from appliance.digest import write_atomic
+from appliance.errors import InterruptedRunError
 from appliance.evaluation.arms import Arm, Prompt
 from appliance.evaluation.generate import GenerationJob
 from appliance.evaluation.outputs import decode_outputs
 from appliance.model import load_template
 
-_QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
-
 
 def main(folder: Path) -> int:
-    """Answer every prompt of the job that has no answer yet."""
-    stopped: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda n, _frame: stopped.append(n))
-    os.environ.update(_QUIET)
+    """Answer every prompt of the job in `folder` that has no answer yet."""
     job = GenerationJob.model_validate_json((folder / "job.json").read_bytes())
     prompts = [msgspec.json.decode(x, type=Prompt) for x in (folder / "prompts.jsonl").read_bytes().splitlines()]
-    done = _load_done(folder / "outputs.jsonl")
-    _emit(done=len(done), arm="")
-    for model_folder, arms in itertools.groupby(sorted(job.arms, key=_place), key=_place):
-        if stopped or _run_arms(job, list(arms), Path(model_folder), prompts=prompts, done=done, stopped=stopped):
-            return 33
-    return 0
+
+    def work(stop: StopFlag, emit: Emit) -> None:
+        done = _load_done(folder / "outputs.jsonl")
+        emit(done=len(done), arm="")
+        for model_folder, arms in itertools.groupby(sorted(job.arms, key=_place), key=_place):
+            _run_arms(job, list(arms), Path(model_folder), prompts=prompts, done=done, stop=stop, emit=emit)
+
+    return run_child(work)
 
 
 def _run_arms(
@@ -48,9 +40,10 @@ def _run_arms(
     *,
     prompts: Sequence[Prompt],
     done: set[tuple[str, str]],
-    stopped: list[int],
-) -> bool:
-    """The arms that share one model; whether a signal stopped them."""
+    stop: StopFlag,
+    emit: Emit,
+) -> None:
+    """The arms that share one model. Raises `InterruptedRunError` between two batches."""
     from appliance.evaluation.generation import cut_batches, generate_batch, load_arms, use_arm
 
     if job.threads:
@@ -65,8 +58,8 @@ def _run_arms(
                 for batch in cut_batches([p for p in prompts if p.arm == arm.name], job.batch):
                     if all((p.id, p.arm) in done for p in batch):
                         continue
-                    if stopped:
-                        return True
+                    if stop.is_set:
+                        raise InterruptedRunError("between two batches")
                     outputs = generate_batch(
                         model, batch, template=template, stop_ids=job.stop_ids, max_new_tokens=job.max_new_tokens
                     )
@@ -76,8 +69,7 @@ def _run_arms(
                     sink.flush()
                     os.fsync(sink.fileno())
                     done.update((p.id, p.arm) for p in batch)
-                    _emit(done=len(done), arm=arm.name)
-    return False
+                    emit(done=len(done), arm=arm.name)
 
 
 def _load_done(file: Path) -> set[tuple[str, str]]:
@@ -91,11 +83,6 @@ def _load_done(file: Path) -> set[tuple[str, str]]:
 
 def _place(arm: Arm) -> str:
     return str(arm.model)
-
-
-def _emit(**event: object) -> None:
-    sys.stdout.write(json.dumps(event) + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -15,13 +15,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from appliance.command import run_worker
+from appliance.command import WorkerEnd, run_worker
 from appliance.digest import write_atomic
 from appliance.errors import DeviceError, InterruptedRunError, TrainingError
 from appliance.progress import Progress
 from appliance.recipe import Method, TrainingSection
-
-_INTERRUPTED, _TRANSIENT = 33, 34
 
 
 class TrainingJob(BaseModel):
@@ -52,54 +50,38 @@ def train(job: TrainingJob, *, note: Callable[[str], None], env: Mapping[str, st
     `InterruptedRunError` (a signal; the same call resumes) or `DeviceError`.
     """
     while True:
-        code = _run_child(job, env=env, note=note)
-        if code == 0:
+        end = _run_child(job, env=env, note=note)
+        if end.code == 0:
             summary: dict[str, Any] = json.loads((job.folder / "summary.json").read_bytes())
             return summary
-        if code == _TRANSIENT and job.micro_batch > 1:
+        if end.code == DeviceError.exit_code and job.micro_batch > 1:
             job = job.model_copy(update={"micro_batch": _halve(job.micro_batch, job.training.effective_batch)})
             note(f"out of memory; again with micro-batch {job.micro_batch}, the effective batch stays")
             continue
-        raise _explain(job, code)
+        raise _explain(end)
 
 
-def _run_child(job: TrainingJob, *, env: Mapping[str, str] | None, note: Callable[[str], None]) -> int:
+def _run_child(job: TrainingJob, *, env: Mapping[str, str] | None, note: Callable[[str], None]) -> WorkerEnd:
     write_atomic(job.folder / "job.json", job.model_dump_json(indent=1).encode())
-    (job.folder / "failure.json").unlink(missing_ok=True)
-    follow = _Follower(note)
-    code = run_worker(
+    bar: Progress | None = None
+
+    def follow(event: dict[str, Any]) -> None:
+        nonlocal bar
+        if "note" in event:
+            note(event["note"])
+        elif "step" in event:
+            bar = bar or Progress("train", event["max_steps"], unit=" steps")
+            bar.advance(event["step"], _describe_step(event))
+
+    end = run_worker(
         [sys.executable, "-m", "appliance.training.worker", str(job.folder)],
         log=job.folder / "worker.log",
-        on_line=follow.read,
+        on_event=follow,
         env=env,
     )
-    follow.close()
-    return code
-
-
-class _Follower:
-    """Turns the child's lines (one JSON object each) into a progress bar."""
-
-    def __init__(self, note: Callable[[str], None]) -> None:
-        self._note = note
-        self._bar: Progress | None = None
-
-    def read(self, line: str) -> None:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            return
-        if not isinstance(event, dict):
-            return
-        if "note" in event:
-            self._note(str(event["note"]))
-        elif "step" in event:
-            self._bar = self._bar or Progress("train", event["max_steps"], unit=" steps")
-            self._bar.advance(event["step"], _describe_step(event))
-
-    def close(self) -> None:
-        if self._bar:
-            self._bar.close()
+    if bar:
+        bar.close()
+    return end
 
 
 def _describe_step(event: dict[str, Any]) -> str:
@@ -116,20 +98,11 @@ def _halve(micro_batch: int, effective: int) -> int:
     return next(m for m in range(max(1, micro_batch // 2), 0, -1) if effective % m == 0)
 
 
-def _explain(job: TrainingJob, code: int) -> TrainingError | InterruptedRunError | DeviceError:
-    log = job.folder / "worker.log"
-    try:
-        message = json.loads((job.folder / "failure.json").read_bytes())["message"]
-    except (OSError, ValueError, KeyError):
-        message = f"the training process ended with code {code}; its last words are in {log}"
-    if code == _INTERRUPTED:
-        return InterruptedRunError(f"training stopped by a signal: {message}; run the same command to go on")
-    if code == _TRANSIENT:
+def _explain(end: WorkerEnd) -> TrainingError | InterruptedRunError | DeviceError:
+    if end.code == InterruptedRunError.exit_code:
+        return InterruptedRunError(f"training stopped by a signal {end.failure}; run the same command to go on")
+    if end.code == DeviceError.exit_code:
         return DeviceError(
-            f"out of memory with micro-batch 1: {message}; use a shorter max_length, qlora or a larger device"
+            f"out of memory with micro-batch 1: {end.failure}; use a shorter max_length, qlora or a larger device"
         )
-    if code < 0:
-        message = (
-            f"the training process was killed by signal {-code} (out of memory?); the same command resumes; log: {log}"
-        )
-    return TrainingError(message)
+    return TrainingError(f"training: {end.failure}")

@@ -14,11 +14,11 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -27,6 +27,7 @@ from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_se
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
+from appliance.child import Emit, StopFlag
 from appliance.digest import canonical_json, digest_folder, fsync_folder, write_atomic
 from appliance.errors import DeviceError, InterruptedRunError, TrainingError
 from appliance.model import TokenRow
@@ -43,16 +44,8 @@ _PARITY = {"bf16": 0.05, "fp32": 1e-3}
 _DIVERGED = 3.0
 _PATIENCE = 5
 
-Emit = Callable[..., None]
 
-
-class Stop(Protocol):
-    """Whether a signal asked the run to end."""
-
-    is_set: bool
-
-
-def run_job(job: TrainingJob, *, stop: Stop, emit: Emit) -> None:
+def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
     """Train as `job` says and put the artifact at `job.adapter`. Raises `ApplianceError`s only."""
     with _out_of_memory_as_device_error():
         # 1. The machine: device, precision, threads, seeds.
@@ -138,7 +131,7 @@ class _Journal:
 class _Watch(TrainerCallback):  # type: ignore[misc]
     """Journals every step, seals every checkpoint, stops on a signal, refuses a loss gone wrong."""
 
-    def __init__(self, *, stop: Stop, emit: Emit, fingerprint: dict[str, str], journal: _Journal) -> None:
+    def __init__(self, *, stop: StopFlag, emit: Emit, fingerprint: dict[str, str], journal: _Journal) -> None:
         self.stop, self.emit, self.fingerprint, self.journal = stop, emit, fingerprint, journal
         self.trainer: Any = None
         self._began = time.monotonic()

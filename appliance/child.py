@@ -1,0 +1,60 @@
+"""The child's side of a worker process: signals as a flag, events as JSON lines, failures as words and a code.
+
+Exit codes: 0 done; 1 refused, `failure` says why; 33 stopped by a signal, the same job goes on; 34
+out of memory. Any other end is a bug or a kill, and the log has the traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from appliance.errors import ApplianceError, is_disk_full
+
+_QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_MODE": "disabled",
+}
+
+Emit = Callable[..., None]
+
+
+class StopFlag:
+    """Set by SIGTERM or SIGINT; the work looks at it where it can stop and be resumed."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._set)
+
+    def _set(self, _number: int, _frame: FrameType | None) -> None:
+        self.is_set = True
+
+
+def emit(**event: object) -> None:
+    """Tell the parent one thing."""
+    sys.stdout.write(json.dumps(event) + "\n")
+    sys.stdout.flush()
+
+
+def run_child(work: Callable[[StopFlag, Emit], None]) -> int:
+    """Do `work` and return the exit code; an expected failure is told to the parent as `failure`."""
+    stop = StopFlag()
+    os.environ.update(_QUIET)
+    try:
+        work(stop, emit)
+    except ApplianceError as fault:
+        emit(failure=str(fault))
+        return fault.exit_code
+    except Exception as fault:
+        if not is_disk_full(fault):
+            raise
+        emit(failure=f"no space left on the disk ({fault}); free some and run the same command to go on")
+        return 1
+    return 0
