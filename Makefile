@@ -37,8 +37,8 @@ lint: .venv/ready  ## ruff, mypy, the house's layers, shellcheck, zizmor
 	@.venv/bin/zizmor --offline --quiet .github/workflows
 
 .PHONY: docs
-docs: .venv/ready  ## Write the recipe's JSON Schema anew
-	@$(PYTHON) -c "from appliance.recipe import render_schema; print(render_schema(), end='')" > docs/recipe.schema.json
+docs: .venv/ready  ## Write the recipe's JSON Schema and the README's tree anew
+	@$(PYTHON) docs/write.py
 
 .PHONY: bench
 bench: .venv/ready  ## Training speed on this CPU, against TRL in the same run

@@ -52,6 +52,9 @@ def run_child(work: Callable[[StopFlag, Emit], None]) -> int:
     except ApplianceError as fault:
         emit(failure=str(fault))
         return fault.exit_code
+    except ModuleNotFoundError as fault:
+        emit(failure=f"{fault.name} is not installed; pip install 'appliance[train]'")
+        return 1
     except Exception as fault:
         if not is_disk_full(fault):
             raise

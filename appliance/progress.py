@@ -8,61 +8,80 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from types import TracebackType
+from typing import Any, Self
 
-T = TypeVar("T")
 _LOG_INTERVAL_S = 15.0
-_BAR_INTERVAL_S = 0.1
-_WIDTH = 28
 
 
 class Progress:
-    """A counter of `total` units with a label, a rate and an estimate of the time left."""
+    """A counter with a label, the time gone and an estimate of the time left; a context manager."""
 
-    def __init__(self, label: str, total: int, *, unit: str = "") -> None:
-        """Nothing is printed before the first `advance` or `note`."""
-        self.label, self.total, self.unit = label, total, unit
-        self.done = 0
-        self._note = ""
+    def __init__(self, label: str, *, unit: str = "") -> None:
+        """Nothing is shown before the first `advance`."""
+        self._label, self._unit = label, unit
         self._began = time.monotonic()
         self._shown = 0.0
-        self._bar = sys.stderr.isatty()
+        self._bar: Any = None
 
-    def advance(self, done: int, note: str = "") -> None:
-        """Say that `done` of the total units are finished; `note` is shown behind the bar."""
-        self.done, self._note = done, note
+    def __enter__(self) -> Self:
+        """Start the clock."""
+        self._began = time.monotonic()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, at: TracebackType | None) -> None:
+        """Give the terminal back, whatever happened."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, done: int, *, total: int, note: str = "") -> None:
+        """Say that `done` of `total` units are finished; `note` is shown behind the bar."""
+        if sys.stderr.isatty() or self._bar is not None:
+            self._draw(done, total=total, note=note)
+            return
         now = time.monotonic()
-        interval = _BAR_INTERVAL_S if self._bar else _LOG_INTERVAL_S
-        if now - self._shown >= interval or done >= self.total:
+        if now - self._shown >= _LOG_INTERVAL_S or done >= total:
             self._shown = now
-            self._print()
-
-    def close(self) -> None:
-        """End the bar's line."""
-        if self._bar and self._shown:
-            sys.stderr.write("\n")
+            sys.stderr.write(f"  {self._describe(done, total=total, note=note)}\n")
             sys.stderr.flush()
 
-    def _print(self) -> None:
-        share = min(1.0, self.done / self.total) if self.total else 1.0
+    def _describe(self, done: int, *, total: int, note: str) -> str:
+        share = min(1.0, done / total) if total else 1.0
         elapsed = time.monotonic() - self._began
-        left = elapsed / share - elapsed if share > 0 else 0.0
-        text = f"{self.label} {self.done}/{self.total}{self.unit} {elapsed:.0f} s"
-        text += f", about {left:.0f} s left" if 0 < share < 1 else ""
-        text += f"  {self._note}" if self._note else ""
-        if self._bar:
-            filled = round(share * _WIDTH)
-            sys.stderr.write(f"\r\x1b[K  [{'#' * filled}{'.' * (_WIDTH - filled)}] {text}")
-        else:
-            sys.stderr.write(f"  {text}\n")
-        sys.stderr.flush()
+        text = f"{self._label} {done}/{total}{self._unit} {elapsed:.0f} s"
+        text += f", about {elapsed / share - elapsed:.0f} s left" if 0 < share < 1 else ""
+        return f"{text}  {note}" if note else text
+
+    def _draw(self, done: int, *, total: int, note: str) -> None:
+        if self._bar is None:
+            self._bar = _build_bar(self._label, unit=self._unit)
+        self._bar.update(self._bar.task_ids[0], completed=done, total=total, note=note)
 
 
-def track(items: Iterable[T], *, label: str, total: int) -> Iterator[T]:
-    """Yield `items` while showing how many of `total` are done."""
-    progress = Progress(label, total)
-    for count, item in enumerate(items, start=1):
-        yield item
-        progress.advance(count)
-    progress.close()
+def _build_bar(label: str, *, unit: str) -> Any:
+    """A bar that fits the terminal's width; the note is cut first."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.table import Column
+
+    columns = (
+        TextColumn(f"  {label}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn(unit.strip()),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+    )
+    bar = Progress(*columns, console=Console(stderr=True), expand=True)
+    bar.add_task(label, total=None, note="")
+    bar.start()
+    return bar

@@ -82,14 +82,6 @@ def test_every_command_and_option_has_help() -> None:
             assert not isinstance(parameter, click.Option) or parameter.help, f"{name}: {parameter.name}"
 
 
-def test_every_command_is_in_the_readme() -> None:
-    """The README shows each verb."""
-    readme = (ROOT / "README.md").read_text()
-    leaves = [name for name, command in walk(appliance) if not isinstance(command, click.Group)]
-    missing = [name for name in leaves if f"appliance {name}" not in readme]
-    assert missing == []
-
-
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny base, a dataset and a recipe; not a Git repository."""

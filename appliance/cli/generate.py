@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from appliance.cli.common import json_option, print_json, say
-from appliance.errors import RegistryError
+from appliance.errors import ModelError, RegistryError
 from appliance.evaluation import Arm, GenerationJob, Output, build_prompts, generate
 from appliance.example import Example, Message
 from appliance.manifest import Manifest, decode_manifest
@@ -52,7 +52,8 @@ def command(
     """Answer prompts with the version pulled into FOLDER (greedy decoding)."""
     manifest = _load_manifest(folder)
     recipe = Recipe.model_validate(manifest.recipe)
-    base = resolve_base(recipe.base, root=root.resolve(), cache=cache.expanduser().resolve(), note=say)
+    is_adapter = manifest.kind == "adapter"
+    base = _find_base(manifest, recipe, root=root, cache=cache) if is_adapter or compare else None
     asked = prompts or tuple(line.strip() for line in sys.stdin if line.strip())
     if not asked:
         raise click.UsageError("nothing to answer: give --prompt or lines on standard input")
@@ -61,10 +62,7 @@ def command(
         asked,
         system=lead,
         best=recipe.evaluation.system_prompt if system is None else None,
-        base=base,
-        folder=folder,
-        is_adapter=manifest.kind == "adapter",
-        compare=compare,
+        arms=_build_arms(folder.resolve(), base=base, is_adapter=is_adapter, compare=compare),
         limit=max_new_tokens,
     )
     if as_json:
@@ -95,15 +93,31 @@ def _read_system(folder: Path) -> str | None:
     return prompt if isinstance(prompt, str) else None
 
 
+def _find_base(manifest: Manifest, recipe: Recipe, *, root: Path, cache: Path) -> Base:
+    """The base model, which must be the one that the version was trained on."""
+    base = resolve_base(recipe.base, root=root.resolve(), cache=cache.expanduser().resolve(), note=say)
+    if base.revision != manifest.base["revision"]:
+        raise ModelError(
+            f"base model {base.model}: its revision is {base.revision}, {manifest.version} was trained on "
+            f"{manifest.base['revision']}; give --root or restore the base it was trained on"
+        )
+    return base
+
+
+def _build_arms(folder: Path, *, base: Base | None, is_adapter: bool, compare: bool) -> tuple[Arm, ...]:
+    """The version in `folder`, and the prompted base to compare with; `base` may be missing for a full model."""
+    prompted = [Arm("zero_shot", base.folder, None, is_prompted=True)] if base and compare else []
+    if base and is_adapter:
+        return (*prompted, Arm("candidate", base.folder, folder, is_prompted=False))
+    return (*prompted, Arm("candidate", folder, None, is_prompted=False))
+
+
 def _answer(
     asked: tuple[str, ...],
     *,
     system: str | None,
-    base: Base,
-    folder: Path,
-    is_adapter: bool,
     best: str | None,
-    compare: bool,
+    arms: tuple[Arm, ...],
     limit: int,
 ) -> list[Output]:
     lead = (Message("system", system),) if system else ()
@@ -111,23 +125,13 @@ def _answer(
         Example(str(i), (*lead, Message("user", t), Message("assistant", "")), provenance="human")
         for i, t in enumerate(asked)
     ]
-    arms = [
-        Arm(
-            "candidate",
-            base.folder if is_adapter else folder.resolve(),
-            folder.resolve() if is_adapter else None,
-            is_prompted=False,
-        )
-    ]
-    if compare:
-        arms.insert(0, Arm("zero_shot", base.folder, None, is_prompted=True))
-    template = load_template(base.folder)
+    template = load_template(arms[0].model)
     section = EvaluationSection(few_shot=0, system_prompt=best)
     prompts = [p for a in arms for p in build_prompts(a, examples, section=section, train=(), template=template)]
     with tempfile.TemporaryDirectory(prefix="appliance-") as scratch:
         job = GenerationJob(
             folder=Path(scratch),
-            arms=tuple(arms),
+            arms=arms,
             stop_ids=tuple(sorted(template.stop_ids)),
             max_new_tokens=limit,
             batch=16,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from appliance.data.findings import Finding, Severity
+from appliance.data.findings import Finding, Rule, Severity
 from appliance.data.rows import Dataset, Row, read_dataset
 from appliance.data.split import select_side
 from appliance.example import Example
@@ -68,7 +68,7 @@ def check_dataset(
     return Report(dataset, tuple(findings), counts)
 
 
-def _error(row: Row, rule: str, message: str, fix: str) -> Finding:
+def _error(row: Row, rule: Rule, message: str, fix: str) -> Finding:
     return Finding("error", rule, row.where, message, fix, id=row.example.id)
 
 
@@ -125,7 +125,7 @@ def _check_duplicates(dataset: Dataset) -> Iterator[Finding]:
 
 
 def _find_repeats(
-    rows: Iterable[Row], rule: str, *, key: Callable[[Example], str], words: str, fix: str
+    rows: Iterable[Row], rule: Rule, *, key: Callable[[Example], str], words: str, fix: str
 ) -> Iterator[Finding]:
     first: dict[str, Row] = {}
     for row in rows:

@@ -6,14 +6,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 Severity = Literal["error", "warning"]
+Rule = Literal[
+    "missing", "card", "empty", "json", "schema", "encoding", "control", "roles", "contract", "id", "duplicate",
+    "shared-prompt", "contradiction", "unreviewed", "category", "length", "volume", "test-size", "coverage",
+    "imbalance",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`where` is `file:line` or the dataset's folder; `rule` is stable and can be searched for."""
+    """`where` is `file:line` or the dataset's folder; `rule` is stable and explained in docs/data.md."""
 
     severity: Severity
-    rule: str
+    rule: Rule
     where: str
     message: str
     fix: str

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from appliance.contract import Contract, TextContract
-from appliance.data.findings import Finding
+from appliance.data.findings import Finding, Rule
 from appliance.digest import digest_folder
 from appliance.errors import DatasetError
 from appliance.example import Example, Message
@@ -153,5 +153,5 @@ def _guess_id(line: bytes) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _fault(rule: str, where: Path, message: str, fix: str) -> Finding:
+def _fault(rule: Rule, where: Path, message: str, fix: str) -> Finding:
     return Finding("error", rule, str(where), message, fix)

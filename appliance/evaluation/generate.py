@@ -46,21 +46,20 @@ def generate(
     _start_over_if_changed(job, prompts)
     write_atomic(job.folder / "prompts.jsonl", b"".join(msgspec.json.encode(p) + b"\n" for p in prompts))
     write_atomic(job.folder / "job.json", job.model_dump_json(indent=1).encode())
-    bar = Progress("generate", len(prompts), unit=" answers")
+    with Progress("generate", unit=" answers") as bar:
 
-    def follow(event: dict[str, Any]) -> None:
-        if "note" in event:
-            note(event["note"])
-        elif "done" in event:
-            bar.advance(event["done"], event["arm"])
+        def follow(event: dict[str, Any]) -> None:
+            if "note" in event:
+                note(event["note"])
+            elif "done" in event:
+                bar.advance(event["done"], total=len(prompts), note=event["arm"])
 
-    end = run_worker(
-        [sys.executable, "-m", "appliance.evaluation.worker", str(job.folder)],
-        log=job.folder / "worker.log",
-        on_event=follow,
-        env=env,
-    )
-    bar.close()
+        end = run_worker(
+            [sys.executable, "-m", "appliance.evaluation.worker", str(job.folder)],
+            log=job.folder / "worker.log",
+            on_event=follow,
+            env=env,
+        )
     if end.code == InterruptedRunError.exit_code:
         raise InterruptedRunError("evaluation stopped by a signal; run the same command to go on")
     if end.code:

@@ -15,18 +15,14 @@ _SHOWN_FROM = 32 * _MEGABYTE
 
 def transfer_files(files: Sequence[FileEntry], move: Callable[[FileEntry], None], *, label: str) -> None:
     """Call `move` for every file, eight at a time, with a bar from 32 MB on; raises what the first fault raised."""
-    total = sum(entry.size for entry in files)
-    bar = Progress(label, total // _MEGABYTE, unit=" MB") if total >= _SHOWN_FROM else None
-    with ThreadPoolExecutor(_WORKERS) as pool:
+    total, done = sum(entry.size for entry in files), 0
+    with Progress(label, unit=" MB") as bar, ThreadPoolExecutor(_WORKERS) as pool:
         moving = {pool.submit(move, entry): entry.size for entry in files}
-        done = 0
         try:
             for finished in as_completed(moving):
                 finished.result()
                 done += moving[finished]
-                if bar:
-                    bar.advance(done // _MEGABYTE)
+                if total >= _SHOWN_FROM:
+                    bar.advance(done // _MEGABYTE, total=total // _MEGABYTE)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            if bar:
-                bar.close()

@@ -63,25 +63,20 @@ def train(job: TrainingJob, *, note: Callable[[str], None], env: Mapping[str, st
 
 def _run_child(job: TrainingJob, *, env: Mapping[str, str] | None, note: Callable[[str], None]) -> WorkerEnd:
     write_atomic(job.folder / "job.json", job.model_dump_json(indent=1).encode())
-    bar: Progress | None = None
+    with Progress("train", unit=" steps") as bar:
 
-    def follow(event: dict[str, Any]) -> None:
-        nonlocal bar
-        if "note" in event:
-            note(event["note"])
-        elif "step" in event:
-            bar = bar or Progress("train", event["max_steps"], unit=" steps")
-            bar.advance(event["step"], _describe_step(event))
+        def follow(event: dict[str, Any]) -> None:
+            if "note" in event:
+                note(event["note"])
+            elif "step" in event:
+                bar.advance(event["step"], total=event["max_steps"], note=_describe_step(event))
 
-    end = run_worker(
-        [sys.executable, "-m", "appliance.training.worker", str(job.folder)],
-        log=job.folder / "worker.log",
-        on_event=follow,
-        env=env,
-    )
-    if bar:
-        bar.close()
-    return end
+        return run_worker(
+            [sys.executable, "-m", "appliance.training.worker", str(job.folder)],
+            log=job.folder / "worker.log",
+            on_event=follow,
+            env=env,
+        )
 
 
 def _describe_step(event: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from appliance.digest import digest_bytes, write_atomic
+from appliance.digest import write_atomic
 from appliance.errors import TrainingError
 from appliance.example import Example
 from appliance.model import ChatTemplate, TokenRow, render_row
@@ -41,11 +41,6 @@ def prepare_rows(
 def load_rows(file: Path) -> tuple[TokenRow, ...]:
     """The token rows that `prepare_rows` wrote."""
     return tuple(msgspec.json.decode(line, type=TokenRow) for line in file.read_bytes().splitlines())
-
-
-def digest_rows(file: Path) -> str:
-    """What the weights see: part of the fingerprint that a checkpoint must match."""
-    return digest_bytes(file.read_bytes())
 
 
 def show_mask(row: TokenRow, template: ChatTemplate) -> list[tuple[str, bool]]:

@@ -1,0 +1,77 @@
+"""Write what is made from the code: `docs/recipe.schema.json` and the tree in `README.md` (`make docs`)."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from appliance.cli import VERBS
+from appliance.recipe import render_schema
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- tree: written by `make docs` -->", "<!-- end of tree -->"
+FOLDERS = ("appliance", "benchmarks", "docs", "tests")
+# What has no docstring to quote.
+NAMED = {
+    ".ci/run": "What a change must pass",
+    ".ci/setup": "The environment from the lock; a CPU torch where there is no GPU",
+    ".github/workflows/validate.yml": "The check of every pull request",
+    "Makefile": "The one entry point",
+    "appliance/demo/recipe.yaml": "The demo's recipe, as the demo commits it",
+    "appliance/report/card.css": "The card's looks, light and dark",
+    "datasets.dvc": "The pointer of the demo dataset: the commit of such a file starts the main job",
+    "docs/architecture.md": "Floors, the way of a dataset commit, identity, exit codes",
+    "docs/data.md": "Rows, `dataset.yaml`, split, checks",
+    "docs/decisions": "Why it is so and what it costs, half a page each",
+    "docs/recipe.schema.json": "The recipe's JSON Schema, for editors",
+    "recipes/demo.yaml": "The demo: a strict JSON contract on SmolLM2-135M",
+    "recipes/examples": "LoRA, QLoRA and full training of 8B models, to copy",
+    "tests/golden": "Cards as they must come out",
+    "pyproject.toml": "The light core, the extras, and every tool's settings",
+    "uv.lock": "Every dependency's version and hash",
+}
+
+
+def describe(file: Path) -> str:
+    """A verb's summary, or the first sentence of a module's docstring."""
+    if file.parent.name == "cli" and file.stem in VERBS:
+        return VERBS[file.stem].rstrip(".")
+    text = ast.get_docstring(ast.parse(file.read_text("utf-8"))) or ""
+    return re.split(r"\.(?:\s|$)", " ".join(text.split("\n\n")[0].split()))[0]
+
+
+def list_tree(root: Path) -> dict[str, str]:
+    """Every file and folder worth a line, as path and description; a package has its docstring."""
+    modules = [p for folder in FOLDERS for p in (root / folder).rglob("*.py") if p.name != "__main__.py"]
+    found = {str(p.relative_to(root)).removesuffix("/__init__.py"): describe(p) for p in modules} | NAMED
+    plain = {str(p) for path in found for p in Path(path).parents if str(p) != "."} - found.keys()
+    return found | dict.fromkeys(plain, "")
+
+
+def render_tree(root: Path) -> str:
+    """The tree as fenced text."""
+    lines = []
+    for path, text in sorted(list_tree(root).items(), key=lambda item: item[0].split("/")):
+        *parents, name = path.split("/")
+        label = "  " * len(parents) + name + ("/" if (root / path).is_dir() else "")
+        lines.append(f"{label:<28}{text}".rstrip())
+    return "\n".join(["```", *lines, "```"])
+
+
+def render_readme(text: str, root: Path) -> str:
+    """The README with its tree written anew."""
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n{render_tree(root)}\n{END}{tail}"
+
+
+def main() -> None:
+    """Write both files."""
+    (ROOT / "docs" / "recipe.schema.json").write_text(render_schema(), "utf-8")
+    readme = ROOT / "README.md"
+    readme.write_text(render_readme(readme.read_text("utf-8"), ROOT), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

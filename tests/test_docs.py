@@ -1,0 +1,79 @@
+"""Laws of the documentation: what it says is what the code does."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import get_args
+
+import click
+import pytest
+import yaml
+from test_cli import walk
+
+from appliance.cli import appliance
+from appliance.data.findings import Rule
+from appliance.recipe import Recipe, render_schema
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+
+def read(name: str) -> str:
+    """A page's text."""
+    return (ROOT / name).read_text("utf-8")
+
+
+def test_what_is_made_from_the_code_is_fresh() -> None:
+    """The schema and the README's tree are what `make docs` writes."""
+    from write import render_readme
+
+    assert read("docs/recipe.schema.json") == render_schema()
+    assert read("README.md") == render_readme(read("README.md"), ROOT)
+
+
+def test_every_file_in_the_tree_is_told() -> None:
+    """No line of the tree is without a description, folders of the top level aside."""
+    from write import list_tree
+
+    assert [path for path, text in list_tree(ROOT).items() if not text and not (ROOT / path).is_dir()] == []
+    assert [path for path in list_tree(ROOT) if not (ROOT / path).exists()] == []
+
+
+def test_every_command_is_in_the_readme() -> None:
+    """The README shows each verb."""
+    leaves = [name for name, command in walk(appliance) if not isinstance(command, click.Group)]
+    assert [name for name in leaves if f"appliance {name}" not in read("README.md")] == []
+
+
+def test_every_command_shown_exists() -> None:
+    """A page shows no verb and no make target that is not there."""
+    verbs = {name.split(" ")[0] for name, _ in walk(appliance)}
+    targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE))
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        assert set(re.findall(r"(?:^|`)appliance ([a-z]+)", text, re.MULTILINE)) <= verbs, page
+        assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) <= targets, page
+
+
+def test_the_readmes_recipe_is_valid() -> None:
+    """Who copies the recipe of the README has a recipe."""
+    (text,) = re.findall(r"```yaml\n(.*?)```", read("README.md"), re.DOTALL)
+    assert Recipe.model_validate(yaml.safe_load(text)).name == "tickets"
+
+
+def test_every_rule_is_explained() -> None:
+    """The table in docs/data.md has the check's rules, each once, and no other."""
+    table = read("docs/data.md").split("| Rule |")[1]
+    cells = [line.split("|")[1] for line in table.splitlines()[2:] if line.startswith("|")]
+    told = [rule for cell in cells for rule in re.findall(r"`([a-z-]+)`", cell)]
+    assert sorted(told) == sorted(get_args(Rule))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_link_is_dead(page: Path) -> None:
+    """Links to files of this repository lead somewhere."""
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text("utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
