@@ -20,8 +20,8 @@ demo: .venv/ready  ## The main job end to end, about 10 minutes on 2 cores; agai
 	@$(PYTHON) -m appliance demo --workspace .demo $(ARGS)
 
 .PHONY: test
-test: .venv/ready  ## The fast tests
-	@$(PYTHON) -m pytest $(ARGS)
+test: .venv/ready  ## The fast tests, two at a time
+	@$(PYTHON) -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 .PHONY: test-slow
 test-slow: .venv/ready  ## The tests that train the real base model

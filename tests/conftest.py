@@ -1,4 +1,8 @@
-"""Fixtures for real object stores: one SeaweedFS per session, and a fresh store of each kind per test."""
+"""Fixtures for real object stores: one SeaweedFS per session, and a fresh store of each kind per test.
+
+Test workers that run side by side share the machine's cores out among themselves: two trainings
+with two threads each on two cores wait for each other at every barrier.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,14 @@ from appliance.demo.storage import Storage, start_storage
 from appliance.digest import digest_bytes
 from appliance.store import Store, open_store
 from appliance.store.s3 import S3Store
+
+
+def pytest_configure() -> None:
+    """Pin this worker, and so all it starts, to its share of the cores (no-op without workers or with one core)."""
+    name, count = os.environ.get("PYTEST_XDIST_WORKER", ""), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if name:
+        share = sorted(os.sched_getaffinity(0))[int(name.removeprefix("gw")) :: count]
+        os.sched_setaffinity(0, share or os.sched_getaffinity(0))
 
 
 @pytest.fixture(scope="session")

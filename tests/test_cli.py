@@ -224,7 +224,9 @@ def test_a_run_interrupted_in_training_is_finished_by_the_same_command(project: 
     command = [sys.executable, "-m", "appliance", "run", "long.yaml"]
     child = subprocess.Popen(command, cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list((tmp_path / "out").glob("*/training/metrics.jsonl")):
+    while time.monotonic() < deadline and not any(
+        f.stat().st_size for f in (tmp_path / "out").glob("*/training/metrics.jsonl")
+    ):
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=120)

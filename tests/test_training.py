@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from tiny import make_recipe, write_base
 
+from appliance.command import WorkerEnd
 from appliance.digest import digest_folder
 from appliance.errors import DeviceError, InterruptedRunError, TrainingError
 from appliance.example import Example, Message
@@ -316,9 +317,9 @@ def test_out_of_memory_is_answered_with_half_the_micro_batch(
 
     tried: list[int] = []
 
-    def fail(job: TrainingJob, **_rest: object) -> int:
+    def fail(job: TrainingJob, **_rest: object) -> WorkerEnd:
         tried.append(job.micro_batch)
-        return 34
+        return WorkerEnd(DeviceError.exit_code, "out of memory")
 
     monkeypatch.setattr(launch, "_run_child", fail)
     with pytest.raises(DeviceError, match="micro-batch 1"):
