@@ -1,0 +1,94 @@
+"""What a finished training leaves: the artifact, in place only when complete, and how it was made."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from appliance.digest import digest_folder, fsync_folder
+from appliance.model.weights import Precision
+from appliance.recipe import FullMethod
+from appliance.training import attention
+from appliance.training.arguments import select_learning_rate
+from appliance.training.journal import Journal
+from appliance.training.launch import TrainingJob
+
+
+def save_artifact(model: Any, job: TrainingJob, *, precision: Precision) -> None:
+    """Write the adapter (or the full model) beside its place, then rename: equal weights, equal bytes."""
+    staged = job.adapter.with_name(f".{job.adapter.name}.tmp")
+    shutil.rmtree(staged, ignore_errors=True)
+    if isinstance(job.method, FullMethod):
+        model.to(torch.bfloat16 if precision == "bf16" else torch.float32).save_pretrained(staged)
+        AutoTokenizer.from_pretrained(job.base, local_files_only=True).save_pretrained(staged)
+    else:
+        model.save_pretrained(staged)
+        (staged / "README.md").unlink(missing_ok=True)  # the card takes its place
+        _normalise_config(staged / "adapter_config.json", base_name=job.base_name)
+    for file in staged.iterdir():
+        file.chmod(0o644)  # safetensors writes 0600
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    shutil.rmtree(job.adapter, ignore_errors=True)
+    staged.rename(job.adapter)
+    fsync_folder(job.adapter.parent)
+
+
+def _normalise_config(file: Path, *, base_name: str) -> None:
+    """No path of this machine, and sets in one order, so that equal adapters have equal digests."""
+    config = json.loads(file.read_text("utf-8"))
+    config["base_model_name_or_path"] = base_name
+    for key, value in config.items():
+        if isinstance(value, list) and all(isinstance(v, str) for v in value):
+            config[key] = sorted(value)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def build_summary(
+    job: TrainingJob, model: Any, journal: Journal, trainer: Any, *, precision: Precision, device: torch.device
+) -> dict[str, Any]:
+    """What the manifest and the card record of the training."""
+    losses = [r["loss"] for r in journal.records if "loss" in r]
+    validations = [r["validation_loss"] for r in journal.records if "validation_loss" in r]
+    last = max((r for r in journal.records if "loss" in r), key=lambda r: r["step"])
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    gc.collect()
+    return {
+        "steps": trainer.state.global_step,
+        "max_steps": trainer.args.max_steps,
+        "epochs": job.training.epochs,
+        "seconds": last["seconds"],
+        "tokens": last["tokens"],
+        "tokens_per_second": round(last["tokens"] / max(last["seconds"], 1e-9), 1),
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "best_validation_loss": min(validations, default=None),
+        "last_validation_loss": validations[-1] if validations else None,
+        "trainable_parameters": sum(n for n, trained in counts if trained),
+        "total_parameters": sum(n for n, _ in counts),
+        "micro_batch": job.micro_batch,
+        "effective_batch": job.training.effective_batch,
+        "learning_rate": select_learning_rate(job.training, job.method),
+        "dtype": precision,
+        "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "threads": torch.get_num_threads(),
+        "attention": attention.NAME if job.training.packing else "sdpa",
+        "packing": job.training.packing,
+        "peak_memory_bytes": _peak_memory(device),
+        "adapter_sha256": digest_folder(job.adapter),
+    }
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Device bytes on CUDA, else the largest resident set of this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
