@@ -95,6 +95,20 @@ class FullMethod(Section):
 Method = Annotated[LoraMethod | QloraMethod | FullMethod, Field(discriminator="type")]
 
 
+class SpeedSection(Section):
+    """Which way the same numbers are computed; `auto` is right unless a library is to be ruled out.
+
+    `standard` is what transformers and PEFT do by themselves. attention: packed rows apart, without
+    a mask. head: `labelled` scores trained positions only, `fused` never holds the logits. lora: one
+    pass per adapted layer. compile: torch.compile of every decoder layer, minutes before the first step.
+    """
+
+    attention: Literal["auto", "standard"] = "auto"
+    head: Literal["auto", "standard", "labelled", "fused"] = "auto"
+    lora: Literal["auto", "standard"] = "auto"
+    compile: Literal["off", "on"] = "off"
+
+
 class TrainingSection(Section):
     """How the method is optimised. Rates follow the method where left out."""
 
@@ -111,6 +125,7 @@ class TrainingSection(Section):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     checkpoints: int = Field(8, ge=1, le=1000, description="checkpoints over the whole run")
+    speed: SpeedSection = SpeedSection()
 
 
 class GateSection(Section):

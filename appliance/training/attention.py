@@ -10,6 +10,7 @@ causal kernel is used.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -58,34 +59,73 @@ def attend(
         raise ValueError(
             f"a row of {max_length_q} tokens exceeds the window of {sliding_window}; set training.packing: false"
         )
-    index, real = _spread_index(cu_seq_lens_q, int(max_length_q))
-    groups = query.shape[1] // key.shape[1]
-    queries = query[0].transpose(0, 1)[index].transpose(1, 2)
-    keys = key[0].transpose(0, 1)[index].transpose(1, 2).repeat_interleave(groups, 1)
-    values = value[0].transpose(0, 1)[index].transpose(1, 2).repeat_interleave(groups, 1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if has_varlen(query) and dropout == 0.0:
+        flat = (query, key, value)
+        return _attend_varlen(*flat, cumulative=cu_seq_lens_q, longest=int(max_length_q), scale=scale), None
+    index, real = _spread_index(cu_seq_lens_q, int(max_length_q))
+    queries, keys, values = (_spread(x, index, len(cu_seq_lens_q) - 1) for x in (query, key, value))
     if query.device.type == "cpu" and dropout == 0.0 and int(max_length_q) <= _PLAIN_LIMIT:
         mixed = _attend_plain(queries, keys, values, scale)
     else:
+        groups = queries.shape[1] // keys.shape[1]
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
         mixed = functional.scaled_dot_product_attention(
             queries, keys, values, dropout_p=dropout, is_causal=True, scale=scale
         )
-    return mixed.transpose(1, 2)[real][None], None
+    return mixed.transpose(1, 2).flatten(0, 1).index_select(0, real)[None], None
+
+
+def has_varlen(query: torch.Tensor) -> bool:
+    """Whether torch's variable-length flash kernel takes it: half precision on an Ampere or newer GPU."""
+    if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16) or query.shape[-1] > 256:
+        return False
+    return bool(torch.cuda.get_device_capability(query.device) >= (8, 0))
+
+
+def _attend_varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, cumulative: torch.Tensor, longest: int, scale: float
+) -> torch.Tensor:
+    """The flash kernel over documents end to end, (1, T, H, D): no padding and no mask."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    queries, keys, values = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    if "enable_gqa" in known:
+        causal["enable_gqa"] = True
+    else:
+        groups = queries.shape[1] // keys.shape[1]
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    lengths = cumulative.to(torch.int32)
+    mixed: torch.Tensor = varlen_attn(queries, keys, values, lengths, lengths, longest, longest, scale=scale, **causal)
+    return mixed[None]
 
 
 def _attend_plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """softmax(q k' scale + causal) v, (N, H, L, D)."""
-    weights = torch.matmul(query, key.transpose(2, 3)) * scale
-    future = torch.full(weights.shape[-2:], float("-inf"), dtype=weights.dtype, device=weights.device).triu(1)
-    return torch.matmul(torch.softmax(weights + future, -1).to(value.dtype), value)
+    """softmax(q k' scale + causal) v, (N, H, L, D); a group of query heads shares its key head without a copy."""
+    documents, heads, longest, _ = query.shape
+    grouped = query.reshape(documents, key.shape[1], -1, query.shape[-1])
+    weights = torch.matmul(grouped, key.transpose(2, 3)).view(documents, heads, longest, longest) * scale
+    future = torch.full((longest, longest), float("-inf"), dtype=weights.dtype, device=weights.device).triu(1)
+    shares = torch.softmax(weights + future, -1).to(value.dtype).view(documents, key.shape[1], -1, longest)
+    return torch.matmul(shares, value).view(documents, heads, longest, -1)
 
 
 def _spread_index(cumulative: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat positions (N, longest), padded with position T - 1, and which of them are real."""
+    """Which flat position each of the (N * longest) places holds, T for padding; and the places that are real."""
     starts, lengths = cumulative[:-1], cumulative.diff()
     steps = torch.arange(longest, device=cumulative.device)
-    index = (starts[:, None] + steps).clamp(max=int(cumulative[-1]) - 1)
-    return index, steps < lengths[:, None]
+    is_real = steps < lengths[:, None]
+    index = torch.where(is_real, starts[:, None] + steps, cumulative[-1])
+    return index.flatten(), is_real.flatten().nonzero()[:, 0]
+
+
+def _spread(flat: torch.Tensor, index: torch.Tensor, documents: int) -> torch.Tensor:
+    """(1, H, T, D) to (N, H, longest, D), padded with zeros."""
+    heads, width = flat.shape[1], flat.shape[-1]
+    rows = functional.pad(flat[0].transpose(0, 1).flatten(1), (0, 0, 0, 1))
+    return rows.index_select(0, index).view(documents, -1, heads, width).transpose(1, 2)
 
 
 def _no_mask(*_arguments: Any, **_options: Any) -> None:

@@ -49,6 +49,17 @@ def collate_packed(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def spread_labels(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with its labels at every position, (1, T) with -100 where nothing is trained."""
+    import torch
+
+    ids = batch["input_ids"]
+    labels = torch.full_like(ids, _IGNORED)
+    labels[0, batch["logits_to_keep"]] = batch["shift_labels"][0]
+    kept = {k: v for k, v in batch.items() if k not in ("logits_to_keep", "labels", "shift_labels")}
+    return {**kept, "shift_labels": labels}
+
+
 def collate_padded(records: Sequence[dict[str, Any]], *, pad_id: int) -> dict[str, Any]:
     """A right-padded batch (N, longest) with its attention mask and labels."""
     import torch

@@ -10,7 +10,6 @@ from appliance.errors import TrainingError
 from appliance.model import TokenRow
 from appliance.model.weights import Precision
 from appliance.recipe import FullMethod
-from appliance.training import attention
 from appliance.training.batches import build_records, collate_packed
 from appliance.training.launch import TrainingJob
 
@@ -21,6 +20,7 @@ def check_packing(model: Any, rows: tuple[TokenRow, ...], *, precision: Precisio
     """Packed rows must not see each other: packed loss == loss of each row alone, by standard attention."""
     records = build_records(rows[:4])
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    used = base.config._attn_implementation  # noqa: SLF001 - transformers has a setter and no getter
     model.eval()
     try:
         packed = _mean_loss(model, records, device=device)
@@ -29,7 +29,7 @@ def check_packing(model: Any, rows: tuple[TokenRow, ...], *, precision: Precisio
     except (ValueError, TypeError) as fault:
         raise TrainingError(f"this model cannot train packed rows ({fault}); set training.packing: false") from fault
     finally:
-        base.set_attn_implementation(attention.NAME)
+        base.set_attn_implementation(used)
         model.train()
     alone = sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
     if not abs(packed - alone) <= _PARITY[precision] * max(1.0, alone):

@@ -26,11 +26,12 @@ from appliance.model import TokenRow
 from appliance.model.weights import Precision, select_device, select_precision
 from appliance.training.arguments import build_training_arguments
 from appliance.training.artifact import build_summary, save_artifact
-from appliance.training.batches import build_records, collate_packed, collate_padded
+from appliance.training.batches import build_records, collate_packed, collate_padded, spread_labels
 from appliance.training.checkpoints import count_steps_done, find_checkpoint
 from appliance.training.guards import check_packing, check_trained
 from appliance.training.journal import Journal
 from appliance.training.launch import TrainingJob
+from appliance.training.levers import select_levers
 from appliance.training.methods import build_model
 from appliance.training.rows import load_rows
 from appliance.training.watch import Watch
@@ -54,7 +55,8 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
 
         # 3. The model, with the method's trainable weights on it.
         emit(note=f"loading {job.base_name} in {precision} on {device.type}")
-        model = build_model(job, precision=precision, device=device)
+        levers = select_levers(job.training, method=job.method, on_cuda=device.type == "cuda")
+        model = build_model(job, levers, precision=precision, device=device)
         if job.training.packing:
             check_packing(model, train_rows, precision=precision, device=device)
 
@@ -64,6 +66,7 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
         journal = Journal(job.folder / "metrics.jsonl", kept=count_steps_done(resume) if resume else 0)
         watch = Watch(stop=stop, emit=emit, fingerprint=fingerprint, journal=journal)
         trainer = _build_trainer(job, model, train_rows, validation_rows, precision=precision, watch=watch)
+        trainer.head = levers.head
         watch.trainer = trainer
         if resume:
             emit(note=f"resuming from step {count_steps_done(resume)}")
@@ -82,12 +85,13 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
         check_trained(model, job, train_rows[0], device=device)
         save_artifact(model, job, precision=precision)
         summary = build_summary(job, model, journal, trainer, precision=precision, device=device)
+        summary["levers"] = levers.to_json()
         summary["child_seconds"] = round(time.monotonic() - began, 1)
         write_atomic(job.folder / "summary.json", canonical_json(summary))
 
 
 class _LabelledPositionsTrainer(SFTTrainer):  # type: ignore[misc]
-    """TRL's trainer with the model's own loss over the positions that the collator kept.
+    """TRL's trainer with the head that the lever `head` names.
 
     TRL asks for this override: its fused head scores every position on a CPU.
     """
@@ -98,6 +102,11 @@ class _LabelledPositionsTrainer(SFTTrainer):  # type: ignore[misc]
         if self.model.training:
             mask = inputs.get("attention_mask")
             self.tokens_seen += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+        if self.head == "fused":
+            inputs = {**spread_labels(inputs), "fused_lm_head": True}
+        elif self.head == "standard" and "logits_to_keep" in inputs:
+            inputs = spread_labels(inputs)
+            inputs["labels"] = inputs["shift_labels"]
         outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 

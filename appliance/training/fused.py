@@ -1,0 +1,86 @@
+"""LoRA layers as one node of the graph: PEFT's sum, accumulated by the matrix products themselves.
+
+PEFT computes `base(x) + scale * B(A(x))` as separate operations, and each passes over activations
+as large as the layer's output. Here the low-rank product is added into the result of the base
+product (`addmm_`), forward and backward. Only plain layers are taken: a frozen floating-point
+linear base, one adapter, no dropout, no variant that changes the sum; the others keep PEFT's own.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+
+_ADAPTER = "default"
+
+
+def fuse_lora(model: torch.nn.Module) -> int:
+    """Give every plain LoRA layer of `model` the fused forward; return how many there are."""
+    layers = [m for m in model.modules() if _is_plain(m)]
+    for layer in layers:
+        layer.forward = MethodType(_forward, layer)
+    return len(layers)
+
+
+def _is_plain(layer: Any) -> bool:
+    return (
+        type(layer) is LoraLinear
+        and type(layer.base_layer) is torch.nn.Linear
+        and not layer.base_layer.weight.requires_grad
+        and list(layer.lora_A) == layer.active_adapters == [_ADAPTER]
+        and isinstance(layer.lora_dropout[_ADAPTER], torch.nn.Identity)
+        and layer.lora_B[_ADAPTER].bias is None
+        and not layer.lora_variant
+        and not layer.fan_in_fan_out
+    )
+
+
+def _forward(layer: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+    """The layer's output (..., out) for x (..., in); PEFT's own forward where more than the plain sum is asked."""
+    if layer.disable_adapters or layer.merged or arguments or options:
+        return LoraLinear.forward(layer, x, *arguments, **options)
+    base, down, up = layer.base_layer, layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+    weight = base.weight
+    product: torch.Tensor = _FusedProduct.apply(
+        x.to(weight.dtype), weight, base.bias, down, up, layer.scaling[_ADAPTER]
+    )
+    return product
+
+
+class _FusedProduct(torch.autograd.Function):  # type: ignore[misc]
+    """y = x W' + b + scale (x A') B'; W (out, in) and b are frozen, A (r, in) and B (out, r) are trained."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 - autograd calls it by position
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        down, up = down.to(weight.dtype), up.to(weight.dtype)
+        y = torch.mm(flat, weight.t()) if bias is None else torch.addmm(bias, flat, weight.t())
+        hidden = torch.mm(flat, down.t())
+        y.addmm_(hidden, up.t(), alpha=scale)
+        ctx.save_for_backward(flat, weight, down, up, hidden)
+        ctx.scale = scale
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        flat, weight, down, up, hidden = ctx.saved_tensors
+        shape = gradients[0].shape
+        dy = gradients[0].reshape(-1, shape[-1])
+        dh = torch.mm(dy, up)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.mm(dy, weight).addmm_(dh, down, alpha=ctx.scale).view(*shape[:-1], -1)
+        ddown = torch.mm(dh.t(), flat).float().mul_(ctx.scale)
+        dup = torch.mm(dy.t(), hidden).float().mul_(ctx.scale)
+        return dx, None, None, ddown, dup, None

@@ -1,0 +1,44 @@
+"""Speed levers: which way the same numbers are computed, chosen by device and recorded in the manifest.
+
+A lever changes speed and memory, never what is learned: each is held to the library's own result
+by a test or by a guard before the first step. The recipe can set every one of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from appliance.recipe import LoraMethod, Method, QloraMethod, TrainingSection
+
+
+@dataclass(frozen=True, slots=True)
+class Levers:
+    """What each lever was set to; see `appliance.recipe.SpeedSection` for their meaning."""
+
+    attention: Literal["standard", "packed"]
+    head: Literal["standard", "labelled", "fused"]
+    lora: Literal["standard", "fused"]
+    compile: bool
+
+    def to_json(self) -> dict[str, object]:
+        """For the run's summary."""
+        return asdict(self)
+
+
+def select_levers(section: TrainingSection, *, method: Method, on_cuda: bool) -> Levers:
+    """The recipe's levers, with what it leaves to `auto` decided.
+
+    Packed batches are attended document by document; the LM head scores labelled positions only, on
+    CUDA through TRL's kernel that never holds the logits; LoRA layers are fused. Compilation is
+    never chosen: on a CPU it costs 100 s for 4% (benchmarks/train_cpu.py).
+    """
+    wanted, packed = section.speed, section.packing
+    plain_lora = isinstance(method, LoraMethod) and not isinstance(method, QloraMethod)
+    head: Literal["labelled", "fused"] = "fused" if on_cuda else "labelled"
+    return Levers(
+        attention="packed" if packed and wanted.attention == "auto" else "standard",
+        head="standard" if not packed else head if wanted.head == "auto" else wanted.head,
+        lora="fused" if plain_lora and wanted.lora == "auto" else "standard",
+        compile=wanted.compile == "on",
+    )

@@ -1,0 +1,150 @@
+"""Laws of the speed levers: they change how numbers are computed, never which numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_training import make_examples, make_job, run_in_process
+from tiny import make_recipe, write_base
+
+from appliance.example import Example
+from appliance.model import load_template, render_row
+from appliance.model.weights import load_model
+from appliance.recipe import Recipe
+from appliance.training import attention
+from appliance.training.batches import build_records, collate_packed, spread_labels
+from appliance.training.fused import fuse_lora
+from appliance.training.levers import select_levers
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base model."""
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+def build_adapted(base: Path, **options: Any) -> Any:
+    """The tiny model in fp32 with LoRA whose two factors are both random, so that its effect is large."""
+    attention.register()
+    model = load_model(base, precision="fp32", device=torch.device("cpu"), attention=attention.NAME)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    torch.manual_seed(3)
+    adapted = get_peft_model(model, config)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return adapted
+
+
+def make_batch(base: Path, examples: list[Example]) -> dict[str, Any]:
+    """A packed batch of rows of differing lengths."""
+    template = load_template(base)
+    return collate_packed(build_records([render_row(e, template) for e in examples]))
+
+
+def read_gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss, and the gradient of every trained weight."""
+    model.zero_grad()
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    return float(loss.detach()), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_fused_lora_has_the_loss_and_the_gradients_of_peft(base: Path) -> None:
+    """Forward and backward of the fused layers are PEFT's, weight by weight."""
+    model, batch = build_adapted(base), make_batch(base, make_examples(6))
+    loss, expected = read_gradients(model, batch)
+    assert fuse_lora(model) == 14, "seven linear layers in each of two decoder layers"
+    fused_loss, found = read_gradients(model, batch)
+    assert fused_loss == pytest.approx(loss, rel=1e-6)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_fused_lora_still_switches_off(base: Path) -> None:
+    """With the adapter disabled a fused layer is the base layer, as the check of an adapter's effect needs."""
+    model, batch = build_adapted(base), make_batch(base, make_examples(3))
+    fuse_lora(model)
+    with torch.no_grad(), model.disable_adapter():
+        off = float(model(**batch, use_cache=False).loss)
+    with torch.no_grad():
+        on = float(model(**batch, use_cache=False).loss)
+    plain = load_model(base, precision="fp32", device=torch.device("cpu"), attention=attention.NAME)
+    with torch.no_grad():
+        alone = float(plain(**batch, use_cache=False).loss)
+    assert off == pytest.approx(alone, rel=1e-6)
+    assert on != pytest.approx(off, rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}], ids=["dropout", "dora"])
+def test_layers_that_are_not_the_plain_sum_keep_pefts_forward(base: Path, options: dict[str, Any]) -> None:
+    """Dropout and DoRA are left alone."""
+    assert fuse_lora(build_adapted(base, **options)) == 0
+
+
+def test_all_heads_give_one_loss(base: Path) -> None:
+    """Scoring labelled positions, every position, or through TRL's fused head: the same loss and gradients."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    model, batch = build_adapted(base), make_batch(base, make_examples(6))
+    loss, expected = read_gradients(model, batch)
+    add_fused_lm_head(model.get_base_model())
+    everywhere = spread_labels(batch)
+    assert int((everywhere["shift_labels"] != -100).sum()) == batch["shift_labels"].numel()
+    heads = {"fused": {**everywhere, "fused_lm_head": True}, "standard": {**everywhere, "labels": batch["input_ids"]}}
+    for name, inputs in heads.items():
+        other, found = read_gradients(model, inputs)
+        assert other == pytest.approx(loss, rel=1e-5), name
+        for weight, gradient in expected.items():
+            torch.testing.assert_close(found[weight], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_grouped_heads_attend_as_repeated_heads(base: Path) -> None:
+    """The plain product shares a key head within its group; torch's own kernel with repeated heads agrees."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 6, 7, 8), torch.randn(3, 2, 7, 8), torch.randn(3, 2, 7, 8)
+    ours = attention._attend_plain(query, key, value, 0.3)
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        query, key.repeat_interleave(3, 1), value.repeat_interleave(3, 1), is_causal=True, scale=0.3
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+SPEEDS: list[dict[str, str]] = [
+    {"attention": "standard", "head": "standard", "lora": "standard"},
+    {"head": "fused"},
+]
+
+
+@pytest.mark.parametrize("speed", SPEEDS, ids=["standard", "fused-head"])
+def test_a_run_learns_the_same_whatever_its_levers(base: Path, tmp_path: Path, speed: dict[str, str]) -> None:
+    """Every lever set to the libraries' own way gives the losses of the fast way, and the summary says which it was."""
+    fast = run_in_process(make_job(base, tmp_path / "fast", make_recipe(training={"precision": "fp32"})))
+    slow = run_in_process(
+        make_job(base, tmp_path / "slow", make_recipe(training={"precision": "fp32", "speed": speed}))
+    )
+    assert fast["levers"] == {"attention": "packed", "head": "labelled", "lora": "fused", "compile": False}
+    assert {k: slow["levers"][k] for k in speed} == speed
+    assert slow["first_loss"] == pytest.approx(fast["first_loss"], rel=1e-4)
+    assert slow["last_loss"] == pytest.approx(fast["last_loss"], rel=0.05)
+
+
+def test_levers_follow_device_and_method() -> None:
+    """CUDA never holds the logits; padded batches and 4-bit layers keep the libraries' own ways."""
+
+    def select(recipe: Recipe, *, on_cuda: bool) -> dict[str, object]:
+        return select_levers(recipe.training, method=recipe.method, on_cuda=on_cuda).to_json()
+
+    assert select(make_recipe(), on_cuda=True)["head"] == "fused"
+    assert select(make_recipe(training={"packing": False}), on_cuda=True) == {
+        "attention": "standard",
+        "head": "standard",
+        "lora": "fused",
+        "compile": False,
+    }
+    assert select(make_recipe(method={"type": "qlora"}), on_cuda=False)["lora"] == "standard"
