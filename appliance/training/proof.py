@@ -1,0 +1,36 @@
+"""The worst step, done once before the first real one: what would run out of memory at night does so now.
+
+Padded or packed, the longest rows together are the largest batch that training can meet. One
+forward, backward and optimizer step on them reserves what the run will need; then every effect is
+taken back, so that a run with the proof and one without it are the same, byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from appliance.model import TokenRow
+from appliance.training.batches import build_records
+
+
+def prove_worst_step(trainer: Any, rows: Sequence[TokenRow], *, micro_batch: int) -> None:
+    """Run the largest step of `trainer` at rate zero. Raises what torch raises when memory is short."""
+    longest = sorted(rows, key=lambda r: len(r.input_ids), reverse=True)[:micro_batch]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(devices=devices):
+        trainer.model.train()
+        inputs = trainer._prepare_inputs(trainer.data_collator(build_records(longest)))  # noqa: SLF001 - moves them
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+        trainer.model.zero_grad(set_to_none=False)  # its memory is what is proven, not its values
+        optimizer = trainer.create_optimizer()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        optimizer.step()
+    trainer.optimizer = None
+    trainer.model.zero_grad(set_to_none=True)
+    trainer.tokens_seen = 0

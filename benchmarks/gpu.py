@@ -1,0 +1,516 @@
+"""Training speed and memory on a GPU: TRL as it comes, TRL as an expert sets it, and the appliance.
+
+One command, no network and no weights: models of the Llama 3 family's shapes with random weights,
+rows of random tokens with lengths as chats have them. Each contender runs in a process of its own.
+It prints and writes JSON (`benchmarks/results/gpu-<device>.json`): real tokens a second, MFU, peak
+memory, the loss after equal tokens, and the plan's predicted peak beside the measured one.
+
+    python benchmarks/gpu.py                       # everything, about 25 minutes on one 80 GB GPU
+    python benchmarks/gpu.py --only 8b-lora        # one job
+    python benchmarks/gpu.py --tiny                # the same code on a CPU in a minute: a test of this file
+
+MFU counts 6 FLOPs a parameter and token for full training and 4 for LoRA, whose frozen weights have
+no gradient, over the parameters of matrix products, and the device's dense bf16 peak: from the table
+below, else the rate of a large bf16 product measured here (the JSON says which).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # runs from a bare checkout, nothing installed
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+SEQUENCE, WARM_UP = 4096, 3
+VOCABULARY = 128_256
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "heads": 4,
+        "groups": 2,
+        "tied": True,
+    },
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "heads": 32,
+        "groups": 8,
+        "tied": True,
+    },
+    "3b": {
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "heads": 24,
+        "groups": 8,
+        "tied": True,
+    },
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "heads": 32,
+        "groups": 8,
+        "tied": False,
+    },
+    "70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "heads": 64,
+        "groups": 8,
+        "tied": False,
+    },
+}
+JOBS: dict[str, dict[str, Any]] = {
+    "1b-lora": {"shape": "1b", "method": "lora", "steps": 20},
+    "3b-lora": {"shape": "3b", "method": "lora", "steps": 16},
+    "8b-lora": {"shape": "8b", "method": "lora", "steps": 12},
+    "8b-qlora": {"shape": "8b", "method": "qlora", "steps": 10},
+    "1b-full": {"shape": "1b", "method": "full", "steps": 14},
+    "70b-qlora": {"shape": "70b", "method": "qlora", "steps": 4, "contenders": ("appliance",), "tokens": 1024},
+}
+CONTENDERS = {
+    "trl": "SFTTrainer with its defaults: padded, fp32 weights under bf16 autocast, checkpointing",
+    "trl-best": "SFTTrainer, bf16 weights, best-fit packing, no checkpointing, fused AdamW",
+    "appliance": "as `appliance train` does it, every lever at auto",
+}
+
+
+def main() -> None:
+    """Run the jobs, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=JOBS, default=[])
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes on whatever device there is")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--run", nargs=2, metavar=("JOB", "CONTENDER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        print(json.dumps(measure(*options.run, is_tiny=options.tiny)))
+        return
+    if not torch.cuda.is_available() and not options.tiny:
+        raise SystemExit("no CUDA device here; run it on a GPU, or with --tiny to try the code")
+    results = {**describe_machine(), "jobs": {}}
+    for job in options.only or JOBS:
+        for contender in JOBS[job].get("contenders", CONTENDERS):
+            figure = run_contender(job, contender, is_tiny=options.tiny)
+            results["jobs"].setdefault(job, {})[contender] = figure
+            print(describe_figure(job, contender, figure), flush=True)
+        write_results(results, out=options.out, is_tiny=options.tiny)
+    print_ratios(results["jobs"])
+
+
+def run_contender(job: str, contender: str, *, is_tiny: bool) -> dict[str, Any]:
+    """One figure from a process of its own; a failure is a figure too."""
+    argv = [sys.executable, __file__, "--run", job, contender, *(["--tiny"] if is_tiny else [])]
+    try:
+        done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=900)
+    except subprocess.TimeoutExpired:
+        return {"failed": "no end after 900 s"}
+    if done.returncode != 0:
+        return {"failed": (done.stderr.strip().splitlines() or ["?"])[-1][-300:]}
+    figure: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figure
+
+
+def describe_figure(job: str, contender: str, figure: dict[str, Any]) -> str:
+    """One line of the table."""
+    if "failed" in figure:
+        return f"{job:<10} {contender:<10} failed: {figure['failed']}"
+    mfu = f"{figure['mfu']:6.1%}" if figure["mfu"] is not None else "     -"
+    predicted = f", predicted {figure['predicted_gib']:.1f}" if figure.get("predicted_gib") else ""
+    return (
+        f"{job:<10} {contender:<10} {figure['tokens_per_second']:9.0f} tokens/s  MFU {mfu}  "
+        f"peak {figure['peak_gib']:6.2f} GiB{predicted}  loss {figure['loss']:.3f}"
+    )
+
+
+def print_ratios(jobs: dict[str, dict[str, Any]]) -> None:
+    """The appliance's tokens/s over each peer's."""
+    for job, figures in jobs.items():
+        ours = figures.get("appliance", {}).get("tokens_per_second")
+        peers = {n: f["tokens_per_second"] for n, f in figures.items() if n != "appliance" and "failed" not in f}
+        if ours and peers:
+            print(f"{job:<10} " + "  ".join(f"{ours / rate:.2f} x {name}" for name, rate in peers.items()))
+
+
+def write_results(results: dict[str, Any], *, out: Path | None, is_tiny: bool) -> None:
+    """After every job, so that a broken run leaves what it has; a tiny run is no result."""
+    if is_tiny and out is None:
+        return
+    target = out or RESULTS / f"gpu-{results['device'].replace(' ', '-').lower()}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Date, device and versions."""
+    found = {}
+    for package in ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "-"
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or "cpu"
+    return {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "device": device, "versions": found}
+
+
+# --- what every contender trains ---------------------------------------------------------------
+
+
+def measure(job: str, contender: str, *, is_tiny: bool) -> dict[str, Any]:
+    """Train a few steps in this process and measure."""
+    spec = dict(JOBS[job])
+    if is_tiny:
+        spec |= {"shape": "tiny", "steps": 6, "tokens": 256}
+    tokens = spec.get("tokens", SEQUENCE)
+    vocabulary = 512 if is_tiny else VOCABULARY
+    rows = build_rows(tokens * spec["steps"], longest=tokens // 4, vocabulary=vocabulary)
+    with tempfile.TemporaryDirectory() as folder:
+        home = write_base(Path(folder) / "base", SHAPES[spec["shape"]], vocabulary=vocabulary)
+        run = measure_appliance if contender == "appliance" else measure_trl
+        steps, predicted = run(contender, spec, rows, home)
+    return summarise(steps, spec, rows, home_shape=SHAPES[spec["shape"]], vocabulary=vocabulary, predicted=predicted)
+
+
+def build_rows(tokens: int, *, longest: int, vocabulary: int) -> list[list[int]]:
+    """Rows of random tokens whose lengths vary eightfold; the second half of each row is trained."""
+    source, rows, total = random.Random(11), [], 0
+    while total < tokens:
+        length = source.randint(longest // 8, longest)
+        rows.append([source.randrange(3, vocabulary) for _ in range(length)])
+        total += length
+    return rows
+
+
+def write_base(folder: Path, shape: dict[str, Any], *, vocabulary: int) -> Path:
+    """Config and a tokenizer without words: what the trainers read beside the weights."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    folder.mkdir(parents=True)
+    build_config(shape, vocabulary=vocabulary).save_pretrained(folder)
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=plain, **special).save_pretrained(folder)
+    return folder
+
+
+def build_config(shape: dict[str, Any], *, vocabulary: int) -> Any:
+    """A Llama config of this shape."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=shape["hidden_size"],
+        intermediate_size=shape["intermediate_size"],
+        num_hidden_layers=shape["num_hidden_layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["groups"],
+        tie_word_embeddings=shape["tied"],
+        max_position_embeddings=8192,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def build_weights(folder: Path, *, dtype: torch.dtype, four_bit: bool, attention: str) -> Any:
+    """The model of `folder`'s config with random weights, made on the device; 4-bit layer by layer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    torch.manual_seed(5)
+    if not four_bit:
+        with device:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    return fill_four_bit(model, dtype=dtype, device=device)
+
+
+def fill_four_bit(model: Any, *, dtype: torch.dtype, device: torch.device) -> Any:
+    """Every linear layer but the head as random NF4, doubly quantised, one at a time: 70B never exists in bf16."""
+    import bitsandbytes as bnb
+
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, torch.nn.Linear) or name.endswith("lm_head"):
+            continue
+        layer = bnb.nn.Linear4bit(
+            module.in_features,
+            module.out_features,
+            bias=False,
+            compute_dtype=dtype,
+            compress_statistics=True,
+            quant_type="nf4",
+            quant_storage=dtype,
+            device="meta",
+        )
+        values = torch.randn(module.out_features, module.in_features, dtype=dtype, device=device) * 0.02
+        layer.weight = bnb.nn.Params4bit(
+            values.cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4", quant_storage=dtype
+        ).to(device)
+        del values
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight.is_meta:
+                filled = torch.randn(weight.shape, dtype=dtype, device=device) * 0.02
+                setattr(module, name, torch.nn.Parameter(filled + (1.0 if weight.dim() == 1 else 0.0)))
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config, device=device)
+    model.is_loaded_in_4bit = True
+    model.is_quantized = True
+    return model
+
+
+# --- the contenders ----------------------------------------------------------------------------
+
+
+def measure_trl(contender: str, spec: dict[str, Any], rows: list[list[int]], home: Path) -> tuple[list[Any], None]:
+    """TRL on pre-tokenised rows with a completion mask."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    is_best, method = contender == "trl-best", spec["method"]
+    tokens = spec.get("tokens", SEQUENCE)
+    dtype = torch.bfloat16 if is_best and method != "full" else torch.float32
+    model = build_weights(
+        home, dtype=torch.bfloat16 if method == "qlora" else dtype, four_bit=method == "qlora", attention="sdpa"
+    )
+    steps: list[Any] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_arguments: Any, **_rest: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            steps.append([time.monotonic(), None])
+
+        def on_log(self, _args: Any, _state: Any, _control: Any, logs: dict[str, float], **_rest: Any) -> None:
+            if "loss" in logs and steps:
+                steps[-1][1] = logs["loss"]
+
+    best: dict[str, Any] = {
+        "packing": True,
+        "gradient_checkpointing": False,
+        "optim": "adamw_torch_fused",
+        "per_device_train_batch_size": 1,
+    }
+    if method == "qlora" and is_best:
+        best |= {"optim": "paged_adamw_8bit", "gradient_checkpointing": True}
+    options = best if is_best else {"per_device_train_batch_size": 8}
+    half = [len(r) // 2 for r in rows]
+    data = {
+        "input_ids": rows,
+        "completion_mask": [[0] * h + [1] * (len(r) - h) for r, h in zip(rows, half, strict=True)],
+    }
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(home.parent / "out"),
+            num_train_epochs=1,
+            max_length=tokens,
+            learning_rate=2e-4,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+            **options,
+        ),
+        train_dataset=Dataset.from_dict(data),
+        processing_class=AutoTokenizer.from_pretrained(home),
+        peft_config=None
+        if method == "full"
+        else LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    return steps, None
+
+
+def measure_appliance(
+    _contender: str, spec: dict[str, Any], rows: list[list[int]], home: Path
+) -> tuple[list[Any], float]:
+    """The product's own training child in this process; only the reading of weights is replaced."""
+    from types import SimpleNamespace
+
+    import msgspec
+
+    from appliance.model import TokenRow
+    from appliance.plan import read_machine
+    from appliance.recipe import Recipe
+    from appliance.training import TrainingJob, methods, trainer
+
+    folder = home.parent / "job"
+    folder.mkdir()
+    token_rows = [TokenRow(id=f"r{i}", input_ids=r, spans=[(len(r) // 2, len(r))]) for i, r in enumerate(rows)]
+    (folder / "train.rows.jsonl").write_bytes(b"".join(msgspec.json.encode(r) + b"\n" for r in token_rows))
+    (folder / "validation.rows.jsonl").write_bytes(b"")
+    method: dict[str, Any] = {"type": spec["method"]}
+    if spec["method"] != "full":
+        method |= {"rank": 16, "alpha": 32}
+    training = {
+        "epochs": 1,
+        "effective_batch": 8,
+        "max_length": spec.get("tokens", SEQUENCE),
+        "learning_rate": 2e-4,
+        "checkpoints": 1,
+    }
+    values = {
+        "name": "bench",
+        "base": {"model": "./base"},
+        "dataset": {"path": "d"},
+        "method": method,
+        "training": training,
+    }
+    recipe = Recipe.model_validate(values)
+    shapes = read_shapes(home)
+    machine = read_machine()
+    plan = plan_bench(recipe, token_rows, home, shapes=shapes, machine=machine)
+
+    def load_model(base: Path, *, precision: str, four_bit: bool = False, attention: str = "sdpa", **_: Any) -> Any:
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        return build_weights(base, dtype=dtype, four_bit=four_bit, attention=attention)
+
+    methods.load_model = load_model
+    job = TrainingJob(
+        folder=folder,
+        adapter=folder / "adapter",
+        base=home,
+        base_name="random",
+        method=recipe.method,
+        training=recipe.training,
+        micro_batch=plan.micro_batch,
+        checkpointing=plan.checkpointing,
+        threads=machine.cores,
+        fingerprint={},
+    )
+    steps: list[Any] = []
+
+    def emit(**event: Any) -> None:
+        if "step" in event:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            steps.append([time.monotonic(), event["loss"]])
+
+    trainer.run_job(job, stop=SimpleNamespace(is_set=False), emit=emit)
+    return steps, plan.peak_bytes / 2**30
+
+
+def plan_bench(recipe: Any, rows: list[Any], home: Path, *, shapes: dict[str, tuple[int, ...]], machine: Any) -> Any:
+    """The product's plan over shapes that no file holds."""
+    from appliance.plan import plan as planning
+
+    planning.read_weight_shapes = lambda _base: shapes
+    return planning.build_plan(
+        recipe,
+        lengths=[len(r.input_ids) for r in rows],
+        trained_tokens=sum(r.trained for r in rows),
+        validation_rows=0,
+        base=home,
+        machine=machine,
+    )
+
+
+def read_shapes(home: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight, from the config alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(home))
+    return {n: tuple(p.shape) for n, p in model.named_parameters()}
+
+
+# --- figures -----------------------------------------------------------------------------------
+
+
+def summarise(
+    steps: list[Any],
+    spec: dict[str, Any],
+    rows: list[list[int]],
+    *,
+    home_shape: dict[str, Any],
+    vocabulary: int,
+    predicted: float | None,
+) -> dict[str, Any]:
+    """Rate over the steps after the warm-up, every step weighing the same share of the tokens."""
+    tokens = sum(len(r) for r in rows)
+    first = min(WARM_UP, len(steps) - 2)
+    seconds = steps[-1][0] - steps[first][0]
+    rate = tokens * (len(steps) - 1 - first) / len(steps) / seconds
+    cost = (6 if spec["method"] == "full" else 4) * count_matrices(home_shape, vocabulary=vocabulary)
+    peak, source = find_peak()
+    return {
+        "tokens_per_second": round(rate, 1),
+        "mfu": None if peak is None else round(rate * cost / peak, 4),
+        "peak_flops": peak,
+        "peak_flops_source": source,
+        "peak_gib": round(peak_bytes() / 2**30, 3),
+        "predicted_gib": None if predicted is None else round(predicted, 3),
+        "loss": round(statistics.mean(loss for _, loss in steps[-3:]), 4),
+        "steps": len(steps),
+        "real_tokens": tokens,
+    }
+
+
+def count_matrices(shape: dict[str, Any], *, vocabulary: int) -> int:
+    """Parameters that multiply every token: all matrices and the head once."""
+    hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
+    narrow = hidden * shape["groups"] // shape["heads"]
+    return int(layers * (2 * hidden * hidden + 2 * hidden * narrow + 3 * hidden * inner) + vocabulary * hidden)
+
+
+def find_peak() -> tuple[float | None, str]:
+    """The device's dense bf16 peak in FLOP/s: from the table, else measured; none on a CPU."""
+    if not torch.cuda.is_available():
+        return None, "none"
+    name = torch.cuda.get_device_name(0)
+    for known, peak in PEAK_FLOPS.items():
+        if known in name:
+            return peak, "table"
+    size = 8192
+    left = torch.randn(size, size, dtype=torch.bfloat16, device="cuda")
+    for _ in range(3):
+        left @ left
+    torch.cuda.synchronize()
+    began = time.monotonic()
+    for _ in range(10):
+        left @ left
+    torch.cuda.synchronize()
+    return 10 * 2 * size**3 / (time.monotonic() - began), "measured"
+
+
+def peak_bytes() -> int:
+    """Reserved device bytes at the peak, or the resident set on a CPU."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_reserved())
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()
