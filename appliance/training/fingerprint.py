@@ -54,5 +54,17 @@ def make_deterministic(device: torch.device) -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def make_repeatable(model: Any) -> None:
+    """Keep 4-bit weights on a CPU as they were quantised.
+
+    bitsandbytes repacks them at the first evaluation and packs them back at the next save, with other
+    scales than before: steps after an evaluation would not be those of a run that starts there
+    (`Linear4bit.forward`, bitsandbytes/nn/modules.py).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def _flatten(prefix: str, section: Mapping[str, Any]) -> dict[str, str]:
     return {f"{prefix}.{key}": str(value) for key, value in section.items()}

@@ -30,7 +30,7 @@ from appliance.training.arguments import build_training_arguments
 from appliance.training.artifact import build_summary, save_artifact
 from appliance.training.batches import build_records, collate_packed, collate_padded
 from appliance.training.checkpoints import Facts, count_steps_done, decode_facts, find_checkpoint, read_seal
-from appliance.training.fingerprint import build_fingerprint, make_deterministic
+from appliance.training.fingerprint import build_fingerprint, make_deterministic, make_repeatable
 from appliance.training.guards import check_packing, check_trained
 from appliance.training.journal import Journal
 from appliance.training.launch import TrainingJob
@@ -59,6 +59,7 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
         # 3. The model, with the method's trainable weights on it.
         emit(note=f"loading {job.base_name} in {precision} on {device.type}")
         model = build_model(job, precision=precision, device=device)
+        make_repeatable(model)
         if job.training.packing:
             check_packing(model, train_rows, precision=precision, device=device)
 
