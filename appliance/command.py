@@ -81,7 +81,8 @@ def run_worker(
     """Run a child worker (see `appliance.child`) and hand each event it emits to `on_event`.
 
     Standard error goes to the file `log`, new for each run. SIGINT and SIGTERM are forwarded to the
-    child as SIGTERM once; the child then has 120 s to save a checkpoint before it is killed.
+    child as SIGTERM once; the child then has 120 s to save a checkpoint before it is killed. On Linux
+    a SIGKILL of this process takes the child with it: nobody would be there to start the next one after it.
     """
     failure = ""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +96,7 @@ def run_worker(
             errors="replace",
             env={**os.environ, **_ALLOCATOR, **(env or {})},
             start_new_session=True,
+            preexec_fn=_die_with_parent(signal.SIGKILL),  # noqa: PLW1509 - as in start_server
         )
         with forward_signals(child) as received, child:
             try:
@@ -203,15 +205,15 @@ def start_server(
                 env={**os.environ, **(env or {})},
                 start_new_session=True,
                 pass_fds=tuple(pass_fds),
-                preexec_fn=_die_with_parent(),  # noqa: PLW1509 - one prepared system call, no locks, no allocation
+                preexec_fn=_die_with_parent(signal.SIGTERM),  # noqa: PLW1509 - one prepared system call, no locks, no allocation
             )
         except FileNotFoundError as fault:
             message = f"{argv[0]}: program not found; install it or use the image, which has it"
             raise CommandError(message) from fault
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    """What the child calls before exec: prctl(PR_SET_PDEATHSIG, SIGTERM), see prctl(2)."""
+def _die_with_parent(number: signal.Signals) -> Callable[[], None] | None:
+    """What the child calls before exec: prctl(PR_SET_PDEATHSIG, number), see prctl(2)."""
     if sys.platform != "linux":
         return None
     import ctypes
@@ -219,7 +221,7 @@ def _die_with_parent() -> Callable[[], None] | None:
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
 
     def ask() -> None:
-        prctl(1, signal.SIGTERM)
+        prctl(1, number)
         if os.getppid() != parent:
             os._exit(1)
 

@@ -70,6 +70,6 @@ class DeviceError(ApplianceError):
 
 def is_disk_full(fault: BaseException) -> bool:
     """Whether a failure means that the disk or the quota is full; torch and safetensors say it in words only."""
-    if isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
-    return any(words in str(fault) for words in ("No space left on device", "file write failed"))
+    return any(w in str(fault) for w in ("No space left on device", "file write failed", "File too large"))

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,14 +15,13 @@ from tiny import make_recipe, write_base
 
 from appliance.command import WorkerEnd
 from appliance.digest import digest_folder
-from appliance.errors import DeviceError, InterruptedRunError, TrainingError
+from appliance.errors import DeviceError, TrainingError
 from appliance.example import Example, Message
 from appliance.model import load_template
 from appliance.recipe import Recipe
 from appliance.training import TrainingJob, prepare_rows, train
 from appliance.training.arguments import build_adapter_arguments, build_training_arguments, count_steps
 from appliance.training.batches import build_records, collate_packed, collate_padded
-from appliance.training.checkpoints import find_checkpoint, seal_checkpoint
 from appliance.training.launch import _halve
 from appliance.training.rows import load_rows
 
@@ -131,62 +127,6 @@ def write_job(job: TrainingJob) -> Path:
     return job.folder
 
 
-def wait_for_step(job: TrainingJob, step: int, child: subprocess.Popen[bytes]) -> None:
-    """Until the child's journal reaches `step`."""
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and child.poll() is None:
-        journal = job.folder / "metrics.jsonl"
-        if journal.is_file() and any(
-            json.loads(x)["step"] >= step for x in journal.read_text().splitlines() if x.endswith("}")
-        ):
-            return
-        time.sleep(0.005)
-
-
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGKILL, 3), (signal.SIGTERM, 5)])
-def test_a_killed_run_ends_with_the_same_weights(
-    base: Path, tmp_path: Path, reference: dict[str, Any], number: signal.Signals, step: int
-) -> None:
-    """Killed at any step and started again, training gives the bytes of the run that was never killed."""
-    job = make_job(base, tmp_path)
-    command = [sys.executable, "-m", "appliance.training.worker", str(write_job(job))]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for_step(job, step, child)
-    child.send_signal(number)
-    code = child.wait(timeout=60)
-    assert code in (33, -number, 0)
-    summary = train(job, note=quiet)
-    assert summary["adapter_sha256"] == reference["adapter_sha256"]
-    steps = [r["step"] for r in map(json.loads, (job.folder / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
-    assert steps == list(range(1, 9)), "the journal has every step once"
-
-
-def test_a_signal_stops_the_child_with_a_checkpoint_and_the_parent_says_so(base: Path, tmp_path: Path) -> None:
-    """SIGTERM to the parent becomes a checkpoint in the child and exit code 33's error here."""
-    recipe = make_recipe(training={"epochs": 100})
-    job = make_job(base, tmp_path, recipe)
-    journal = job.folder / "metrics.jsonl"
-
-    def stop_when_running() -> None:
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline and not (journal.is_file() and journal.stat().st_size):
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=stop_when_running, daemon=True).start()
-    with pytest.raises(InterruptedRunError, match="run the same command to go on"):
-        train(job, note=quiet)
-    assert find_checkpoint(job.checkpoints, fingerprint=read_fingerprint(job)) is not None
-    assert not job.adapter.exists(), "an unfinished run leaves no adapter"
-
-
-def read_fingerprint(job: TrainingJob) -> dict[str, str]:
-    """The fingerprint of the newest seal."""
-    seals = sorted(job.checkpoints.glob("checkpoint-*/sealed.json"))
-    found: dict[str, str] = json.loads(seals[-1].read_bytes())["fingerprint"]
-    return found
-
-
 def test_packed_and_padded_batches_train_alike(base: Path, tmp_path: Path, reference: dict[str, Any]) -> None:
     """Packing changes speed, not what is learned: the first loss agrees, the last closely."""
     summary = run_in_process(make_job(base, tmp_path, make_recipe(training={"packing": False})))
@@ -278,31 +218,6 @@ def test_rows_that_are_too_long_are_listed_and_never_cut(base: Path, tmp_path: P
     assert not (tmp_path / "rows").exists()
 
 
-def make_checkpoint(folder: Path, step: int) -> Path:
-    """A sealed checkpoint with one file."""
-    checkpoint = folder / f"checkpoint-{step}"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "weights").write_bytes(bytes([step]) * 100)
-    seal_checkpoint(checkpoint, fingerprint={"run_key": "k"})
-    return checkpoint
-
-
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_is_used(tmp_path: Path) -> None:
-    """Unsealed, truncated or altered: the newest sound checkpoint wins, and the bad ones stay for study."""
-    good = make_checkpoint(tmp_path, 1)
-    (make_checkpoint(tmp_path, 2) / "weights").write_bytes(b"short")
-    (make_checkpoint(tmp_path, 10) / "sealed.json").unlink()
-    assert find_checkpoint(tmp_path, fingerprint={"run_key": "k"}) == good
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "damaged-10", "damaged-2"]
-
-
-def test_a_checkpoint_of_another_job_is_refused_and_the_difference_named(tmp_path: Path) -> None:
-    """Resuming with other data would give weights that nothing describes."""
-    make_checkpoint(tmp_path, 1)
-    with pytest.raises(TrainingError, match="run_key was k, is other"):
-        find_checkpoint(tmp_path, fingerprint={"run_key": "other"})
-
-
 @pytest.mark.parametrize(("micro", "effective", "half"), [(16, 16, 8), (5, 15, 1), (6, 12, 3), (1, 8, 1)])
 def test_half_a_micro_batch_still_divides_the_effective_batch(micro: int, effective: int, half: int) -> None:
     """Out of memory never changes how many rows make a step."""
@@ -350,7 +265,7 @@ def test_arguments_are_what_the_recipe_says(tmp_path: Path) -> None:
         "save_total_limit",
         "warmup_steps",
     )
-    assert [arguments[k] for k in picked] == [2, 0.01, 3, 3, 2, 1]
+    assert [arguments[k] for k in picked] == [2, 0.01, 3, 3, None, 1]
     assert arguments["auto_find_batch_size"] is False
     assert arguments["report_to"] == []
     assert build_adapter_arguments(recipe.method) == {  # type: ignore[arg-type]

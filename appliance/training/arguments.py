@@ -78,7 +78,7 @@ def build_training_arguments(
         "eval_steps": every,
         "save_strategy": "steps",
         "save_steps": every,
-        "save_total_limit": 2,
+        "save_total_limit": None,  # older ones go when the newest is sealed, see checkpoints.py
         "logging_steps": 1,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,

@@ -1,50 +1,153 @@
 """Checkpoints that can be trusted after a SIGKILL: sealed, verified, bound to one job.
 
 The trainer writes a checkpoint in place; it counts only once `sealed.json` lists every file with
-its SHA-256, and that file is written last. A checkpoint without a seal, or whose bytes differ from
-it, is set aside under another name and the one before it is used.
+its SHA-256, and that file is written last, when all the others are durable. Older checkpoints are
+removed only after that. A checkpoint without a seal was never finished and is removed; one whose
+bytes differ from its seal is set aside under another name; in both cases the one before it is used.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from appliance.digest import canonical_json, digest_file, list_files, write_atomic
+from appliance.digest import canonical_json, digest_file, fsync_folder, list_files, write_atomic
 from appliance.errors import TrainingError
 
-_SEAL = "sealed.json"
+SEAL = "sealed.json"
+KEPT = 2
 _PREFIX = "checkpoint-"
+_ASIDE = "damaged-"
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_WORDS = {
+    "run_key": "the recipe, the data or the base model",
+    "train_rows": "the training rows",
+    "validation_rows": "the validation rows",
+}
 
 
-def seal_checkpoint(folder: Path, *, fingerprint: Mapping[str, str]) -> None:
-    """Make every file of a checkpoint durable, then say so in its seal."""
-    names = [n for n in list_files(folder) if n != _SEAL]
-    for name in names:
-        with (folder / name).open("rb") as stream:
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a resumed run has to take over, or its sums are taken in another order.
+
+    `threads` is torch's number of threads; `micro_batches` has (first step, micro-batch) pairs: more
+    than one after an out-of-memory restart.
+    """
+
+    threads: int
+    micro_batches: tuple[tuple[int, int], ...]
+
+    @property
+    def micro_batch(self) -> int:
+        """The one in force."""
+        return self.micro_batches[-1][1]
+
+    def continue_with(self, micro_batch: int, *, step: int) -> Facts:
+        """These facts for a run that goes on after `step` with `micro_batch`."""
+        if micro_batch == self.micro_batch:
+            return self
+        return Facts(self.threads, (*self.micro_batches, (step, micro_batch)))
+
+
+def seal_checkpoint(folder: Path, *, fingerprint: Mapping[str, str], facts: Facts) -> None:
+    """Make every file of a checkpoint durable and readable (mode 0644), then say so in its seal."""
+    files = {}
+    for name in list_files(folder):
+        path = folder / name
+        path.chmod(0o644)  # safetensors writes 0600
+        with path.open("rb") as stream:
             os.fsync(stream.fileno())
-    files = {n: digest_file(folder / n) for n in names}
-    write_atomic(folder / _SEAL, canonical_json({"files": files, "fingerprint": dict(fingerprint)}))
+        if name != SEAL:
+            files[name] = digest_file(path)
+    for inner in (p for p in folder.rglob("*") if p.is_dir()):
+        fsync_folder(inner)
+    seal = {
+        "files": files,
+        "fingerprint": dict(fingerprint),
+        "facts": {"threads": facts.threads, "micro_batches": facts.micro_batches},
+    }
+    write_atomic(folder / SEAL, canonical_json(seal))
+    fsync_folder(folder.parent)
+
+
+def prune_checkpoints(folder: Path, *, best: Path | None = None) -> None:
+    """Remove all but the newest sealed checkpoints, and `best`; called when a newer one is sealed.
+
+    The seal goes first, so that a kill in between leaves an unfinished checkpoint, not a damaged one.
+    """
+    sealed = [c for c in list_newest_first(folder) if (c / SEAL).is_file()]
+    for checkpoint in sealed[KEPT:]:
+        if best is None or checkpoint.name != best.name:
+            remove_checkpoint(checkpoint)
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove a checkpoint so that what a kill leaves of it is not taken for one."""
+    (checkpoint / SEAL).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def find_checkpoint(folder: Path, *, fingerprint: Mapping[str, str]) -> Path | None:
-    """The newest verified checkpoint, or `None`; damaged ones are set aside as `damaged-N`.
+    """The newest verified checkpoint, or `None`.
 
-    Raises `TrainingError` when a sound checkpoint belongs to another job, and says what differs.
+    Newer ones without a seal are removed; newer ones that are damaged are set aside, the latest as
+    `damaged-N` for study. Raises `TrainingError` when a sound checkpoint belongs to another job, and
+    says what differs.
     """
-    for checkpoint in _newest_first(folder):
-        seal = _read_seal(checkpoint)
-        if seal is None:
-            aside = folder / f"damaged-{checkpoint.name.removeprefix(_PREFIX)}"
-            shutil.rmtree(aside, ignore_errors=True)
-            checkpoint.rename(aside)
+    for checkpoint in list_newest_first(folder):
+        if not (checkpoint / SEAL).is_file():
+            remove_checkpoint(checkpoint)
+            continue
+        seal = read_seal(checkpoint)
+        if seal is None or not is_sound(checkpoint):
+            _set_aside(checkpoint)
             continue
         _check_fingerprint(checkpoint, seal["fingerprint"], dict(fingerprint))
         return checkpoint
     return None
+
+
+def read_facts(folder: Path) -> Facts | None:
+    """What the newest sealed checkpoint of `folder` says of its run; its bytes are not verified here."""
+    seals = (read_seal(c) for c in list_newest_first(folder))
+    seal = next((s for s in seals if s is not None), None)
+    return None if seal is None else decode_facts(seal)
+
+
+def decode_facts(seal: Mapping[str, Any]) -> Facts:
+    """The facts in a seal."""
+    pairs = tuple((int(step), int(micro)) for step, micro in seal["facts"]["micro_batches"])
+    return Facts(threads=int(seal["facts"]["threads"]), micro_batches=pairs)
+
+
+def read_seal(checkpoint: Path) -> dict[str, Any] | None:
+    """A well-formed seal, else `None`."""
+    try:
+        seal: dict[str, Any] = json.loads((checkpoint / SEAL).read_bytes())
+        is_formed = all(isinstance(seal[k], dict) for k in ("files", "fingerprint")) and decode_facts(seal)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return seal if is_formed else None
+
+
+def is_sound(checkpoint: Path) -> bool:
+    """Whether the checkpoint has a seal, and its files are exactly those of the seal, byte by byte."""
+    seal = read_seal(checkpoint)
+    try:
+        names = [n for n in list_files(checkpoint) if n != SEAL]
+        return (
+            seal is not None
+            and names == sorted(seal["files"])
+            and all(digest_file(checkpoint / n) == seal["files"][n] for n in names)
+        )
+    except OSError:
+        return False
 
 
 def count_steps_done(checkpoint: Path) -> int:
@@ -52,26 +155,41 @@ def count_steps_done(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(_PREFIX))
 
 
-def _newest_first(folder: Path) -> list[Path]:
+def name_checkpoint(step: int) -> str:
+    """The folder name of the checkpoint of a step, as transformers names it."""
+    return f"{_PREFIX}{step}"
+
+
+def list_newest_first(folder: Path) -> list[Path]:
+    """The checkpoints below `folder`, sealed or not."""
     found = [p for p in folder.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdigit()]
     return sorted(found, key=count_steps_done, reverse=True)
 
 
-def _read_seal(checkpoint: Path) -> dict[str, dict[str, str]] | None:
-    """The seal of an undamaged checkpoint, else `None`."""
-    try:
-        seal: dict[str, dict[str, str]] = json.loads((checkpoint / _SEAL).read_bytes())
-        sound = all(digest_file(checkpoint / n) == d for n, d in seal["files"].items())
-    except (OSError, ValueError, KeyError):
-        return None
-    return seal if sound else None
+def find_differences(found: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:
+    """What differs between two fingerprints, in words; values where they can be read, never digests."""
+    keys = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
+    if len(keys) > 1:  # what the key stands for is told by the others
+        keys = [k for k in keys if k != "run_key"]
+    return [_describe_difference(k, found.get(k), expected.get(k)) for k in keys]
 
 
-def _check_fingerprint(checkpoint: Path, found: dict[str, str], expected: dict[str, str]) -> None:
-    differ = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
-    if differ:
-        detail = ", ".join(f"{k} was {found.get(k)}, is {expected.get(k)}" for k in differ)
+def _describe_difference(key: str, was: str | None, now: str | None) -> str:
+    if any(v is not None and _DIGEST.fullmatch(v) for v in (was, now)):
+        return f"{_WORDS.get(key, key)} changed"
+    return f"{key} was {was}, is {now}"
+
+
+def _set_aside(checkpoint: Path) -> None:
+    for earlier in checkpoint.parent.glob(f"{_ASIDE}*"):
+        shutil.rmtree(earlier, ignore_errors=True)
+    checkpoint.rename(checkpoint.with_name(_ASIDE + checkpoint.name.removeprefix(_PREFIX)))
+
+
+def _check_fingerprint(checkpoint: Path, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    differences = find_differences(found, expected)
+    if differences:
         raise TrainingError(
-            f"{checkpoint}: belongs to another job ({detail}); resuming would not give the same weights: "
-            f"delete {checkpoint.parent} to train from the start"
+            f"{checkpoint}: belongs to another job ({', '.join(differences)}); resuming would not give the weights "
+            f"of either: delete {checkpoint.parent} to train from the start"
         )

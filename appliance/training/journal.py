@@ -1,4 +1,9 @@
-"""The journal of a run, `metrics.jsonl`: one line per step, each step once, whatever was killed in between."""
+"""The journal of a run, `metrics.jsonl`: one line per step, each step once, whatever was killed in between.
+
+Every checkpoint holds a copy, sealed with it, and a resumed run starts from that copy. So whatever
+is computed from the journal (a first loss, the best validation loss, a patience) is after a resume
+what it would have been without one.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +13,29 @@ from typing import Any
 
 from appliance.digest import canonical_json, write_atomic
 
+NAME = "metrics.jsonl"
+
 
 class Journal:
-    """`metrics.jsonl`: one line per logged step; steps after a resumed checkpoint are forgotten."""
+    """The records of the run so far; `checkpoint` is the one that the run goes on from, if any."""
 
-    def __init__(self, file: Path, *, kept: int) -> None:
+    def __init__(self, file: Path, *, checkpoint: Path | None) -> None:
         self.file = file
-        lines = file.read_bytes().splitlines() if file.is_file() else []
-        self.records = [r for r in map(_parse, lines) if r and r["step"] <= kept]
-        write_atomic(file, b"".join(canonical_json(r) + b"\n" for r in self.records))
+        lines = (checkpoint / NAME).read_bytes().splitlines() if checkpoint else []
+        self.records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        write_atomic(file, self._encode())
         self.seconds_before = max((r.get("seconds", 0.0) for r in self.records), default=0.0)
         self.tokens_before = max((r.get("tokens", 0) for r in self.records), default=0)
 
     def add(self, record: dict[str, Any]) -> None:
-        """Append one record."""
+        """Append one record; readers of the file may see a torn last line."""
         self.records.append(record)
         with self.file.open("ab") as stream:
             stream.write(canonical_json(record) + b"\n")
 
+    def save_copy(self, checkpoint: Path) -> None:
+        """Put the records so far into a checkpoint that is about to be sealed."""
+        write_atomic(checkpoint / NAME, self._encode())
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """One journal line, or `None` for a torn one."""
-    try:
-        record: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return None
-    return record
+    def _encode(self) -> bytes:
+        return b"".join(canonical_json(r) + b"\n" for r in self.records)

@@ -20,6 +20,7 @@ from appliance.digest import write_atomic
 from appliance.errors import DeviceError, InterruptedRunError, TrainingError
 from appliance.progress import Progress
 from appliance.recipe import Method, TrainingSection
+from appliance.training.checkpoints import read_facts
 
 
 class TrainingJob(BaseModel):
@@ -49,6 +50,7 @@ def train(job: TrainingJob, *, note: Callable[[str], None], env: Mapping[str, st
     Out of memory: again with half the micro-batch. Raises `TrainingError` (refused or worthless),
     `InterruptedRunError` (a signal; the same call resumes) or `DeviceError`.
     """
+    job = _adopt_facts(job)
     while True:
         end = _run_child(job, env=env, note=note)
         if end.code == 0:
@@ -59,6 +61,16 @@ def train(job: TrainingJob, *, note: Callable[[str], None], env: Mapping[str, st
             note(f"out of memory; again with micro-batch {job.micro_batch}, the effective batch stays")
             continue
         raise _explain(end)
+
+
+def _adopt_facts(job: TrainingJob) -> TrainingJob:
+    """The job with the threads and the micro-batch that its newest checkpoint was made with."""
+    facts = read_facts(job.checkpoints)
+    if facts is None:
+        return job
+    fits = job.training.effective_batch % facts.micro_batch == 0
+    micro_batch = facts.micro_batch if fits else job.micro_batch
+    return job.model_copy(update={"threads": facts.threads, "micro_batch": micro_batch})
 
 
 def _run_child(job: TrainingJob, *, env: Mapping[str, str] | None, note: Callable[[str], None]) -> WorkerEnd:
@@ -75,7 +87,7 @@ def _run_child(job: TrainingJob, *, env: Mapping[str, str] | None, note: Callabl
             [sys.executable, "-m", "appliance.training.worker", str(job.folder)],
             log=job.folder / "worker.log",
             on_event=follow,
-            env=env,
+            env={**(env or {}), **({"OMP_NUM_THREADS": str(job.threads)} if job.threads else {})},
         )
 
 

@@ -11,11 +11,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, PrinterCallback, set_seed
+from transformers.trainer_utils import align_special_tokens
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
@@ -27,7 +29,8 @@ from appliance.model.weights import Precision, select_device, select_precision
 from appliance.training.arguments import build_training_arguments
 from appliance.training.artifact import build_summary, save_artifact
 from appliance.training.batches import build_records, collate_packed, collate_padded, spread_labels
-from appliance.training.checkpoints import count_steps_done, find_checkpoint
+from appliance.training.checkpoints import Facts, count_steps_done, decode_facts, find_checkpoint, read_seal
+from appliance.training.fingerprint import build_fingerprint, make_deterministic, make_repeatable
 from appliance.training.guards import check_packing, check_trained
 from appliance.training.journal import Journal
 from appliance.training.launch import TrainingJob
@@ -47,6 +50,7 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
         precision = select_precision(job.training.precision, device=device)
         if job.threads:
             torch.set_num_threads(job.threads)
+        make_deterministic(device)
         set_seed(job.training.seed)
 
         # 2. The data: token rows whose masks were checked when they were written.
@@ -57,14 +61,16 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
         emit(note=f"loading {job.base_name} in {precision} on {device.type}")
         levers = select_levers(job.training, method=job.method, on_cuda=device.type == "cuda")
         model = build_model(job, levers, precision=precision, device=device)
+        make_repeatable(model)
         if job.training.packing:
             check_packing(model, train_rows, precision=precision, device=device)
 
         # 4. The trainer, from the newest sound checkpoint of this very job.
-        fingerprint = {**job.fingerprint, "precision": precision, "device": device.type, "torch": torch.__version__}
+        fingerprint = build_fingerprint(job, precision=precision, device=device)
         resume = find_checkpoint(job.checkpoints, fingerprint=fingerprint)
-        journal = Journal(job.folder / "metrics.jsonl", kept=count_steps_done(resume) if resume else 0)
-        watch = Watch(stop=stop, emit=emit, fingerprint=fingerprint, journal=journal)
+        journal = Journal(job.folder / "metrics.jsonl", checkpoint=resume)
+        facts = _state_facts(job, resume)
+        watch = Watch(stop=stop, emit=emit, fingerprint=fingerprint, facts=facts, journal=journal)
         trainer = _build_trainer(job, model, train_rows, validation_rows, precision=precision, watch=watch)
         trainer.head = levers.head
         watch.trainer = trainer
@@ -75,7 +81,7 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
 
         # 5. The steps.
         began = time.monotonic()
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        _run_steps(trainer, resume)
         if trainer.state.global_step < trainer.args.max_steps:
             raise InterruptedRunError(
                 f"at step {trainer.state.global_step} of {trainer.args.max_steps}, checkpoint saved"
@@ -86,8 +92,26 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
         save_artifact(model, job, precision=precision)
         summary = build_summary(job, model, journal, trainer, precision=precision, device=device)
         summary["levers"] = levers.to_json()
+        summary["micro_batches"] = facts.micro_batches
+        seconds = trainer.save_seconds + watch.seal_seconds
+        summary["checkpoints"] = {"count": trainer.saves, "seconds": round(seconds, 3)}
         summary["child_seconds"] = round(time.monotonic() - began, 1)
         write_atomic(job.folder / "summary.json", canonical_json(summary))
+
+
+def _state_facts(job: TrainingJob, resume: Path | None) -> Facts:
+    seal = read_seal(resume) if resume else None
+    if resume is None or seal is None:
+        return Facts(threads=torch.get_num_threads(), micro_batches=((0, job.micro_batch),))
+    return decode_facts(seal).continue_with(job.micro_batch, step=count_steps_done(resume))
+
+
+def _run_steps(trainer: Any, resume: Path | None) -> None:
+    """The steps that are left: none after the last, where transformers would take one more."""
+    if resume is not None and count_steps_done(resume) >= trainer.args.max_steps:
+        trainer.load_last(resume)
+        return
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
 
 class _LabelledPositionsTrainer(SFTTrainer):  # type: ignore[misc]
@@ -109,6 +133,26 @@ class _LabelledPositionsTrainer(SFTTrainer):  # type: ignore[misc]
             inputs["labels"] = inputs["shift_labels"]
         outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Weights keep the dtype they are trained in: loading an adapter makes it fp32 (peft#2421)."""
+        dtypes = {name: p.dtype for name, p in self.model.named_parameters() if p.requires_grad}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, parameter in self.model.named_parameters():  # asked again: loading may replace them
+            if name in dtypes:
+                parameter.data = parameter.data.to(dtypes[name])
+
+    def load_last(self, checkpoint: Path) -> None:
+        """The weights of the last step, for a run that was killed after it."""
+        align_special_tokens(self.model, self.processing_class)  # as `train` does; it is in the saved configuration
+        self._load_from_checkpoint(str(checkpoint))
+        self.state.global_step = count_steps_done(checkpoint)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        began = time.monotonic()
+        super()._save_checkpoint(model, trial)
+        self.saves += 1
+        self.save_seconds += time.monotonic() - began
 
 
 def _build_trainer(
@@ -146,7 +190,7 @@ def _build_trainer(
         callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)  # standard output is the parent's channel
-    trainer.tokens_seen = 0
+    trainer.tokens_seen, trainer.saves, trainer.save_seconds = 0, 0, 0.0
     return trainer
 
 

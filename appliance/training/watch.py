@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from appliance.child import Emit, StopFlag
 from appliance.errors import TrainingError
-from appliance.training.checkpoints import seal_checkpoint
+from appliance.training.checkpoints import Facts, name_checkpoint, prune_checkpoints, seal_checkpoint
 from appliance.training.journal import Journal
 
 _DIVERGED = 3.0
@@ -21,9 +21,12 @@ _PATIENCE = 5
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Journals every step, seals every checkpoint, stops on a signal, refuses a loss gone wrong."""
 
-    def __init__(self, *, stop: StopFlag, emit: Emit, fingerprint: dict[str, str], journal: Journal) -> None:
-        self.stop, self.emit, self.fingerprint, self.journal = stop, emit, fingerprint, journal
+    def __init__(
+        self, *, stop: StopFlag, emit: Emit, fingerprint: dict[str, str], facts: Facts, journal: Journal
+    ) -> None:
+        self.stop, self.emit, self.fingerprint, self.facts, self.journal = stop, emit, fingerprint, facts, journal
         self.trainer: Any = None
+        self.seal_seconds = 0.0
         self._began = time.monotonic()
         self._first: float | None = next((r["loss"] for r in journal.records if "loss" in r), None)
         self._bad = 0
@@ -40,8 +43,14 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:
-        """A checkpoint counts when it is sealed."""
-        seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}", fingerprint=self.fingerprint)
+        """A checkpoint counts when it is sealed; only then may older ones go."""
+        began = time.monotonic()
+        checkpoint = Path(args.output_dir) / name_checkpoint(state.global_step)
+        self.journal.save_copy(checkpoint)
+        seal_checkpoint(checkpoint, fingerprint=self.fingerprint, facts=self.facts)
+        best = state.best_model_checkpoint
+        prune_checkpoints(checkpoint.parent, best=Path(best) if best else None)
+        self.seal_seconds += time.monotonic() - began
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_rest: Any) -> None:
         """Journal what the trainer logs, and tell the parent."""

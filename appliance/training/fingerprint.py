@@ -1,0 +1,70 @@
+"""What the weights of a run depend on, as words that can be compared and shown.
+
+The token rows stand for the data and the chat template, the run key for the base model's bytes. A
+checkpoint is resumed only where all of it is the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from appliance.model.weights import Precision
+from appliance.training.launch import TrainingJob
+
+
+def build_fingerprint(job: TrainingJob, *, precision: Precision, device: torch.device) -> dict[str, str]:
+    """The job's own fingerprint, with every key of method and training, and what computes them."""
+    is_spread = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return {
+        **job.fingerprint,
+        **_flatten("method", job.method.model_dump(mode="json")),
+        **_flatten("training", job.training.model_dump(mode="json")),
+        "base": job.base_name,
+        "precision": precision,
+        "gradient checkpointing": "on" if job.checkpointing else "off",
+        "device": describe_device(device),
+        "devices": str(torch.distributed.get_world_size() if is_spread else 1),
+        "torch": torch.__version__,
+    }
+
+
+def describe_device(device: torch.device) -> str:
+    """What the bits depend on: the GPU's model, or the instruction set that torch chose for this CPU."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Equal inputs, equal bits, on CUDA too; a CPU needs nothing.
+
+    Operators that have no deterministic form warn (in the log) and run. cuBLAS reads its variable when
+    its first handle is made. See pytorch.org, "Reproducibility".
+    """
+    if device.type != "cuda":
+        return
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+def make_repeatable(model: Any) -> None:
+    """Keep 4-bit weights on a CPU as they were quantised.
+
+    bitsandbytes repacks them at the first evaluation and packs them back at the next save, with other
+    scales than before: steps after an evaluation would not be those of a run that starts there
+    (`Linear4bit.forward`, bitsandbytes/nn/modules.py).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _flatten(prefix: str, section: Mapping[str, Any]) -> dict[str, str]:
+    return {f"{prefix}.{key}": str(value) for key, value in section.items()}
