@@ -47,6 +47,11 @@ def find_checkpoint(folder: Path, *, fingerprint: Mapping[str, str]) -> Path | N
     return None
 
 
+def is_sound(checkpoint: Path) -> bool:
+    """Whether every byte of a checkpoint is as its seal says."""
+    return _read_seal(checkpoint) is not None
+
+
 def count_steps_done(checkpoint: Path) -> int:
     """The optimizer step a checkpoint was taken at."""
     return int(checkpoint.name.removeprefix(_PREFIX))

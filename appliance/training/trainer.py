@@ -7,10 +7,12 @@ not finite, of packed rows that see each other, of an adapter that changes nothi
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,15 +26,17 @@ from appliance.digest import canonical_json, write_atomic
 from appliance.errors import DeviceError, InterruptedRunError
 from appliance.model import TokenRow
 from appliance.model.weights import Precision, select_device, select_precision
-from appliance.training.arguments import build_training_arguments
-from appliance.training.artifact import build_summary, save_artifact
+from appliance.training.arguments import build_training_arguments, count_steps
+from appliance.training.artifact import build_summary, load_kept_weights, save_artifact
 from appliance.training.batches import build_records, collate_packed, collate_padded
-from appliance.training.checkpoints import count_steps_done, find_checkpoint
+from appliance.training.checkpoints import count_steps_done, find_checkpoint, is_sound
 from appliance.training.guards import check_packing, check_trained
 from appliance.training.journal import Journal
 from appliance.training.launch import TrainingJob
 from appliance.training.methods import build_model
+from appliance.training.monitor import Rules, build_rules, select_kept_step, watch_records
 from appliance.training.rows import load_rows
+from appliance.training.validation import score_rows, summarise_scores
 from appliance.training.watch import Watch
 
 
@@ -60,9 +64,9 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
 
         # 4. The trainer, from the newest sound checkpoint of this very job.
         fingerprint = {**job.fingerprint, "precision": precision, "device": device.type, "torch": torch.__version__}
-        resume = find_checkpoint(job.checkpoints, fingerprint=fingerprint)
-        journal = Journal(job.folder / "metrics.jsonl", kept=count_steps_done(resume) if resume else 0)
-        watch = Watch(stop=stop, emit=emit, fingerprint=fingerprint, journal=journal)
+        rules = build_rules(job.training, max_steps=count_steps(job.training, rows=len(train_rows)))
+        resume, journal = _find_start(job, rules, fingerprint=fingerprint, emit=emit)
+        watch = Watch(stop=stop, emit=emit, fingerprint=fingerprint, journal=journal, rules=rules)
         trainer = _build_trainer(job, model, train_rows, validation_rows, precision=precision, watch=watch)
         watch.trainer = trainer
         if resume:
@@ -70,20 +74,42 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
         if stop.is_set:
             raise InterruptedRunError("before the first step")
 
-        # 5. The steps.
+        # 5. The steps, unless a run that was killed afterwards had stopped by rule.
         began = time.monotonic()
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        if trainer.state.global_step < trainer.args.max_steps:
-            raise InterruptedRunError(
-                f"at step {trainer.state.global_step} of {trainer.args.max_steps}, checkpoint saved"
-            )
+        if not watch.seen.is_stopped:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if trainer.state.global_step < rules.max_steps and not watch.seen.is_stopped:
+            raise InterruptedRunError(f"at step {trainer.state.global_step} of {rules.max_steps}, checkpoint saved")
 
-        # 6. The artifact, refused when it is not finite or changes nothing.
+        # 6. The artifact: the weights of the step that is kept, refused when not finite or without effect.
+        last = max(r["step"] for r in journal.records)
+        kept_step = select_kept_step(watch.seen, rules, last=last)
+        if kept_step != trainer.state.global_step:
+            load_kept_weights(model, job.checkpoints, step=kept_step)
         check_trained(model, job, train_rows[0], device=device)
         save_artifact(model, job, precision=precision)
-        summary = build_summary(job, model, journal, trainer, precision=precision, device=device)
+        summary = build_summary(
+            job, model, journal, seen=watch.seen, rules=rules, kept_step=kept_step, precision=precision, device=device
+        )
         summary["child_seconds"] = round(time.monotonic() - began, 1)
         write_atomic(job.folder / "summary.json", canonical_json(summary))
+
+
+def _find_start(
+    job: TrainingJob, rules: Rules, *, fingerprint: dict[str, str], emit: Emit
+) -> tuple[Path | None, Journal]:
+    """The newest sound checkpoint and the journal up to it; none when the best one before it is lost."""
+    resume = find_checkpoint(job.checkpoints, fingerprint=fingerprint)
+    journal = Journal(job.folder / "metrics.jsonl", kept=count_steps_done(resume) if resume else 0)
+    if resume is None:
+        return None, journal
+    seen = watch_records(journal.records, rules)
+    kept = select_kept_step(seen, rules, last=count_steps_done(resume))
+    if is_sound(job.checkpoints / f"checkpoint-{kept}"):
+        return resume, journal
+    emit(note=f"the checkpoint of the best step, {kept}, is lost or damaged: training starts over")
+    shutil.rmtree(job.checkpoints)
+    return None, Journal(journal.file, kept=0)
 
 
 class _LabelledPositionsTrainer(SFTTrainer):  # type: ignore[misc]
@@ -100,6 +126,15 @@ class _LabelledPositionsTrainer(SFTTrainer):  # type: ignore[misc]
             self.tokens_seen += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
         outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def evaluate(self, *_arguments: Any, **_options: Any) -> dict[str, float]:
+        """One pass over the validation rows, see `validation`; TRL's averages over batches."""
+        size = self.args.per_device_eval_batch_size
+        scores = score_rows(self.model, self.eval_dataset.to_list(), collate=self.data_collator, size=size)
+        metrics = summarise_scores(scores)
+        self.log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
 def _build_trainer(
