@@ -25,7 +25,7 @@ _SETTLED = 10  # steps until the smoothed loss means something
 _EXPLODED = (3.0, 2.0, 5)  # raw loss above this many times, and this many nats over, its start, for so many steps
 _LOST = (0.5, 1.0, 3.0)  # smoothed loss above its start by the largest of: this share, these nats, this much noise
 _GAIN = 0.01  # a validation loss that moves by less has not moved
-_SAME_ANSWER, _SAME_REFERENCE, _FEWEST_ROWS = 0.9, 0.5, 10
+_SAME_ANSWER, _SAME_REFERENCE, _FEWEST_ROWS = 0.9, 0.5, 8
 _USUAL_PATIENCE = 3
 
 
