@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import signal
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -491,7 +494,7 @@ def test_an_event_file_holds_the_journal_and_is_written_anew(tmp_path: Path) -> 
     journal, folder = tmp_path / "metrics.jsonl", tmp_path / "board"
     lines = [json.dumps(r) for r in (make_step(1, 2.5), make_step(2, 1.5), make_evaluation(2, 1.25))]
     for count in (1, 3):
-        with open_board(folder, journal=journal) as copy:
+        with open_board(folder, journal=journal, note=fail) as copy:
             journal.write_text("".join(f"{line}\n" for line in lines[:count]) + '{"torn')
             copy()
             copy()
@@ -505,9 +508,44 @@ def test_an_event_file_holds_the_journal_and_is_written_anew(tmp_path: Path) -> 
     assert b"loss/validation" in events[2]
 
 
+def fail(text: str) -> None:
+    """No note is expected."""
+    raise AssertionError(text)
+
+
+def test_an_event_file_that_cannot_be_written_never_ends_a_run(tmp_path: Path) -> None:
+    """At the start it is refused with the flag to change; on a full disk later the copy ends with one note."""
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(TrainingError, match="give --tensorboard another folder"),
+        open_board(tmp_path / "file", journal=tmp_path / "j", note=fail),
+    ):
+        pass
+    folder, notes = tmp_path / "board", list[str]()
+    (tmp_path / "j").write_text(json.dumps(make_step(1, 2.0)) + "\n")
+    with open_board(folder, journal=tmp_path / "j", note=notes.append) as copy, limit_file_size(10):
+        copy()
+        copy()
+    assert len(notes) == 1
+    assert "the run goes on" in notes[0]
+
+
+@contextmanager
+def limit_file_size(limit: int) -> Iterator[None]:
+    """Writes beyond `limit` bytes of a file fail, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
 def test_without_a_folder_no_event_file_is_written(tmp_path: Path) -> None:
     """TensorBoard is an option: nothing by default, not even the journal is read."""
-    with open_board(None, journal=tmp_path / "none") as copy:
+    with open_board(None, journal=tmp_path / "none", note=fail) as copy:
         copy()
     assert list(tmp_path.iterdir()) == []
 

@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from appliance.errors import TrainingError
+
 _SCALARS = {
     "loss": "loss/train",
     "validation_loss": "loss/validation",
@@ -29,26 +31,45 @@ _SUFFIX = "appliance"
 
 
 @contextmanager
-def open_board(folder: Path | None, *, journal: Path) -> Iterator[Callable[[], None]]:
-    """Yield what copies the journal's new records into an event file in `folder`; does nothing without one."""
+def open_board(folder: Path | None, *, journal: Path, note: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Yield what copies the journal's new records into an event file in `folder`; does nothing without one.
+
+    Raises `TrainingError` when the folder cannot be written; a fault later is noted and ends the copy, not the run.
+    """
     if folder is None:
         yield lambda: None
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob(f"events.out.tfevents.*.{_SUFFIX}"):
-        old.unlink()
+    try:
+        stream = _create_file(folder)
+    except OSError as fault:
+        raise TrainingError(f"{folder}: cannot be written ({fault}); give --tensorboard another folder") from fault
     copied = 0
-    with (folder / f"events.out.tfevents.{int(time.time())}.{_SUFFIX}").open("wb") as stream:
-        stream.write(frame_record(_encode_event(time.time(), version="brain.Event:2")))
+    is_broken = False
 
-        def copy() -> None:
-            nonlocal copied
+    def copy() -> None:
+        nonlocal copied, is_broken
+        if is_broken:
+            return
+        try:
             with journal.open("rb") as source:
                 source.seek(copied)
                 copied += _copy_lines(source, stream)
-            stream.flush()
+        except OSError as fault:
+            is_broken = True
+            note(f"{stream.name}: cannot be written ({fault}); the run goes on, metrics.jsonl has everything")
 
+    with stream:
         yield copy
+
+
+def _create_file(folder: Path) -> BinaryIO:
+    """A new event file, unbuffered, in place of those of an earlier attempt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob(f"events.out.tfevents.*.{_SUFFIX}"):
+        old.unlink()
+    stream = (folder / f"events.out.tfevents.{int(time.time())}.{_SUFFIX}").open("wb", buffering=0)
+    stream.write(frame_record(_encode_event(time.time(), version="brain.Event:2")))
+    return stream
 
 
 def _copy_lines(source: BinaryIO, stream: BinaryIO) -> int:

@@ -72,7 +72,7 @@ def _run_child(
     job: TrainingJob, *, env: Mapping[str, str] | None, note: Callable[[str], None], board: Path | None
 ) -> WorkerEnd:
     write_atomic(job.folder / "job.json", job.model_dump_json(indent=1).encode())
-    with TrainingView() as view, open_board(board, journal=job.folder / "metrics.jsonl") as copy:
+    with TrainingView() as view, open_board(board, journal=job.folder / "metrics.jsonl", note=note) as copy:
 
         def follow(event: dict[str, Any]) -> None:
             if "note" in event:

@@ -49,12 +49,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:
-        """A checkpoint counts when it is sealed."""
+        """A checkpoint counts when it is sealed; only then does a new best one take the place of the old."""
         seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}", fingerprint=self.fingerprint)
+        self._protect_best(args, state)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:
         """A stop by rule comes with the checkpoint of its step, so that it is found again after a kill."""
-        self._protect_best(args, state)
         if self.seen.is_stopped:
             control.should_save = True
             control.should_training_stop = True
@@ -107,7 +107,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         write_atomic(self.journal.file.with_name("events.jsonl"), lines)
 
     def _protect_best(self, args: Any, state: Any) -> None:
-        """Tell the rotation of checkpoints which one it must leave."""
+        """Tell the rotation of checkpoints which one it must leave, next time.
+
+        Not before the newest is sealed: were it lost, the one before it would need the best one before it.
+        """
         if self.seen.best is not None and self.rules.keep != "last":
             state.best_global_step = self.seen.best.step
             state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{self.seen.best.step}")
