@@ -144,7 +144,8 @@ def _train_stage(run: Run, prepared: Prepared, *, workspace: Workspace) -> None:
             **read_versions(),
         },
     )
-    summary = training.train(job, note=workspace.note, env={"OMP_NUM_THREADS": str(record["cores"])})
+    board = workspace.tensorboard / run.folder.name if workspace.tensorboard else None
+    summary = training.train(job, note=workspace.note, env={"OMP_NUM_THREADS": str(record["cores"])}, board=board)
     run.finish("train", summary=summary)
     shutil.rmtree(job.checkpoints, ignore_errors=True)
 

@@ -21,12 +21,13 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Where things are: the repository, the cache of bases, the run folders."""
+    """Where things are: the repository, the cache of bases, the run folders, TensorBoard's (one per run)."""
 
     root: Path
     cache: Path
     runs: Path
     note: Callable[[str], None]
+    tensorboard: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

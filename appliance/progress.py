@@ -11,7 +11,29 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
-_LOG_INTERVAL_S = 15.0
+LOG_INTERVAL_S = 15.0
+
+
+class Pace:
+    """How fast units are finished, from the first one on: what came before it (loading a model) is no measure."""
+
+    def __init__(self) -> None:
+        """Nothing is known before two points."""
+        self._first: tuple[int, float] | None = None
+
+    def estimate(self, done: int, *, total: int, now: float) -> float | None:
+        """Seconds left when `done` of `total` are finished at `now`; `None` before there is a rate."""
+        if self._first is None:
+            self._first = (done, now)
+        start, began = self._first
+        return (now - began) / (done - start) * max(0, total - done) if done > start else None
+
+
+def say_duration(seconds: float) -> str:
+    """0:42, 12:05 or 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Progress:
@@ -22,6 +44,7 @@ class Progress:
         self._label, self._unit = label, unit
         self._began = time.monotonic()
         self._shown = 0.0
+        self._pace = Pace()
         self._bar: Any = None
 
     def __enter__(self) -> Self:
@@ -40,16 +63,16 @@ class Progress:
             self._draw(done, total=total, note=note)
             return
         now = time.monotonic()
-        if now - self._shown >= _LOG_INTERVAL_S or done >= total:
+        left = self._pace.estimate(done, total=total, now=now)
+        if now - self._shown >= LOG_INTERVAL_S or done >= total:
             self._shown = now
-            sys.stderr.write(f"  {self._describe(done, total=total, note=note)}\n")
+            sys.stderr.write(f"  {self._describe(done, total=total, note=note, left=left)}\n")
             sys.stderr.flush()
 
-    def _describe(self, done: int, *, total: int, note: str) -> str:
-        share = min(1.0, done / total) if total else 1.0
+    def _describe(self, done: int, *, total: int, note: str, left: float | None) -> str:
         elapsed = time.monotonic() - self._began
         text = f"{self._label} {done}/{total}{self._unit} {elapsed:.0f} s"
-        text += f", about {elapsed / share - elapsed:.0f} s left" if 0 < share < 1 else ""
+        text += f", about {left:.0f} s left" if left is not None and done < total else ""
         return f"{text}  {note}" if note else text
 
     def _draw(self, done: int, *, total: int, note: str) -> None:

@@ -124,7 +124,14 @@ class TrainingSection(Section):
     seed: int = Field(17, ge=0, lt=2**31)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
-    checkpoints: int = Field(8, ge=1, le=1000, description="checkpoints over the whole run")
+    checkpoints: int = Field(8, ge=1, le=1000, description="checkpoints, each with an evaluation, over the whole run")
+    keep: Literal["last", "best_loss", "best_exact_match"] = Field(
+        "best_loss",
+        description="whose weights become the artifact; without validation rows always the last step's",
+    )
+    patience: int | None = Field(
+        3, ge=1, le=1000, description="evaluations in a row without a better one that stop training early; null: never"
+    )
     speed: SpeedSection = SpeedSection()
 
 
@@ -164,6 +171,14 @@ class Recipe(Section):
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
     publish: PublishSection = PublishSection()
+
+    @model_validator(mode="after")
+    def _keep_what_is_measured(self) -> Recipe:
+        if self.training.keep == "best_exact_match" and not self.dataset.split.validation:
+            raise ValueError(
+                "training.keep best_exact_match needs validation rows, and dataset.split.validation is 0; raise it"
+            )
+        return self
 
     @property
     def digest(self) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import struct
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from tiny import make_recipe
 from appliance.evaluation import judge
 from appliance.recipe import GateSection
 from appliance.report import build_card, render_html, render_markdown, write_card
+from appliance.report.plots import Plot, _log_ticks, render_png
 
 GOLDEN = Path(__file__).parent / "golden"
 HOSTILE = "<script>alert('x')</script>|`*_[](javascript:1)\n# \"&amp;"
@@ -44,13 +47,17 @@ def make_card(*, champion: bool = False, **changes: Any) -> dict[str, Any]:
             "total_parameters": 139_400_064, "steps": 4, "tokens": 12_000, "trained_tokens": 3_000, "seconds": 80.0,
             "tokens_per_second": 150.0, "first_loss": 2.5, "last_loss": 0.125, "best_validation_loss": 0.25,
             "last_validation_loss": 0.25, "device": "cpu", "dtype": "bf16", "peak_memory_bytes": 2**30,
-            "adapter_sha256": "34" * 32,
+            "adapter_sha256": "34" * 32, "stopped_by": "max_steps", "kept": "best_loss", "kept_step": 2,
+            "kept_validation_loss": 0.25, "kept_validation_exact_match": 0.75,
+            "alerts": [{"step": 4, "kind": "overfitting", "words": "validation loss <rose>", "numbers": {}}],
             "mask_example": [["<|user|>red thing<|assistant|>", False], ["red<|end|>", True], ["\n", False]],
         },
         "metrics": [
-            *({"step": s, "epoch": s / 2, "loss": 2.5 / s, "learning_rate": 2e-4 / s, "grad_norm": 1 / s, "tokens": 9}
+            *({"step": s, "epoch": s / 2, "loss": 2.5 / s, "learning_rate": 2e-4 / s, "grad_norm": 1 / s, "tokens": 9,
+               "tokens_per_second": 150.0 + s}
               for s in range(1, 5)),
-            {"step": 4, "epoch": 2.0, "validation_loss": 0.25},
+            {"step": 2, "epoch": 1.0, "validation_loss": 0.25, "validation_exact_match": 0.75},
+            {"step": 4, "epoch": 2.0, "validation_loss": 0.5, "validation_exact_match": 0.5},
         ],
         "verdict": verdict.to_json(),
         "versions": {"appliance": "0.1.0", "torch": "2.13.0"},
@@ -148,6 +155,39 @@ def test_numbers_are_the_same_in_all_three(tmp_path: Path) -> None:
         shown = f"{arm['score'] * 100:.1f}%"
         assert shown in markdown
         assert shown in page
+
+
+def test_each_plot_is_a_png_too_and_equal_plots_have_equal_bytes(tmp_path: Path) -> None:
+    """The images lie beside the card, have words in them wherever they are made, and repeat byte for byte."""
+    write_card(make_card(), tmp_path / "a")
+    write_card(make_card(), tmp_path / "b")
+    images = sorted((tmp_path / "a").glob("*.png"))
+    assert [i.stem for i in images] == ["exact-match", "gradient-norm", "learning-rate", "loss", "speed"]
+    for image in images:
+        data = image.read_bytes()
+        assert data.startswith(b"\x89PNG\r\n")
+        assert struct.unpack(">2I", data[16:24]) == (960, 648)
+        assert data == (tmp_path / "b" / image.name).read_bytes()
+    plot = Plot("p", "Loss", {"training": [(1.0, 1.0), (2.0, 2.0)]})
+    assert render_png(plot) != render_png(replace(plot, label="Lost")), "text is drawn without system fonts"
+
+
+def test_the_page_tells_the_kept_step_and_the_alerts() -> None:
+    """What the monitors said stands above the plots and in the summary, and the kept step is marked."""
+    card = make_card()
+    page = render_html(card)
+    assert "kept: step 2" in page
+    assert "validation loss &lt;rose&gt;" in page
+    assert "best validation loss" in page
+    assert "## During training" in render_markdown(card)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-3.2, 1.4), (0.1, 0.2), (-0.7, 0.4), (2.0, 2.0 + 1e-6)])
+def test_a_logarithmic_axis_has_round_numbers_on_it(low: float, high: float) -> None:
+    """At least two ticks within the axis, and no more than fit."""
+    ticks = _log_ticks(low, high)
+    assert 2 <= len(ticks) <= 12
+    assert all(low - 1e-9 <= t <= high + 1e-9 for t in ticks)
 
 
 def test_a_card_with_little_in_it_is_still_a_card() -> None:

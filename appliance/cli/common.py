@@ -24,6 +24,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 REFUSED = 3
 
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
+tensorboard_option = click.option(
+    "--tensorboard",
+    type=click.Path(path_type=Path, file_okay=False),
+    envvar="APPLIANCE_TENSORBOARD",
+    help="Also write TensorBoard event files, one folder per run, into this folder. [env: APPLIANCE_TENSORBOARD]",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 
@@ -69,7 +75,7 @@ def workspace_options(function: F) -> F:
     return function
 
 
-def build_workspace(*, root: Path, cache: Path, runs: Path | None) -> Workspace:
+def build_workspace(*, root: Path, cache: Path, runs: Path | None, tensorboard: Path | None = None) -> Workspace:
     """The folders of one invocation, absolute."""
     home = root.resolve()
     return Workspace(
@@ -77,6 +83,7 @@ def build_workspace(*, root: Path, cache: Path, runs: Path | None) -> Workspace:
         cache=cache.expanduser().resolve(),
         runs=runs.expanduser().resolve() if runs else home / ".appliance" / "runs",
         note=say,
+        tensorboard=tensorboard.expanduser().resolve() if tensorboard else None,
     )
 
 

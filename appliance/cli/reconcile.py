@@ -13,6 +13,7 @@ from appliance.cli.common import (
     print_json,
     read_actor,
     store_option,
+    tensorboard_option,
     workspace_options,
 )
 from appliance.reconcile import Outcome, reconcile
@@ -22,6 +23,7 @@ from appliance.store import open_store
 @click.command("reconcile")
 @store_option(required=True)
 @workspace_options
+@tensorboard_option
 @click.option("--only", multiple=True, metavar="RECIPE", help="Only this recipe (file name without .yaml); repeatable.")
 @click.option("--dry-run", is_flag=True, help="Say what would be trained, and why; train nothing.")
 @click.option("--force", is_flag=True, help="Train even what has a version already.")
@@ -33,6 +35,7 @@ def command(
     root: Path,
     cache: Path,
     runs: Path | None,
+    tensorboard: Path | None,
     only: tuple[str, ...],
     dry_run: bool,
     force: bool,
@@ -45,7 +48,7 @@ def command(
     failed, 3 when a verdict refused one.
     """
     outcomes = reconcile(
-        build_workspace(root=root, cache=cache, runs=runs),
+        build_workspace(root=root, cache=cache, runs=runs, tensorboard=tensorboard),
         store=open_store(store_url),
         actor=read_actor(),
         only=only,

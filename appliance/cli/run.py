@@ -13,6 +13,7 @@ from appliance.cli.common import (
     print_finished,
     recipe_argument,
     store_option,
+    tensorboard_option,
     workspace_options,
 )
 from appliance.pipeline import run_recipe
@@ -23,17 +24,27 @@ from appliance.recipe import load_recipe
 @recipe_argument
 @store_option(required=False)
 @workspace_options
+@tensorboard_option
 @click.option(
     "--force", is_flag=True, help="Make a new version even if the registry has one for this recipe, data and base."
 )
-def command(*, recipe: Path, store_url: str | None, root: Path, cache: Path, runs: Path | None, force: bool) -> int:
+def command(
+    *,
+    recipe: Path,
+    store_url: str | None,
+    root: Path,
+    cache: Path,
+    runs: Path | None,
+    tensorboard: Path | None,
+    force: bool,
+) -> int:
     """Check, train, evaluate, judge and publish one RECIPE; without --store it stops at the card.
 
     Interrupted, the same command goes on where it stopped.
     """
     finished = run_recipe(
         load_recipe(recipe),
-        workspace=build_workspace(root=root, cache=cache, runs=runs),
+        workspace=build_workspace(root=root, cache=cache, runs=runs, tensorboard=tensorboard),
         store=open_given_store(store_url),
         origin=find_origin(root),
         force=force,

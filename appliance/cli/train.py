@@ -6,7 +6,14 @@ from pathlib import Path
 
 import click
 
-from appliance.cli.common import build_workspace, find_origin, print_finished, recipe_argument, workspace_options
+from appliance.cli.common import (
+    build_workspace,
+    find_origin,
+    print_finished,
+    recipe_argument,
+    tensorboard_option,
+    workspace_options,
+)
 from appliance.pipeline import run_recipe
 from appliance.recipe import load_recipe
 
@@ -14,11 +21,12 @@ from appliance.recipe import load_recipe
 @click.command("train")
 @recipe_argument
 @workspace_options
-def command(*, recipe: Path, root: Path, cache: Path, runs: Path | None) -> int:
+@tensorboard_option
+def command(*, recipe: Path, root: Path, cache: Path, runs: Path | None, tensorboard: Path | None) -> int:
     """Check the data of RECIPE and train; the adapter is in the run folder. Resumes by itself."""
     finished = run_recipe(
         load_recipe(recipe),
-        workspace=build_workspace(root=root, cache=cache, runs=runs),
+        workspace=build_workspace(root=root, cache=cache, runs=runs, tensorboard=tensorboard),
         store=None,
         origin=find_origin(root),
         until="train",

@@ -14,8 +14,18 @@ from appliance.digest import write_atomic
 from appliance.recipe import Recipe
 from appliance.report.html import render_html
 from appliance.report.markdown import render_markdown
+from appliance.report.plots import list_plots, render_png
 
-_CURVES = ("step", "epoch", "loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second")
+_CURVES = (
+    "step",
+    "epoch",
+    "loss",
+    "validation_loss",
+    "validation_exact_match",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_second",
+)
 
 
 def build_card(
@@ -52,7 +62,9 @@ def build_card(
 
 
 def write_card(card: dict[str, Any], folder: Path) -> None:
-    """Write `card.json`, `card.md` and `card.html` into `folder`."""
+    """Write `card.json`, `card.md`, `card.html` and a PNG of each plot into `folder`."""
     write_atomic(folder / "card.json", (json.dumps(card, indent=1, sort_keys=True) + "\n").encode())
     write_atomic(folder / "card.md", render_markdown(card).encode())
     write_atomic(folder / "card.html", render_html(card).encode())
+    for plot in list_plots(card["curves"], kept=card["training"].get("kept_step")):
+        write_atomic(folder / f"{plot.name}.png", render_png(plot))

@@ -6,8 +6,17 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from appliance.report.plots import Points, draw_bar, draw_lines
-from appliance.report.words import ARM_NAMES, DASH, VERDICT_WORDS, list_facts, say_interval, say_percent, say_share
+from appliance.report.plots import draw_bar, draw_figure, list_plots
+from appliance.report.words import (
+    ARM_NAMES,
+    DASH,
+    VERDICT_WORDS,
+    list_alerts,
+    list_facts,
+    say_interval,
+    say_percent,
+    say_share,
+)
 
 _MASK_LIMIT = 1200
 
@@ -87,22 +96,10 @@ def _render_slices(card: dict[str, Any]) -> str:
 
 
 def _render_curves(card: dict[str, Any]) -> str:
-    curves = card["curves"]
-    plots = (
-        draw_lines(
-            {"training": _pick(curves, "loss"), "validation": _pick(curves, "validation_loss")},
-            label="Loss",
-            is_log=True,
-        ),
-        draw_lines({"learning rate": _pick(curves, "learning_rate")}, label="Learning rate"),
-        draw_lines({"gradient norm": _pick(curves, "grad_norm")}, label="Gradient norm", is_log=True),
-    )
-    drawn = "".join(plots)
-    return f"<section><h2>Training</h2><div class='plots'>{drawn}</div></section>" if drawn else ""
-
-
-def _pick(curves: list[dict[str, Any]], key: str) -> Points:
-    return [(float(c["step"]), float(c[key])) for c in curves if key in c]
+    alerts = "".join(f"<li>{escape(a)}</li>" for a in list_alerts(card))
+    drawn = "".join(draw_figure(p) for p in list_plots(card["curves"], kept=card["training"].get("kept_step")))
+    told = f"<ul class='alerts'>{alerts}</ul>" if alerts else ""
+    return f"<section><h2>Training</h2>{told}<div class='plots'>{drawn}</div></section>" if drawn or told else ""
 
 
 def _render_mask(card: dict[str, Any]) -> str:

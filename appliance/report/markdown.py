@@ -7,7 +7,15 @@ from typing import Any
 
 import yaml
 
-from appliance.report.words import ARM_NAMES, VERDICT_WORDS, list_facts, say_interval, say_percent, say_share
+from appliance.report.words import (
+    ARM_NAMES,
+    VERDICT_WORDS,
+    list_alerts,
+    list_facts,
+    say_interval,
+    say_percent,
+    say_share,
+)
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#])")
 
@@ -20,6 +28,7 @@ def render_markdown(card: dict[str, Any]) -> str:
         _render_verdict(card),
         _render_arms(card),
         _render_slices(card),
+        _render_alerts(card),
     ]
     parts += [_render_facts(title, facts) for title, facts in list_facts(card).items()]
     parts.append(_render_use(card))
@@ -82,6 +91,11 @@ def _render_slices(card: dict[str, Any]) -> str:
         scores = " | ".join(say_percent(row[a]["score"]) if a in row else "–" for a in arms)
         lines.append(f"| {_escape(name)} | {rows} | {scores} |")
     return "## By category\n\n" + "\n".join(lines)
+
+
+def _render_alerts(card: dict[str, Any]) -> str:
+    alerts = "\n".join(f"- {_escape(a)}" for a in list_alerts(card))
+    return f"## During training\n\n{alerts}" if alerts else ""
 
 
 def _render_facts(title: str, facts: dict[str, str]) -> str:

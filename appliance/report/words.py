@@ -18,6 +18,9 @@ VERDICT_WORDS = {
     "reject": "Reject: worse than the prompted base model.",
 }
 
+_STOPS = {"max_steps": "its last step", "patience": "no better evaluation (training.patience)"}
+_KEPT = {"last": "the last", "best_loss": "best validation loss", "best_exact_match": "best validation exact match"}
+
 
 def say_percent(value: float | None) -> str:
     """A share as a percentage with one decimal."""
@@ -48,6 +51,22 @@ def say_number(value: Any) -> str:
 def say_bytes(value: int | None) -> str:
     """Bytes in GiB."""
     return DASH if value is None else f"{value / 2**30:.2f} GiB"
+
+
+def list_alerts(card: dict[str, Any]) -> list[str]:
+    """What the monitors said during training, in order."""
+    return [f"step {a['step']}: {a['words']}" for a in card["training"].get("alerts") or ()]
+
+
+def _say_kept(training: dict[str, Any]) -> str:
+    """Which step's weights the artifact has, and why."""
+    step, kept = training.get("kept_step"), training.get("kept")
+    if step is None:
+        return DASH
+    loss, exact = training.get("kept_validation_loss"), training.get("kept_validation_exact_match")
+    found = {"loss": say_number(loss), "exact match": say_percent(exact)}
+    values = ", ".join(f"{k} {v}" for k, v in found.items() if v != DASH)
+    return f"step {step:,} ({_KEPT.get(str(kept), str(kept))}" + (f": validation {values})" if values else ")")
 
 
 def list_facts(card: dict[str, Any]) -> dict[str, dict[str, str]]:
@@ -82,6 +101,8 @@ def list_facts(card: dict[str, Any]) -> dict[str, dict[str, str]]:
             "time": f"{say_number(training.get('seconds'))} s, "
             f"{say_number(training.get('tokens_per_second'))} tokens/s",
             "loss": f"{say_number(training.get('first_loss'))} to {say_number(training.get('last_loss'))}",
+            "stopped by": _STOPS.get(training.get("stopped_by", ""), DASH),
+            "weights kept": _say_kept(training),
             "validation loss": f"best {say_number(training.get('best_validation_loss'))}, "
             f"last {say_number(training.get('last_validation_loss'))}",
             "device": f"{training.get('device', DASH)}, {training.get('dtype', DASH)}",

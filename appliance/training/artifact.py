@@ -11,15 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from appliance.digest import digest_folder, fsync_folder
-from appliance.model.weights import Precision
+from appliance.errors import TrainingError
+from appliance.model.weights import Precision, load_model
 from appliance.recipe import FullMethod
 from appliance.training import attention
 from appliance.training.arguments import select_learning_rate
+from appliance.training.checkpoints import is_sound, name_checkpoint
 from appliance.training.journal import Journal
 from appliance.training.launch import TrainingJob
+from appliance.training.monitor import Rules, Watched
 
 
 def save_artifact(model: Any, job: TrainingJob, *, precision: Precision) -> None:
@@ -52,26 +57,54 @@ def _normalise_config(file: Path, *, base_name: str) -> None:
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
+def load_kept_weights(model: Any, checkpoints: Path, *, step: int) -> None:
+    """Put the weights of a step's checkpoint into `model`, in the dtype they were trained in."""
+    checkpoint = checkpoints / name_checkpoint(step)
+    if not is_sound(checkpoint):
+        raise TrainingError(
+            f"{checkpoint}: the best step's checkpoint is damaged; run the same command to train from the start"
+        )
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
+        return
+    kept = load_model(checkpoint, precision="fp32", device=torch.device("cpu"))
+    model.load_state_dict(kept.state_dict())
+
+
 def build_summary(
-    job: TrainingJob, model: Any, journal: Journal, trainer: Any, *, precision: Precision, device: torch.device
+    job: TrainingJob,
+    model: Any,
+    journal: Journal,
+    *,
+    seen: Watched,
+    rules: Rules,
+    kept_step: int,
+    precision: Precision,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """What the manifest and the card record of the training."""
+    """What the manifest and the card record of the training; the weights are those of `kept_step`."""
     losses = [r["loss"] for r in journal.records if "loss" in r]
-    validations = [r["validation_loss"] for r in journal.records if "validation_loss" in r]
     last = max((r for r in journal.records if "loss" in r), key=lambda r: r["step"])
+    kept = next((e for e in seen.evaluations if e.step == kept_step), None)
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     gc.collect()
     return {
-        "steps": trainer.state.global_step,
-        "max_steps": trainer.args.max_steps,
+        "steps": last["step"],
+        "max_steps": rules.max_steps,
+        "stopped_by": "patience" if seen.is_stopped else "max_steps",
+        "kept": rules.keep if seen.best else "last",
+        "kept_step": kept_step,
+        "kept_validation_loss": kept.loss if kept else None,
+        "kept_validation_exact_match": kept.exact_match if kept else None,
+        "alerts": [a.to_json() for a in seen.alerts],
         "epochs": job.training.epochs,
         "seconds": last["seconds"],
         "tokens": last["tokens"],
         "tokens_per_second": round(last["tokens"] / max(last["seconds"], 1e-9), 1),
         "first_loss": losses[0],
         "last_loss": losses[-1],
-        "best_validation_loss": min(validations, default=None),
-        "last_validation_loss": validations[-1] if validations else None,
+        "best_validation_loss": min((e.loss for e in seen.evaluations), default=None),
+        "last_validation_loss": seen.evaluations[-1].loss if seen.evaluations else None,
         "trainable_parameters": sum(n for n, trained in counts if trained),
         "total_parameters": sum(n for n, _ in counts),
         "micro_batch": job.micro_batch,
@@ -82,12 +115,12 @@ def build_summary(
         "threads": torch.get_num_threads(),
         "attention": attention.NAME if job.training.packing else "sdpa",
         "packing": job.training.packing,
-        "peak_memory_bytes": _peak_memory(device),
+        "peak_memory_bytes": measure_peak_memory(device),
         "adapter_sha256": digest_folder(job.adapter),
     }
 
 
-def _peak_memory(device: torch.device) -> int:
+def measure_peak_memory(device: torch.device) -> int:
     """Device bytes on CUDA, else the largest resident set of this process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))

@@ -18,9 +18,10 @@ from pydantic import BaseModel, ConfigDict
 from appliance.command import WorkerEnd, run_worker
 from appliance.digest import write_atomic
 from appliance.errors import DeviceError, InterruptedRunError, TrainingError
-from appliance.progress import Progress
 from appliance.recipe import Method, TrainingSection
+from appliance.training.board import open_board
 from appliance.training.checkpoints import read_facts
+from appliance.training.view import TrainingView
 
 
 class TrainingJob(BaseModel):
@@ -44,15 +45,21 @@ class TrainingJob(BaseModel):
         return self.folder / "checkpoints"
 
 
-def train(job: TrainingJob, *, note: Callable[[str], None], env: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Train until the adapter is in place and return the child's summary.
+def train(
+    job: TrainingJob,
+    *,
+    note: Callable[[str], None],
+    env: Mapping[str, str] | None = None,
+    board: Path | None = None,
+) -> dict[str, Any]:
+    """Train until the adapter is in place and return the child's summary; `board` is a folder for TensorBoard.
 
     Out of memory: again with half the micro-batch. Raises `TrainingError` (refused or worthless),
     `InterruptedRunError` (a signal; the same call resumes) or `DeviceError`.
     """
     job = _adopt_facts(job)
     while True:
-        end = _run_child(job, env=env, note=note)
+        end = _run_child(job, env=env, note=note, board=board)
         if end.code == 0:
             summary: dict[str, Any] = json.loads((job.folder / "summary.json").read_bytes())
             return summary
@@ -73,15 +80,20 @@ def _adopt_facts(job: TrainingJob) -> TrainingJob:
     return job.model_copy(update={"threads": facts.threads, "micro_batch": micro_batch})
 
 
-def _run_child(job: TrainingJob, *, env: Mapping[str, str] | None, note: Callable[[str], None]) -> WorkerEnd:
+def _run_child(
+    job: TrainingJob, *, env: Mapping[str, str] | None, note: Callable[[str], None], board: Path | None
+) -> WorkerEnd:
     write_atomic(job.folder / "job.json", job.model_dump_json(indent=1).encode())
-    with Progress("train", unit=" steps") as bar:
+    with TrainingView() as view, open_board(board, journal=job.folder / "metrics.jsonl", note=note) as copy:
 
         def follow(event: dict[str, Any]) -> None:
             if "note" in event:
                 note(event["note"])
+            elif "alert" in event:
+                note(f"alert: step {event['alert']['step']}: {event['alert']['words']}")
             elif "step" in event:
-                bar.advance(event["step"], total=event["max_steps"], note=_describe_step(event))
+                view.show(event)
+                copy()
 
         return run_worker(
             [sys.executable, "-m", "appliance.training.worker", str(job.folder)],
@@ -89,15 +101,6 @@ def _run_child(job: TrainingJob, *, env: Mapping[str, str] | None, note: Callabl
             on_event=follow,
             env={**(env or {}), **({"OMP_NUM_THREADS": str(job.threads)} if job.threads else {})},
         )
-
-
-def _describe_step(event: dict[str, Any]) -> str:
-    parts = [f"loss {event['loss']:.3f}"]
-    if event.get("validation_loss") is not None:
-        parts.append(f"validation {event['validation_loss']:.3f}")
-    if event.get("tokens_per_second"):
-        parts.append(f"{event['tokens_per_second']:.0f} tokens/s")
-    return "  ".join(parts)
 
 
 def _halve(micro_batch: int, effective: int) -> int:

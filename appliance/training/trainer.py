@@ -7,6 +7,7 @@ not finite, of packed rows that see each other, of an adapter that changes nothi
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,17 +27,27 @@ from appliance.digest import canonical_json, write_atomic
 from appliance.errors import DeviceError, InterruptedRunError
 from appliance.model import TokenRow
 from appliance.model.weights import Precision, select_device, select_precision
-from appliance.training.arguments import build_training_arguments
-from appliance.training.artifact import build_summary, save_artifact
+from appliance.training.arguments import build_training_arguments, count_steps
+from appliance.training.artifact import build_summary, load_kept_weights, save_artifact
 from appliance.training.batches import build_records, collate_packed, collate_padded, spread_labels
-from appliance.training.checkpoints import Facts, count_steps_done, decode_facts, find_checkpoint, read_seal
+from appliance.training.checkpoints import (
+    Facts,
+    count_steps_done,
+    decode_facts,
+    find_checkpoint,
+    is_sound,
+    name_checkpoint,
+    read_seal,
+)
 from appliance.training.fingerprint import build_fingerprint, make_deterministic, make_repeatable
 from appliance.training.guards import check_packing, check_trained
 from appliance.training.journal import Journal
 from appliance.training.launch import TrainingJob
 from appliance.training.levers import select_levers
 from appliance.training.methods import build_model
+from appliance.training.monitor import Rules, build_rules, select_kept_step, watch_records
 from appliance.training.rows import load_rows
+from appliance.training.validation import score_rows, summarise_scores
 from appliance.training.watch import Watch
 
 
@@ -67,10 +78,10 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
 
         # 4. The trainer, from the newest sound checkpoint of this very job.
         fingerprint = build_fingerprint(job, precision=precision, device=device)
-        resume = find_checkpoint(job.checkpoints, fingerprint=fingerprint)
-        journal = Journal(job.folder / "metrics.jsonl", checkpoint=resume)
+        rules = build_rules(job.training, max_steps=count_steps(job.training, rows=len(train_rows)))
+        resume, journal = _find_start(job, rules, fingerprint=fingerprint, emit=emit)
         facts = _state_facts(job, resume)
-        watch = Watch(stop=stop, emit=emit, fingerprint=fingerprint, facts=facts, journal=journal)
+        watch = Watch(stop=stop, emit=emit, fingerprint=fingerprint, facts=facts, journal=journal, rules=rules)
         trainer = _build_trainer(job, model, train_rows, validation_rows, precision=precision, watch=watch)
         trainer.head = levers.head
         watch.trainer = trainer
@@ -79,18 +90,23 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
         if stop.is_set:
             raise InterruptedRunError("before the first step")
 
-        # 5. The steps.
+        # 5. The steps, unless a run that was killed afterwards had stopped by rule.
         began = time.monotonic()
-        _run_steps(trainer, resume)
-        if trainer.state.global_step < trainer.args.max_steps:
-            raise InterruptedRunError(
-                f"at step {trainer.state.global_step} of {trainer.args.max_steps}, checkpoint saved"
-            )
+        if not watch.seen.is_stopped:
+            _run_steps(trainer, resume)
+        if trainer.state.global_step < rules.max_steps and not watch.seen.is_stopped:
+            raise InterruptedRunError(f"at step {trainer.state.global_step} of {rules.max_steps}, checkpoint saved")
 
-        # 6. The artifact, refused when it is not finite or changes nothing.
+        # 6. The artifact: the weights of the step that is kept, refused when not finite or without effect.
+        last = max(r["step"] for r in journal.records)
+        kept_step = select_kept_step(watch.seen, rules, last=last)
+        if kept_step != trainer.state.global_step:
+            load_kept_weights(model, job.checkpoints, step=kept_step)
         check_trained(model, job, train_rows[0], device=device)
         save_artifact(model, job, precision=precision)
-        summary = build_summary(job, model, journal, trainer, precision=precision, device=device)
+        summary = build_summary(
+            job, model, journal, seen=watch.seen, rules=rules, kept_step=kept_step, precision=precision, device=device
+        )
         summary["levers"] = levers.to_json()
         summary["micro_batches"] = facts.micro_batches
         seconds = trainer.save_seconds + watch.seal_seconds
@@ -112,6 +128,23 @@ def _run_steps(trainer: Any, resume: Path | None) -> None:
         trainer.load_last(resume)
         return
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+
+
+def _find_start(
+    job: TrainingJob, rules: Rules, *, fingerprint: dict[str, str], emit: Emit
+) -> tuple[Path | None, Journal]:
+    """The newest sound checkpoint and the journal up to it; none when the best one before it is lost."""
+    resume = find_checkpoint(job.checkpoints, fingerprint=fingerprint)
+    journal = Journal(job.folder / "metrics.jsonl", checkpoint=resume)
+    if resume is None:
+        return None, journal
+    seen = watch_records(journal.records, rules)
+    kept = select_kept_step(seen, rules, last=count_steps_done(resume))
+    if is_sound(job.checkpoints / name_checkpoint(kept)):
+        return resume, journal
+    emit(note=f"the checkpoint of the best step, {kept}, is lost or damaged: training starts over")
+    shutil.rmtree(job.checkpoints)
+    return None, Journal(journal.file, checkpoint=None)
 
 
 class _LabelledPositionsTrainer(SFTTrainer):  # type: ignore[misc]
@@ -144,7 +177,6 @@ class _LabelledPositionsTrainer(SFTTrainer):  # type: ignore[misc]
 
     def load_last(self, checkpoint: Path) -> None:
         """The weights of the last step, for a run that was killed after it."""
-        align_special_tokens(self.model, self.processing_class)  # as `train` does; it is in the saved configuration
         self._load_from_checkpoint(str(checkpoint))
         self.state.global_step = count_steps_done(checkpoint)
 
@@ -153,6 +185,16 @@ class _LabelledPositionsTrainer(SFTTrainer):  # type: ignore[misc]
         super()._save_checkpoint(model, trial)
         self.saves += 1
         self.save_seconds += time.monotonic() - began
+
+    def evaluate(self, *_arguments: Any, **_options: Any) -> dict[str, float]:
+        """One pass over the validation rows, see `validation`; TRL's averages over batches."""
+        size = self.args.per_device_eval_batch_size
+        with self.compute_loss_context_manager():
+            scores = score_rows(self.model, self.eval_dataset.to_list(), collate=self.data_collator, size=size)
+        metrics = summarise_scores(scores)
+        self.log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
 def _build_trainer(
@@ -189,6 +231,9 @@ def _build_trainer(
         processing_class=tokenizer,
         callbacks=[watch],
     )
+    align_special_tokens(
+        model, tokenizer
+    )  # as `train` does: it is in the saved configuration, also of a run without a step
     trainer.remove_callback(PrinterCallback)  # standard output is the parent's channel
     trainer.tokens_seen, trainer.saves, trainer.save_seconds = 0, 0, 0.0
     return trainer
