@@ -9,8 +9,9 @@ import pytest
 from tiny import make_recipe, write_base
 
 from appliance.errors import ModelError
+from appliance.model.shapes import read_sizes, read_weight_shapes
 from appliance.plan import Machine, Plan, build_plan, read_machine
-from appliance.plan.plan import count_trainable, read_weight_shapes, select_micro_batch
+from appliance.plan.plan import count_trainable, select_micro_batch
 from appliance.recipe import LoraMethod, Recipe
 from appliance.training.arguments import build_adapter_arguments, count_steps
 
@@ -45,7 +46,7 @@ def test_trained_parameters_are_those_that_peft_makes(base: Path, method: LoraMe
     from transformers import AutoModelForCausalLM
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**build_adapter_arguments(method)))
-    assert count_trainable(method, read_weight_shapes(base)) == model.get_nb_trainable_parameters()[0]
+    assert count_trainable(method, read_weight_shapes(base), read_sizes(base)) == model.get_nb_trainable_parameters()[0]
 
 
 def test_steps_are_those_of_training(base: Path) -> None:

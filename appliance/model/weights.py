@@ -5,11 +5,12 @@ Imported only by the workers. Never passes `trust_remote_code`; safetensors only
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
@@ -50,7 +51,7 @@ def load_model(
     dtype = _DTYPES[precision]
     quantisation = _build_nf4(dtype) if four_bit else None
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attention,
@@ -59,13 +60,41 @@ def load_model(
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as fault:
         first = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
         raise ModelError(
             f"base model {folder}: cannot be loaded ({first}); delete the folder and fetch it again"
         ) from fault
+    if absent := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"base model {folder}: {len(absent)} weights are not in its files, the first is {absent[0]}; they would be "
+            "random: fetch the model again"
+        )
     return model if four_bit else model.to(device)
+
+
+def check_finite(model: Any, folder: Path, *, four_bit: bool = False) -> None:
+    """Raise `ModelError` that names the first weight with a NaN or an infinity.
+
+    One pass for the least and the greatest value. 4-bit weights are read from the files of `folder`:
+    quantisation turns a NaN into an ordinary number.
+    """
+    pairs = read_weights(folder) if four_bit else model.named_parameters()
+    for name, weight in pairs:
+        if weight.is_floating_point() and weight.numel():
+            least, most = torch.aminmax(weight.detach())
+            if not bool(torch.isfinite(least) & torch.isfinite(most)):
+                raise ModelError(f"base model {folder}: {name} has values that are not finite; fetch the model again")
+
+
+def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and values of every weight in the files of `folder`, one at a time."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - no mapping
+                yield name, weights.get_tensor(name)
 
 
 def _build_nf4(dtype: torch.dtype) -> BitsAndBytesConfig:

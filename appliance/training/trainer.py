@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,14 +25,14 @@ from appliance.digest import canonical_json, write_atomic
 from appliance.errors import DeviceError, InterruptedRunError
 from appliance.model import TokenRow
 from appliance.model.weights import Precision, select_device, select_precision
-from appliance.training.arguments import build_training_arguments
+from appliance.training.arguments import build_training_arguments, is_packed
 from appliance.training.artifact import build_summary, save_artifact
 from appliance.training.batches import build_records, collate_packed, collate_padded
 from appliance.training.checkpoints import count_steps_done, find_checkpoint
 from appliance.training.guards import check_packing, check_trained
 from appliance.training.journal import Journal
 from appliance.training.launch import TrainingJob
-from appliance.training.methods import build_model
+from appliance.training.methods import build_model, copy_start, digest_start, keep_dtypes, load_encoder, save_encoder
 from appliance.training.rows import load_rows
 from appliance.training.watch import Watch
 
@@ -55,11 +56,14 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
         # 3. The model, with the method's trainable weights on it.
         emit(note=f"loading {job.base_name} in {precision} on {device.type}")
         model = build_model(job, precision=precision, device=device)
-        if job.training.packing:
+        if is_packed(job.training, job.method):
             check_packing(model, train_rows, precision=precision, device=device)
 
         # 4. The trainer, from the newest sound checkpoint of this very job.
         fingerprint = {**job.fingerprint, "precision": precision, "device": device.type, "torch": torch.__version__}
+        start = copy_start(model, job.method)
+        if start:
+            fingerprint["start"] = digest_start(start)
         resume = find_checkpoint(job.checkpoints, fingerprint=fingerprint)
         journal = Journal(job.folder / "metrics.jsonl", kept=count_steps_done(resume) if resume else 0)
         watch = Watch(stop=stop, emit=emit, fingerprint=fingerprint, journal=journal)
@@ -79,8 +83,8 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
             )
 
         # 6. The artifact, refused when it is not finite or changes nothing.
-        check_trained(model, job, train_rows[0], device=device)
-        save_artifact(model, job, precision=precision)
+        check_trained(model, job, train_rows[0], start=start, device=device)
+        save_artifact(model, job, start=start, precision=precision)
         summary = build_summary(job, model, journal, trainer, precision=precision, device=device)
         summary["child_seconds"] = round(time.monotonic() - began, 1)
         write_atomic(job.folder / "summary.json", canonical_json(summary))
@@ -100,6 +104,14 @@ class _LabelledPositionsTrainer(SFTTrainer):  # type: ignore[misc]
             self.tokens_seen += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
         outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        save_encoder(self.model, Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not load_encoder(self.model, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
 def _build_trainer(
@@ -125,17 +137,17 @@ def _build_trainer(
         checkpointing=job.checkpointing,
         output=job.checkpoints,
     )
-    trainer = _LabelledPositionsTrainer(
-        model=model,
-        args=SFTConfig(**arguments),
-        train_dataset=Dataset.from_list(build_records(train_rows)),
-        eval_dataset=Dataset.from_list(build_records(validation_rows)) if validation_rows else None,
-        data_collator=collate_packed
-        if job.training.packing
-        else partial(collate_padded, pad_id=tokenizer.pad_token_id),
-        processing_class=tokenizer,
-        callbacks=[watch],
-    )
+    packed = is_packed(job.training, job.method)
+    with keep_dtypes(model):
+        trainer = _LabelledPositionsTrainer(
+            model=model,
+            args=SFTConfig(**arguments),
+            train_dataset=Dataset.from_list(build_records(train_rows)),
+            eval_dataset=Dataset.from_list(build_records(validation_rows)) if validation_rows else None,
+            data_collator=collate_packed if packed else partial(collate_padded, pad_id=tokenizer.pad_token_id),
+            processing_class=tokenizer,
+            callbacks=[watch],
+        )
     trainer.remove_callback(PrinterCallback)  # standard output is the parent's channel
     trainer.tokens_seen = 0
     return trainer
