@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from appliance.errors import ModelError
+from appliance.model.processor import has_cpu_bf16
 
 Precision = Literal["bf16", "fp32"]
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -26,21 +27,12 @@ def select_device() -> torch.device:
 
 
 def select_precision(wanted: Literal["auto", "bf16", "fp32"], *, device: torch.device) -> Precision:
-    """bf16 where the device computes in it (CUDA with bf16; CPUs with avx512_bf16 or AMX), else fp32."""
+    """bf16 where the device computes in it (CUDA from Ampere on; CPUs with avx512_bf16 or AMX), else fp32."""
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if has_cpu_bf16(Path("/proc/cpuinfo")) else "fp32"
-
-
-def has_cpu_bf16(cpuinfo: Path) -> bool:
-    """Whether this CPU multiplies bf16 natively; emulated bf16 is slower than fp32."""
-    try:
-        flags = cpuinfo.read_text("utf-8", errors="replace")
-    except OSError:
-        return False
-    return " avx512_bf16" in flags or " amx_bf16" in flags
 
 
 def load_model(
@@ -72,7 +64,21 @@ def load_model(
             f"base model {folder}: {len(absent)} weights are not in its files, the first is {absent[0]}; they would be "
             "random: fetch the model again"
         )
-    return model if four_bit else model.to(device)
+    if four_bit:
+        _keep_layout(model)
+        return model
+    return model.to(device)
+
+
+def _keep_layout(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference on a CPU.
+
+    It does so at the first pass in evaluation mode, never undoes it, and its kernel for that layout
+    has no gradient: every later training step would lose what flows through the base's layers.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def check_finite(model: Any, folder: Path, *, four_bit: bool = False) -> None:

@@ -217,6 +217,11 @@ def _warn(recipe: Recipe, *, rows: int, peak: int, machine: Machine) -> list[str
         found.append(f"training.epochs {recipe.training.epochs:g} is outside the usual {least} to {most}")
     if isinstance(recipe.method, FullMethod) and rows < 10_000:
         found.append(f"full training usually wants 10,000 rows or more, found {rows}; lora is the default for fewer")
+    if recipe.training.precision == "bf16" and not machine.has_bf16:
+        found.append(
+            f"training.precision bf16 is emulated by {machine.gpu or 'this CPU'} and slower than fp32 there; "
+            "write auto to use what the device computes in"
+        )
     if peak > machine.budget_bytes:
         found.append(
             f"estimated peak {peak / 2**30:.1f} GiB exceeds the {machine.budget_bytes / 2**30:.1f} GiB here; "
