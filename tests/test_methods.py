@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
+import yaml
+from test_cli import call
 from test_training import make_examples, make_job, run_in_process
-from tiny import make_recipe, write_base
+from tiny import make_recipe, write_base, write_dataset
 
 from appliance.errors import InterruptedRunError, ModelError, RecipeError, TrainingError
 from appliance.evaluation.arms import Arm, Prompt
 from appliance.evaluation.generate import GenerationJob
 from appliance.evaluation.outputs import decode_outputs
 from appliance.evaluation.worker import group_arms
+from appliance.method import LoraMethod, Method, QloraMethod
 from appliance.model import load_template
 from appliance.model.shapes import read_sizes, read_weight_shapes
 from appliance.plan import Machine, build_plan
-from appliance.plan.plan import count_trainable
+from appliance.plan.plan import RANGES, count_trainable
 from appliance.recipe import parse_recipe
 from appliance.training import TrainingJob
-from appliance.training.arguments import is_packed
+from appliance.training.arguments import CHANGING_THE_BASE, build_adapter_arguments, is_packed
+from appliance.training.arguments import RATES as RATES_BY_DEFAULT
 from appliance.training.batches import build_records, collate_packed, collate_padded
 from appliance.training.rows import load_rows
 
@@ -257,6 +262,7 @@ UNFIT = [
         r"method\.rank: 40 is more than .*k_proj can use, whose weight is 32 x 64; set it to 32",
     ),
     ({"type": "qlora", "rank": 40, "targets": ["v_proj"]}, "v_proj can use"),
+    ({"type": "prompt-tuning", "tokens": 3, "init": "text", "text": "colour"}, r"6 tokens, method\.tokens is 3"),
 ]
 
 
@@ -279,13 +285,6 @@ def test_a_method_that_does_not_fit_the_model_is_refused_by_plan_and_training(
     with pytest.raises(TrainingError, match=message):
         run_in_process(job)
     assert not job.adapter.exists()
-
-
-def test_a_text_longer_than_its_tokens_is_refused(base: Path, tmp_path: Path) -> None:
-    """PEFT would cut it without a word."""
-    method = {"type": "prompt-tuning", "tokens": 3, "init": "text", "text": "colour"}
-    with pytest.raises(TrainingError, match=r"6 tokens, method\.tokens is 3"):
-        run_in_process(make_job(base, tmp_path, make_recipe(method=method)))
 
 
 @pytest.mark.parametrize("method", [{"type": "lora", "rank": 4}, {"type": "qlora", "rank": 4}], ids=name)
@@ -426,3 +425,124 @@ def test_a_validation_pass_leaves_the_gradients_of_4_bit_layers_as_they_are(base
             model.eval()(**batch, use_cache=False)
     assert all(torch.equal(g, gradients[1][n]) for n, g in gradients[0].items())
     assert sum(float(g.abs().sum()) for g in gradients[0].values()) > 0
+
+
+LORA = {
+    "r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "use_rslora": False,
+    "use_dora": False, "init_lora_weights": True, "bias": "none", "task_type": "CAUSAL_LM",
+}  # fmt: skip
+GOLDEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"type": "full"}, {}),
+    ({"type": "lora"}, LORA),
+    ({"type": "lora", "variant": "rslora"}, {**LORA, "use_rslora": True}),
+    ({"type": "lora", "variant": "dora"}, {**LORA, "use_dora": True}),
+    *(
+        ({"type": "lora", "variant": v}, {**LORA, "init_lora_weights": v})
+        for v in ("gaussian", "orthogonal", "pissa", "olora", "mica")
+    ),
+    ({"type": "qlora", "rank": 8, "alpha": 8, "targets": ["q_proj"]},
+     {**LORA, "r": 8, "lora_alpha": 8, "target_modules": ["q_proj"]}),
+    ({"type": "qlora", "variant": "loftq"}, LORA),
+    ({"type": "prompt-tuning"},
+     {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB", "task_type": "CAUSAL_LM"}),
+    ({"type": "prompt-tuning", "tokens": 5, "init": "text", "text": "a b"},
+     {"num_virtual_tokens": 5, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "a b",
+      "task_type": "CAUSAL_LM"}),
+    ({"type": "prefix-tuning"},
+     {"num_virtual_tokens": 20, "init_weights": "zero", "prefix_projection": False, "encoder_hidden_size": None,
+      "task_type": "CAUSAL_LM"}),
+    ({"type": "prefix-tuning", "init": "random", "projection": "mlp", "hidden": 9},
+     {"num_virtual_tokens": 20, "init_weights": None, "prefix_projection": True, "encoder_hidden_size": 9,
+      "task_type": "CAUSAL_LM"}),
+    ({"type": "p-tuning", "encoder": "lstm"},
+     {"num_virtual_tokens": 20, "encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 128,
+      "task_type": "CAUSAL_LM"}),
+    ({"type": "ia3"},
+     {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"],
+      "task_type": "CAUSAL_LM"}),
+    ({"type": "ia3", "targets": ["wq", "w2"], "feedforward": ["w2"]},
+     {"target_modules": ["wq", "w2"], "feedforward_modules": ["w2"], "task_type": "CAUSAL_LM"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "arguments"), GOLDEN)
+def test_the_arguments_of_peft_are_what_the_recipe_says(method: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """Golden: a pure function of the section, for every method."""
+    assert build_adapter_arguments(make_recipe(method=method).method) == arguments
+
+
+def test_the_plan_knows_what_virtual_tokens_cost(base: Path) -> None:
+    """They count as tokens of every row; a prefix costs keys and values, and is never checkpointed."""
+    peaks = {}
+    for tokens in (1, 500):
+        for kind in ("prompt-tuning", "prefix-tuning"):
+            recipe = make_recipe(method={"type": kind, "tokens": tokens})
+            plan = build_plan(
+                recipe, lengths=[100] * 64, trained_tokens=9, validation_rows=1, base=base, machine=Machine(2, 1 << 20)
+            )
+            peaks[kind, tokens] = plan.peak_bytes
+            assert plan.checkpointing is (kind == "prompt-tuning"), "nothing fits, so the rest is checkpointed"
+    assert plan.micro_batch == 8
+    assert all(peaks[kind, 500] > peaks[kind, 1] for kind in ("prompt-tuning", "prefix-tuning"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["prompt-tuning", "prefix-tuning", "p-tuning", "ia3"])
+def test_a_version_of_every_kind_is_published_pulled_and_answers(tmp_path: Path, kind: str) -> None:
+    """From rows to an answer by the command line, as for LoRA; the file's digest is in the manifest."""
+    write_base(tmp_path / "base")
+    write_dataset(tmp_path / "datasets" / "colours", rows=60)
+    recipe = make_recipe(method={"type": kind}, training={"epochs": 1, "learning_rate": RATES[kind]})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
+    env = {"APPLIANCE_STORE": f"file://{tmp_path / 'store'}", "APPLIANCE_CACHE": str(tmp_path / "cache")}
+    assert call("run", "recipe.yaml", cwd=tmp_path, env=env).returncode in (0, 3)
+    (row,) = json.loads(call("list", "--json", cwd=tmp_path, env=env).stdout)
+    pulled = call("pull", f"colours@{row['version']}", str(tmp_path / "pulled"), cwd=tmp_path, env=env)
+    assert "verified" in pulled.stdout, pulled.stderr
+    said = call("generate", "pulled", "--prompt", "thing 1: red", "--compare", "--json", cwd=tmp_path, env=env)
+    assert {o["arm"] for o in json.loads(said.stdout)} == {"candidate", "zero_shot"}, said.stderr
+
+
+PAGE = (Path(__file__).parent.parent / "docs" / "methods.md").read_text("utf-8")
+
+
+def read_table(title: str) -> dict[str, list[str]]:
+    """The rows of the page's table whose first column is headed `title`, by their first cell."""
+    (table,) = re.findall(rf"^\| {title} \| (?!When).*\n\|[-|]+\n((?:\|.*\n)+)", PAGE, re.MULTILINE)[:1]
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()]
+    return {row[0].strip("`"): row[1:] for row in cells}
+
+
+def test_the_page_names_every_method_and_key_and_no_other() -> None:
+    """Who writes a recipe from docs/methods.md writes a valid one."""
+    sections = {get_args(m.model_fields["type"].annotation)[0]: m for m in get_args(get_args(Method)[0])}
+    table = read_table("Method")
+    assert table.keys() == sections.keys()
+    for kind, section in sections.items():
+        told = re.findall(r"`([a-z_]+)` \(", table[kind][0])
+        assert told == [k for k in section.model_fields if k != "type"], kind
+        for key, value in re.findall(r"`([a-z_]+)` \(([a-z0-9-]+)[;:)]", table[kind][0]):
+            assert str(section.model_fields[key].default).removesuffix(".0") == value, (kind, key)
+
+
+def test_the_page_tells_which_variant_goes_where() -> None:
+    """Yes in the table is a recipe that loads, no is one that is refused."""
+    table = read_table("Variant")
+    variants = {v for m in (LoraMethod, QloraMethod) for v in get_args(m.model_fields["variant"].annotation)}
+    assert table.keys() == variants
+    for variant, (_, lora, qlora, artifact) in table.items():
+        assert (lora == "yes") is (variant in get_args(LoraMethod.model_fields["variant"].annotation))
+        assert (qlora == "yes") is (variant in get_args(QloraMethod.model_fields["variant"].annotation))
+        assert (artifact == "rank 2r") is (variant in CHANGING_THE_BASE)
+
+
+def test_the_pages_rates_are_those_of_the_code() -> None:
+    """Defaults and ranges are written once, here and there alike."""
+    (table,) = re.findall(r"\| Method \| Default .*\n\|[-|]+\n((?:\|.*\n)+)", PAGE)
+    told = {}
+    for line in table.splitlines():
+        kind, default, usual, _ = (c.strip().strip("`") for c in line.strip("|").split("|"))
+        low, high = usual.split(" to ")
+        told[kind] = (float(default), (float(low), float(high)))
+    assert told == {kind: (RATES_BY_DEFAULT[kind], RANGES[kind]) for kind in RANGES}
+    assert RANGES.keys() == RATES_BY_DEFAULT.keys()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from appliance.errors import ModelError, TrainingError
-from appliance.method import Ia3Method, LoraMethod, Method
+from appliance.method import Ia3Method, LoraMethod, Method, PromptTuningMethod
 
 Shape = tuple[int, ...]
 _NO_LINEAR = ("lm_head", "wte", "wpe")
@@ -86,9 +86,14 @@ def select_targets(targets: str | Sequence[str], linears: Mapping[str, Shape]) -
     return {n: s for n, s in linears.items() if any(_matches(n, t) for t in targets)}
 
 
-def check_method(method: Method, linears: Mapping[str, Shape]) -> None:
-    """Raise `TrainingError` when the method's layers are not there or are smaller than its rank."""
-    if isinstance(method, Ia3Method):
+def check_method(method: Method, linears: Mapping[str, Shape], *, base: Path) -> None:
+    """Raise `TrainingError` when the method does not fit the model in the folder `base`.
+
+    Its layers are not there, they are smaller than its rank, or its text is longer than its tokens.
+    """
+    if isinstance(method, PromptTuningMethod) and method.text is not None:
+        _check_text(method, base)
+    elif isinstance(method, Ia3Method):
         select_targets(method.scaled, linears)
     elif isinstance(method, LoraMethod):
         chosen = select_targets(method.targets, linears)
@@ -99,6 +104,19 @@ def check_method(method: Method, linears: Mapping[str, Shape]) -> None:
                 f"method.rank: {method.rank} is more than {name} can use, whose weight is {shape[0]} x {shape[1]}; "
                 f"set it to {min(shape)} or less"
             )
+
+
+def _check_text(method: PromptTuningMethod, base: Path) -> None:
+    """PEFT would cut a longer text without a word."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    tokenizer.no_truncation()
+    words = len(tokenizer.encode(method.text).ids)
+    if words > method.tokens:
+        raise TrainingError(
+            f"method.text: {words} tokens, method.tokens is {method.tokens}; it would be cut: set tokens to {words}"
+        )
 
 
 def _matches(name: str, target: str) -> bool:

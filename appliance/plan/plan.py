@@ -37,7 +37,7 @@ from appliance.recipe import Recipe
 
 _OVERHEAD = 1 << 30
 # Usual rates, by the papers and by PEFT's own examples (docs/methods.md).
-_RANGES = {
+RANGES = {
     "full": (1e-5, 2e-5),
     "lora": (1e-4, 3e-4),
     "qlora": (1e-4, 3e-4),
@@ -90,7 +90,7 @@ def build_plan(
     longest = max(lengths)
     micro = select_micro_batch(section.effective_batch, longest=longest + _count_virtual(recipe.method))
     weights = read_weight_shapes(base)
-    check_method(recipe.method, list_linears(weights))
+    check_method(recipe.method, list_linears(weights), base=base)
     parameters = sum(math.prod(s) for s in weights.values())
     sizes = read_sizes(base)
     trainable = count_trainable(recipe.method, weights, sizes)
@@ -206,7 +206,7 @@ def _estimate_peak(
 def _warn(recipe: Recipe, *, rows: int, peak: int, machine: Machine) -> list[str]:
     """What the guide would question; each names its range."""
     found = []
-    low, high = _RANGES[recipe.method.type]
+    low, high = RANGES[recipe.method.type]
     rate = recipe.training.learning_rate
     if rate is not None and not low <= rate <= high:
         found.append(

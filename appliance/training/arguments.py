@@ -22,7 +22,7 @@ from appliance.method import (
 )
 from appliance.recipe import TrainingSection
 
-_RATES = {
+RATES = {
     "full": 2e-5,
     "lora": 2e-4,
     "qlora": 2e-4,
@@ -31,13 +31,14 @@ _RATES = {
     "p-tuning": 1e-3,
     "ia3": 3e-3,
 }
+CHANGING_THE_BASE = ("pissa", "olora", "loftq")
 _STARTS = ("gaussian", "orthogonal", "pissa", "olora", "mica")
 _PROMPT_STARTS = {"vocabulary": "SAMPLE_VOCAB", "text": "TEXT", "random": "RANDOM"}
 
 
 def select_learning_rate(section: TrainingSection, method: Method) -> float:
     """The recipe's rate, or the usual one of the method (docs/methods.md has the sources)."""
-    return section.learning_rate if section.learning_rate is not None else _RATES[method.type]
+    return section.learning_rate if section.learning_rate is not None else RATES[method.type]
 
 
 def is_packed(section: TrainingSection, method: Method) -> bool:

@@ -23,7 +23,6 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from appliance.digest import digest_bytes
@@ -32,7 +31,7 @@ from appliance.method import FullMethod, LoraMethod, Method, PromptTuningMethod,
 from appliance.model.shapes import check_method
 from appliance.model.weights import Precision, check_finite, load_model, read_weights
 from appliance.training import attention
-from appliance.training.arguments import build_adapter_arguments, is_packed
+from appliance.training.arguments import CHANGING_THE_BASE, build_adapter_arguments, is_packed
 from appliance.training.launch import TrainingJob
 
 Weights = dict[str, torch.Tensor]
@@ -44,7 +43,6 @@ _CONFIGS = {
     "p-tuning": PromptEncoderConfig,
     "ia3": IA3Config,
 }
-_CHANGE_THE_BASE = ("pissa", "olora", "loftq")
 _ENCODER = "prompt_encoder.safetensors"
 
 
@@ -65,10 +63,9 @@ def build_model(job: TrainingJob, *, precision: Precision, device: torch.device)
     check_finite(model, job.base, four_bit=isinstance(method, QloraMethod))
     if isinstance(method, FullMethod):
         return model
-    check_method(method, _list_linears(model))
+    check_method(method, _list_linears(model), base=job.base)
     arguments = build_adapter_arguments(method)
     if isinstance(method, PromptTuningMethod) and method.text is not None:
-        _check_text(method, job.base)
         arguments["tokenizer_name_or_path"] = str(job.base)
     try:
         adapted = get_peft_model(model, _CONFIGS[method.type](**arguments))
@@ -89,15 +86,6 @@ def _list_linears(model: Any) -> dict[str, tuple[int, ...]]:
         elif isinstance(module, Conv1D):
             found[name] = tuple(module.weight.shape)[::-1]
     return found
-
-
-def _check_text(method: PromptTuningMethod, base: Path) -> None:
-    """PEFT would cut a longer text without a word."""
-    words = len(AutoTokenizer.from_pretrained(base, local_files_only=True)(method.text)["input_ids"])
-    if words > method.tokens:
-        raise TrainingError(
-            f"method.text: {words} tokens, method.tokens is {method.tokens}; it would be cut: set tokens to {words}"
-        )
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -129,7 +117,7 @@ def _start_from_rounding_error(model: Any, base: Path) -> None:
 
 def copy_start(model: Any, method: Method) -> Weights:
     """The adapter's first weights, for the starts that change the base; empty for all others."""
-    if not isinstance(method, LoraMethod) or method.variant not in _CHANGE_THE_BASE:
+    if not isinstance(method, LoraMethod) or method.variant not in CHANGING_THE_BASE:
         return {}
     return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
 
