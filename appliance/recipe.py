@@ -9,21 +9,43 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from appliance.digest import digest_json
 from appliance.errors import RecipeError
+from appliance.method import (
+    VIRTUAL_TOKENS,
+    FullMethod,
+    Ia3Method,
+    LoraMethod,
+    Method,
+    PrefixTuningMethod,
+    PromptTuningMethod,
+    PTuningMethod,
+    QloraMethod,
+    Section,
+)
+
+__all__ = [
+    "VIRTUAL_TOKENS",
+    "FullMethod",
+    "Ia3Method",
+    "LoraMethod",
+    "Method",
+    "PTuningMethod",
+    "PrefixTuningMethod",
+    "PromptTuningMethod",
+    "QloraMethod",
+    "Recipe",
+    "Section",
+    "load_recipe",
+    "parse_recipe",
+]
 
 Line = dict[tuple[str | int, ...], int]
-
-
-class Section(BaseModel):
-    """A part of a recipe: frozen, and closed to keys it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class BaseSection(Section):
@@ -69,32 +91,6 @@ class DatasetSection(Section):
         return Path(self.path).name
 
 
-class LoraMethod(Section):
-    """Low-rank adapters on a frozen base (Hu et al. 2022, arXiv 2106.09685)."""
-
-    type: Literal["lora"]
-    variant: Literal["plain", "rslora", "dora", "pissa", "olora"] = "plain"
-    rank: int = Field(16, ge=1, le=1024)
-    alpha: int | None = Field(None, ge=1, description="scale; twice the rank when left out")
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-
-
-class QloraMethod(LoraMethod):
-    """LoRA over a base in 4-bit NormalFloat, doubly quantised (Dettmers et al. 2023, arXiv 2305.14314)."""
-
-    type: Literal["qlora"]  # type: ignore[assignment]
-
-
-class FullMethod(Section):
-    """All weights are trained; the artifact is a full copy of the model."""
-
-    type: Literal["full"]
-
-
-Method = Annotated[LoraMethod | QloraMethod | FullMethod, Field(discriminator="type")]
-
-
 class SpeedSection(Section):
     """Which way the same numbers are computed; `auto` is right unless a library is to be ruled out.
 
@@ -116,7 +112,9 @@ class TrainingSection(Section):
     learning_rate: float | None = Field(None, gt=0.0, le=1.0)
     effective_batch: int = Field(16, ge=1, description="rows per optimizer step")
     max_length: int = Field(1024, ge=16, description="tokens; a longer row is refused, never cut")
-    packing: bool = True
+    packing: Literal["auto"] | bool = Field(
+        "auto", description="rows end to end without padding; auto: wherever the method allows it"
+    )
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = Field(0.05, ge=0.0, le=0.5)
     weight_decay: float = Field(0.0, ge=0.0, le=1.0)
@@ -173,10 +171,20 @@ class Recipe(Section):
     publish: PublishSection = PublishSection()
 
     @model_validator(mode="after")
-    def _keep_what_is_measured(self) -> Recipe:
+    def _check_combination(self) -> Recipe:
         if self.training.keep == "best_exact_match" and not self.dataset.split.validation:
             raise ValueError(
                 "training.keep best_exact_match needs validation rows, and dataset.split.validation is 0; raise it"
+            )
+        if isinstance(self.method, VIRTUAL_TOKENS) and self.training.packing is True:
+            raise ValueError(
+                f"training.packing: {self.method.type} puts virtual tokens before every row, so rows cannot share one "
+                "flat batch; write auto or false"
+            )
+        if isinstance(self.method, PrefixTuningMethod) and self.training.gradient_checkpointing == "on":
+            raise ValueError(
+                "training.gradient_checkpointing: prefix-tuning trains keys and values, which checkpointing would "
+                "drop; write auto or off"
             )
         return self
 
@@ -240,15 +248,22 @@ def _map_lines(node: Any, lines: Line, path: tuple[str | int, ...]) -> list[tupl
 
 def _describe(error: Any, *, lines: Line, source: str) -> str:
     """One pydantic error as `file:line: key: what; next action`."""
-    path = _strip_tags(error["loc"], lines)
+    path = _strip_tags(error["loc"], lines) or _read_path(error["msg"], lines)
     line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), 1)
     where = f"{source}:{line}"
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key {_dotted(path)}{_did_you_mean(error['loc'])}"
     if error["type"] == "missing":
         return f"{where}: key {_dotted(path)} is missing; add it"
-    found = f", found {error['input']!r}" if not isinstance(error["input"], dict) else ""
-    return f"{where}: {_dotted(path) or 'recipe'}: {error['msg'].removeprefix('Value error, ')}{found}"
+    found = f", found {error['input']!r}" if not isinstance(error["input"], dict | Recipe) else ""
+    text = error["msg"].removeprefix("Value error, ").removeprefix(f"{_dotted(path)}: ")
+    return f"{where}: {_dotted(path) or 'recipe'}: {text}{found}"
+
+
+def _read_path(message: str, lines: Line) -> tuple[str | int, ...]:
+    """The key that a fault of the whole recipe starts with, when the file has it."""
+    path = tuple(message.removeprefix("Value error, ").partition(": ")[0].split("."))
+    return path if path in lines else ()
 
 
 def _strip_tags(loc: tuple[str | int, ...], lines: Line) -> tuple[str | int, ...]:
@@ -283,7 +298,7 @@ def _is_commit(revision: str | None) -> bool:
 
 
 _METHODS: dict[str, type[Section]] = {
-    get_args(m.model_fields["type"].annotation)[0]: m for m in (LoraMethod, QloraMethod, FullMethod)
+    get_args(m.model_fields["type"].annotation)[0]: m for m in get_args(get_args(Method)[0])
 }
 
 

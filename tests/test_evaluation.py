@@ -242,7 +242,10 @@ def test_a_changed_job_does_not_continue_old_answers(base: Path, tmp_path: Path)
 
 def test_a_failed_child_is_one_message_with_its_log(base: Path, tmp_path: Path) -> None:
     """No traceback of the child reaches the user; the place of the log does."""
-    job, prompts = make_job(base, tmp_path / "job", tmp_path / "no-adapter")
+    job, prompts = make_job(base, tmp_path / "job", tmp_path / "adapter")
+    with pytest.raises(EvaluationError, match=r"adapter_config\.json: cannot be read"):
+        generate(job, prompts, note=lambda _: None)
+    (write_adapter(tmp_path / "adapter", base) / "adapter_model.safetensors").unlink()
     with pytest.raises(EvaluationError, match=r"worker\.log"):
         generate(job, prompts, note=lambda _: None)
 

@@ -9,8 +9,10 @@ import pytest
 from tiny import make_recipe, write_base
 
 from appliance.errors import ModelError
+from appliance.model.shapes import read_sizes, read_weight_shapes
 from appliance.plan import Machine, Plan, build_plan, read_machine
-from appliance.plan.plan import count_trainable, read_weight_shapes, select_micro_batch
+from appliance.plan.machine import parse_gpu
+from appliance.plan.plan import count_trainable, select_micro_batch
 from appliance.recipe import LoraMethod, Recipe
 from appliance.training.arguments import build_adapter_arguments, count_steps
 
@@ -45,7 +47,7 @@ def test_trained_parameters_are_those_that_peft_makes(base: Path, method: LoraMe
     from transformers import AutoModelForCausalLM
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**build_adapter_arguments(method)))
-    assert count_trainable(method, read_weight_shapes(base)) == model.get_nb_trainable_parameters()[0]
+    assert count_trainable(method, read_weight_shapes(base), read_sizes(base)) == model.get_nb_trainable_parameters()[0]
 
 
 def test_steps_are_those_of_training(base: Path) -> None:
@@ -96,6 +98,28 @@ def test_limits_are_those_of_the_cgroup(tmp_path: Path) -> None:
     (tmp_path / "cpu.max").write_text("max 100000\n")
     (tmp_path / "memory.max").write_text("max\n")
     assert read_machine(tmp_path).cores >= 1
+
+
+@pytest.mark.parametrize(
+    ("line", "parsed"),
+    [
+        ("NVIDIA H100 80GB HBM3, 81559, 9.0", ("NVIDIA H100 80GB HBM3", 81559 * 2**20, 9.0)),
+        ("Tesla T4, 15360, 7.5", ("Tesla T4", 15360 * 2**20, 7.5)),
+        ("GB10, [N/A], [N/A]", ("GB10", 0, 0.0)),
+    ],
+)
+def test_the_driver_says_what_the_gpu_is(line: str, parsed: tuple[str, int, float]) -> None:
+    """Name, bytes and capability; what the driver does not say is 0."""
+    assert parse_gpu(line) == parsed
+
+
+def test_emulated_bf16_is_warned_about(base: Path) -> None:
+    """It works, and is slower than fp32; `auto` never chooses it."""
+    old = Machine(cores=2, memory_bytes=8 << 30, gpu="Tesla T4", gpu_memory_bytes=16 << 30, has_bf16=False)
+    recipe = make_recipe(training={"precision": "bf16", "learning_rate": 2e-4})
+    assert "bf16 is emulated by Tesla T4" in "\n".join(plan(recipe, base, machine=old).warnings)
+    assert not plan(recipe, base).warnings
+    assert not plan(make_recipe(training={"learning_rate": 2e-4}), base, machine=old).warnings
 
 
 def test_a_plan_is_plain_json(base: Path) -> None:

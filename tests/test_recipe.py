@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import jsonschema
 import pytest
 import yaml
 
 from appliance.errors import RecipeError
+from appliance.method import Method
 from appliance.recipe import load_recipe, parse_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -25,8 +27,9 @@ def test_every_shipped_recipe_loads_and_fits_the_schema(path: Path) -> None:
 
 
 def test_there_is_a_recipe_for_each_method() -> None:
-    """The examples cover lora, qlora and full."""
-    assert {load_recipe(p).method.type for p in RECIPES} == {"lora", "qlora", "full"}
+    """The examples cover every type that a recipe can name."""
+    types = {m.model_fields["type"].annotation for m in get_args(get_args(Method)[0])}
+    assert {load_recipe(p).method.type for p in RECIPES} == {t for kind in types for t in get_args(kind)}
 
 
 def test_the_demo_recipe_at_the_top_is_the_packaged_one() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -27,8 +26,8 @@ def main(folder: Path) -> int:
     def work(stop: StopFlag, emit: Emit) -> None:
         done = _load_done(folder / "outputs.jsonl")
         emit(done=len(done), arm="")
-        for model_folder, arms in itertools.groupby(sorted(job.arms, key=_place), key=_place):
-            _run_arms(job, list(arms), Path(model_folder), prompts=prompts, done=done, stop=stop, emit=emit)
+        for arms in group_arms(job.arms):
+            _run_arms(job, arms, arms[0].model, prompts=prompts, done=done, stop=stop, emit=emit)
 
     return run_child(work)
 
@@ -44,7 +43,7 @@ def _run_arms(
     emit: Emit,
 ) -> None:
     """The arms that share one model. Raises `InterruptedRunError` between two batches."""
-    from appliance.evaluation.generation import cut_batches, generate_batch, load_arms, use_arm
+    from appliance.evaluation.generation import cut_batches, generate_batch, load_arms, select_padding, use_arm
 
     if job.threads:
         import torch
@@ -55,7 +54,8 @@ def _run_arms(
     with (job.folder / "outputs.jsonl").open("ab") as sink:
         for arm in arms:
             with use_arm(model, arm):
-                for batch in cut_batches([p for p in prompts if p.arm == arm.name], job.batch):
+                mine = [p for p in prompts if p.arm == arm.name]
+                for batch in cut_batches(mine, job.batch, padding=select_padding(arm)):
                     if all((p.id, p.arm) in done for p in batch):
                         continue
                     if stop.is_set:
@@ -81,8 +81,19 @@ def _load_done(file: Path) -> set[tuple[str, str]]:
     return {(o.id, o.arm) for o in outputs}
 
 
-def _place(arm: Arm) -> str:
-    return str(arm.model)
+def group_arms(arms: Sequence[Arm]) -> list[list[Arm]]:
+    """The arms that can share one loaded model: same folder, and adapters of one kind, which PEFT demands.
+
+    Arms without an adapter go with the first kind of their folder, so that no model is loaded for them alone.
+    """
+    from appliance.evaluation.generation import read_kind
+
+    groups: dict[tuple[str, str], list[Arm]] = {}
+    for arm in sorted(arms, key=lambda a: (str(a.model), a.adapter is None)):
+        mine = [k for k in groups if k[0] == str(arm.model)]
+        key = (str(arm.model), read_kind(arm)) if arm.adapter is not None or not mine else mine[0]
+        groups.setdefault(key, []).append(arm)
+    return list(groups.values())
 
 
 if __name__ == "__main__":

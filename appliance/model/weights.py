@@ -5,15 +5,17 @@ Imported only by the workers. Never passes `trust_remote_code`; safetensors only
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from appliance.errors import ModelError
+from appliance.model.processor import has_cpu_bf16
 
 Precision = Literal["bf16", "fp32"]
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -25,21 +27,12 @@ def select_device() -> torch.device:
 
 
 def select_precision(wanted: Literal["auto", "bf16", "fp32"], *, device: torch.device) -> Precision:
-    """bf16 where the device computes in it (CUDA with bf16; CPUs with avx512_bf16 or AMX), else fp32."""
+    """bf16 where the device computes in it (CUDA from Ampere on; CPUs with avx512_bf16 or AMX), else fp32."""
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if has_cpu_bf16(Path("/proc/cpuinfo")) else "fp32"
-
-
-def has_cpu_bf16(cpuinfo: Path) -> bool:
-    """Whether this CPU multiplies bf16 natively; emulated bf16 is slower than fp32."""
-    try:
-        flags = cpuinfo.read_text("utf-8", errors="replace")
-    except OSError:
-        return False
-    return " avx512_bf16" in flags or " amx_bf16" in flags
 
 
 def load_model(
@@ -50,7 +43,7 @@ def load_model(
     dtype = _DTYPES[precision]
     quantisation = _build_nf4(dtype) if four_bit else None
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attention,
@@ -59,13 +52,55 @@ def load_model(
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as fault:
         first = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
         raise ModelError(
             f"base model {folder}: cannot be loaded ({first}); delete the folder and fetch it again"
         ) from fault
-    return model if four_bit else model.to(device)
+    if absent := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"base model {folder}: {len(absent)} weights are not in its files, the first is {absent[0]}; they would be "
+            "random: fetch the model again"
+        )
+    if four_bit:
+        _keep_layout(model)
+        return model
+    return model.to(device)
+
+
+def _keep_layout(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference on a CPU.
+
+    It does so at the first pass in evaluation mode, never undoes it, and its kernel for that layout
+    has no gradient: every later training step would lose what flows through the base's layers.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def check_finite(model: Any, folder: Path, *, four_bit: bool = False) -> None:
+    """Raise `ModelError` that names the first weight with a NaN or an infinity.
+
+    One pass for the least and the greatest value. 4-bit weights are read from the files of `folder`:
+    quantisation turns a NaN into an ordinary number.
+    """
+    pairs = read_weights(folder) if four_bit else model.named_parameters()
+    for name, weight in pairs:
+        if weight.is_floating_point() and weight.numel():
+            least, most = torch.aminmax(weight.detach())
+            if not bool(torch.isfinite(least) & torch.isfinite(most)):
+                raise ModelError(f"base model {folder}: {name} has values that are not finite; fetch the model again")
+
+
+def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and values of every weight in the files of `folder`, one at a time."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - no mapping
+                yield name, weights.get_tensor(name)
 
 
 def _build_nf4(dtype: torch.dtype) -> BitsAndBytesConfig:

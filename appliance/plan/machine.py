@@ -8,18 +8,24 @@ from pathlib import Path
 
 from appliance.command import run_command
 from appliance.errors import CommandError
+from appliance.model.processor import has_cpu_bf16
 
 _CGROUP = Path("/sys/fs/cgroup")
+_AMPERE = 8.0
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Cores and bytes that this process may use; `gpu` is empty without one."""
+    """Cores and bytes that this process may use; `gpu` is empty without one.
+
+    `has_bf16`: whether the device that trains multiplies bf16 natively, and does not emulate it.
+    """
 
     cores: int
     memory_bytes: int
     gpu: str = ""
     gpu_memory_bytes: int = 0
+    has_bf16: bool = True
 
     @property
     def budget_bytes(self) -> int:
@@ -29,8 +35,14 @@ class Machine:
 
 def read_machine(cgroup: Path = _CGROUP) -> Machine:
     """The limits in force, the smaller of host and cgroup (v2)."""
-    gpu, gpu_memory = _read_gpu()
-    return Machine(cores=_read_cores(cgroup), memory_bytes=_read_memory(cgroup), gpu=gpu, gpu_memory_bytes=gpu_memory)
+    gpu, gpu_memory, capability = _read_gpu()
+    return Machine(
+        cores=_read_cores(cgroup),
+        memory_bytes=_read_memory(cgroup),
+        gpu=gpu,
+        gpu_memory_bytes=gpu_memory,
+        has_bf16=(not capability or capability >= _AMPERE) if gpu else has_cpu_bf16(Path("/proc/cpuinfo")),
+    )
 
 
 def _read_cores(cgroup: Path) -> int:
@@ -47,15 +59,21 @@ def _read_memory(cgroup: Path) -> int:
     return min(host, int(limit)) if limit.isdigit() else host
 
 
-def _read_gpu() -> tuple[str, int]:
-    """Name and memory of the first CUDA device, asked of the driver so that torch is not needed."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+def _read_gpu() -> tuple[str, int, float]:
+    """Name, memory and compute capability of the first CUDA device, asked of the driver: torch is not needed."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
     try:
         first = run_command(query, timeout_s=20.0).splitlines()[0]
     except (CommandError, IndexError):
-        return "", 0
-    name, _, mebibytes = first.rpartition(",")
-    return name.strip(), int(mebibytes) * 2**20 if mebibytes.strip().isdigit() else 0
+        return "", 0, 0.0
+    return parse_gpu(first)
+
+
+def parse_gpu(line: str) -> tuple[str, int, float]:
+    """One line of the driver's tool; what it does not say is 0."""
+    name, mebibytes, capability = ([part.strip() for part in line.rsplit(",", 2)] + ["", ""])[:3]
+    major = capability.replace(".", "", 1)
+    return name, int(mebibytes) * 2**20 if mebibytes.isdigit() else 0, float(capability) if major.isdigit() else 0.0
 
 
 def _read_text(path: Path) -> str:

@@ -6,20 +6,48 @@ estimate; the first step proves it, and out of memory is answered with half the 
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from appliance.errors import ModelError
+from appliance.method import (
+    VIRTUAL_TOKENS,
+    FullMethod,
+    Ia3Method,
+    LoraMethod,
+    Method,
+    PrefixTuningMethod,
+    PromptTuningMethod,
+    PTuningMethod,
+    QloraMethod,
+)
+from appliance.model.shapes import (
+    ModelSizes,
+    Shape,
+    check_method,
+    list_linears,
+    read_sizes,
+    read_weight_shapes,
+    select_targets,
+)
 from appliance.plan.machine import Machine
-from appliance.recipe import FullMethod, LoraMethod, Method, QloraMethod, Recipe
+from appliance.recipe import Recipe
 
 _OVERHEAD = 1 << 30
-_RANGES = {"full": (1e-5, 2e-5), "lora": (1e-4, 3e-4), "qlora": (1e-4, 3e-4)}
+# Usual rates, by the papers and by PEFT's own examples (docs/methods.md).
+RANGES = {
+    "full": (1e-5, 2e-5),
+    "lora": (1e-4, 3e-4),
+    "qlora": (1e-4, 3e-4),
+    "prompt-tuning": (1e-2, 3e-1),
+    "prefix-tuning": (1e-3, 3e-2),
+    "p-tuning": (1e-4, 1e-2),
+    "ia3": (1e-3, 1e-2),
+}
+_EPOCHS = (2, 5)
+_EPOCHS_OF_PROMPTS = (2, 50)
 _MICRO_TOKENS = 4096
 _FITS = 0.8
 
@@ -60,24 +88,27 @@ def build_plan(
     """The plan for training rows of these token `lengths` on `machine`; tokens are over all epochs."""
     section = recipe.training
     longest = max(lengths)
-    micro = select_micro_batch(section.effective_batch, longest=longest)
+    micro = select_micro_batch(section.effective_batch, longest=longest + _count_virtual(recipe.method))
     weights = read_weight_shapes(base)
+    check_method(recipe.method, list_linears(weights), base=base)
     parameters = sum(math.prod(s) for s in weights.values())
-    shape = _read_shape(base)
-    trainable = count_trainable(recipe.method, weights)
+    sizes = read_sizes(base)
+    trainable = count_trainable(recipe.method, weights, sizes)
     peaks = {
         c: _estimate_peak(
             recipe.method,
             parameters=parameters,
             trainable=trainable,
-            shape=shape,
-            tokens=micro * longest,
+            sizes=sizes,
+            rows=micro,
+            longest=longest,
             checkpointing=c,
         )
         for c in (False, True)
     }
     fits = peaks[False] <= _FITS * machine.budget_bytes
-    checkpointing = section.gradient_checkpointing == "on" or (section.gradient_checkpointing == "auto" and not fits)
+    wanted = section.gradient_checkpointing == "on" or (section.gradient_checkpointing == "auto" and not fits)
+    checkpointing = wanted and not isinstance(recipe.method, PrefixTuningMethod)
     steps = max(1, math.ceil(math.ceil(len(lengths) / section.effective_batch) * section.epochs))
     return Plan(
         rows=len(lengths),
@@ -102,59 +133,72 @@ def select_micro_batch(effective: int, *, longest: int) -> int:
     return next(m for m in range(effective, 0, -1) if effective % m == 0 and (m * longest <= _MICRO_TOKENS or m == 1))
 
 
-def read_weight_shapes(base: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight in the safetensors files, from their headers alone."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(base.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            lead = stream.read(8)
-            size = struct.unpack("<Q", lead)[0] if len(lead) == 8 else 0
-            if not 2 <= size <= 100_000_000:
-                raise ModelError(f"{file}: not a safetensors file; copy the model again")
-            try:
-                header = json.loads(stream.read(size))
-            except ValueError as fault:
-                raise ModelError(f"{file}: damaged header; copy the model again") from fault
-        shapes |= {name: tuple(t["shape"]) for name, t in header.items() if name != "__metadata__"}
-    return shapes
-
-
-def _read_shape(base: Path) -> dict[str, int]:
-    config = json.loads((base / "config.json").read_text("utf-8"))
-    config = config.get("text_config", config)
-    names = {"hidden": "hidden_size", "layers": "num_hidden_layers", "vocabulary": "vocab_size"}
-    return {k: int(config.get(v) or 0) for k, v in names.items()}
-
-
-def count_trainable(method: Method, weights: Mapping[str, tuple[int, ...]]) -> int:
-    """All weights for full; for LoRA rank x (in + out) of every target matrix, plus DoRA's magnitudes (out)."""
+def count_trainable(method: Method, weights: Mapping[str, Shape], sizes: ModelSizes) -> int:
+    """How many parameters the method trains, exactly; `weights` are those of the base by name."""
     if isinstance(method, FullMethod):
         return sum(math.prod(s) for s in weights.values())
-    matrices = {n.removesuffix(".weight"): s for n, s in weights.items() if len(s) == 2 and n.endswith(".weight")}
-    targets = [s for name, s in matrices.items() if _is_target(name, method.targets)]
-    magnitudes = sum(s[0] for s in targets) if method.variant == "dora" else 0
-    return sum(method.rank * (s[0] + s[1]) for s in targets) + magnitudes
+    if isinstance(method, LoraMethod):
+        return _count_lora(method, select_targets(method.targets, list_linears(weights)))
+    if isinstance(method, Ia3Method):
+        scaled = select_targets(method.scaled, list_linears(weights))
+        inputs = select_targets(method.scaled_at_input, scaled)
+        return sum(s[1] if n in inputs else s[0] for n, s in scaled.items())
+    if isinstance(method, PrefixTuningMethod):
+        return _count_prefix(method, sizes)
+    vectors = method.tokens * sizes.hidden
+    return vectors + _count_encoder(method, sizes.hidden) if isinstance(method, PTuningMethod) else vectors
 
 
-def _is_target(name: str, targets: str | Sequence[str]) -> bool:
-    """Whether PEFT would adapt this matrix; "all-linear" means every one but embeddings and head."""
-    last = name.rpartition(".")[2]
-    return last in targets if not isinstance(targets, str) else "embed" not in name and last != "lm_head"
+def _count_lora(method: LoraMethod, targets: Mapping[str, Shape]) -> int:
+    """Rank x (in + out) of every matrix; mica trains the in-side only, dora also one magnitude per output."""
+    if method.variant == "mica":
+        return sum(method.rank * s[1] for s in targets.values())
+    magnitudes = sum(s[0] for s in targets.values()) if method.variant == "dora" else 0
+    return sum(method.rank * sum(s) for s in targets.values()) + magnitudes
+
+
+def _count_prefix(method: PrefixTuningMethod, sizes: ModelSizes) -> int:
+    """Keys and values of every layer for every token, or the network that makes them from `keys`-wide vectors."""
+    made = 2 * sizes.layers * sizes.keys
+    if method.projection == "none":
+        return method.tokens * made
+    inner = method.hidden or sizes.keys
+    return method.tokens * sizes.keys + (sizes.keys + 1) * inner + (inner + 1) * made
+
+
+def _count_encoder(method: PTuningMethod, hidden: int) -> int:
+    """Three layers, or two bidirectional LSTM layers (four gates, two biases) and two layers."""
+    inner = method.hidden
+    if method.encoder == "mlp":
+        return (hidden + 1) * inner + (inner + 1) * inner + (inner + 1) * hidden
+    gates = 2 * 4 * inner * ((hidden + inner + 2) + (2 * inner + inner + 2))
+    return gates + (2 * inner + 1) * 2 * inner + (2 * inner + 1) * hidden
+
+
+def _count_virtual(method: Method) -> int:
+    """Virtual tokens that go through every layer with each row."""
+    return method.tokens if isinstance(method, PromptTuningMethod | PTuningMethod) else 0
 
 
 def _estimate_peak(
-    method: Method, *, parameters: int, trainable: int, shape: dict[str, int], tokens: int, checkpointing: bool
+    method: Method, *, parameters: int, trainable: int, sizes: ModelSizes, rows: int, longest: int, checkpointing: bool
 ) -> int:
-    """Peak bytes; activation and head factors for a Llama layer in bf16."""
-    hidden, layers, vocabulary = shape["hidden"], shape["layers"], shape["vocabulary"]
+    """Peak bytes of `rows` rows; activation and head factors for a Llama layer in bf16.
+
+    Virtual tokens before the embeddings cost what tokens cost; a prefix costs its keys and values.
+    """
+    hidden, layers, vocabulary = sizes.hidden, sizes.layers, sizes.vocabulary
     embedding = vocabulary * hidden
+    tokens = rows * (longest + _count_virtual(method))
     if isinstance(method, QloraMethod):
         weights = 0.516 * (parameters - embedding) + 2.0 * embedding + 16.0 * trainable
-    elif isinstance(method, LoraMethod):
-        weights = 2.0 * parameters + 16.0 * trainable
-    else:
+    elif isinstance(method, FullMethod):
         weights = 16.0 * parameters
+    else:
+        weights = 2.0 * parameters + 16.0 * trainable
     activations = tokens * hidden * ((2.0 * layers + 56.0) if checkpointing else 56.0 * layers)
+    if isinstance(method, PrefixTuningMethod):  # in bf16, once as made and once with each layer's own keys behind it
+        activations += 2.0 * 4.0 * rows * layers * sizes.keys * (longest + method.tokens)
     head = 12.3 * tokens * vocabulary
     return round(1.07 * (weights + activations + head) + _OVERHEAD)
 
@@ -162,16 +206,22 @@ def _estimate_peak(
 def _warn(recipe: Recipe, *, rows: int, peak: int, machine: Machine) -> list[str]:
     """What the guide would question; each names its range."""
     found = []
-    low, high = _RANGES[recipe.method.type]
+    low, high = RANGES[recipe.method.type]
     rate = recipe.training.learning_rate
     if rate is not None and not low <= rate <= high:
         found.append(
             f"training.learning_rate {rate:g} is outside the usual {low:g} to {high:g} for {recipe.method.type}"
         )
-    if not 2 <= recipe.training.epochs <= 5:
-        found.append(f"training.epochs {recipe.training.epochs:g} is outside the usual 2 to 5")
+    least, most = _EPOCHS_OF_PROMPTS if isinstance(recipe.method, VIRTUAL_TOKENS) else _EPOCHS
+    if not least <= recipe.training.epochs <= most:
+        found.append(f"training.epochs {recipe.training.epochs:g} is outside the usual {least} to {most}")
     if isinstance(recipe.method, FullMethod) and rows < 10_000:
         found.append(f"full training usually wants 10,000 rows or more, found {rows}; lora is the default for fewer")
+    if recipe.training.precision == "bf16" and not machine.has_bf16:
+        found.append(
+            f"training.precision bf16 is emulated by {machine.gpu or 'this CPU'} and slower than fp32 there; "
+            "write auto to use what the device computes in"
+        )
     if peak > machine.budget_bytes:
         found.append(
             f"estimated peak {peak / 2**30:.1f} GiB exceeds the {machine.budget_bytes / 2**30:.1f} GiB here; "

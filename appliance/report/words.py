@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+_METHOD_KEYS = ("rank", "alpha", "dropout", "tokens", "init", "projection", "encoder", "hidden")
 DASH = "–"
 ARM_NAMES = {
     "zero_shot": "base, best prompt",
@@ -86,7 +87,7 @@ def list_facts(card: dict[str, Any]) -> dict[str, dict[str, str]]:
         },
         "Method": {
             "method": " ".join(str(method[k]) for k in ("type", "variant") if k in method),
-            **{k: say_number(method[k]) for k in ("rank", "alpha", "dropout") if k in method},
+            **{k: say_number(method[k]) for k in _METHOD_KEYS if k in method},
             "learning rate": say_number(training.get("learning_rate")),
             "epochs": say_number(section["epochs"]),
             "rows a step": say_number(training.get("effective_batch")),

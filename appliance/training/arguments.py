@@ -10,15 +10,40 @@ import math
 from pathlib import Path
 from typing import Any
 
-from appliance.recipe import LoraMethod, Method, QloraMethod, TrainingSection
+from appliance.method import (
+    VIRTUAL_TOKENS,
+    FullMethod,
+    Ia3Method,
+    LoraMethod,
+    Method,
+    PrefixTuningMethod,
+    PromptTuningMethod,
+    QloraMethod,
+)
+from appliance.recipe import TrainingSection
 
-_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
-_INITIALISATION = {"pissa": "pissa", "olora": "olora"}
+RATES = {
+    "full": 2e-5,
+    "lora": 2e-4,
+    "qlora": 2e-4,
+    "prompt-tuning": 3e-2,
+    "prefix-tuning": 1e-2,
+    "p-tuning": 1e-3,
+    "ia3": 3e-3,
+}
+CHANGING_THE_BASE = ("pissa", "olora", "loftq")
+_STARTS = ("gaussian", "orthogonal", "pissa", "olora", "mica")
+_PROMPT_STARTS = {"vocabulary": "SAMPLE_VOCAB", "text": "TEXT", "random": "RANDOM"}
 
 
 def select_learning_rate(section: TrainingSection, method: Method) -> float:
-    """The recipe's rate, or the usual one of the method."""
-    return section.learning_rate if section.learning_rate is not None else _RATES[method.type]
+    """The recipe's rate, or the usual one of the method (docs/methods.md has the sources)."""
+    return section.learning_rate if section.learning_rate is not None else RATES[method.type]
+
+
+def is_packed(section: TrainingSection, method: Method) -> bool:
+    """Whether rows share flat batches: as the recipe says, else wherever the method has no virtual tokens."""
+    return not isinstance(method, VIRTUAL_TOKENS) if section.packing == "auto" else section.packing
 
 
 def count_steps(section: TrainingSection, *, rows: int) -> int:
@@ -26,8 +51,40 @@ def count_steps(section: TrainingSection, *, rows: int) -> int:
     return max(1, math.ceil(math.ceil(rows / section.effective_batch) * section.epochs))
 
 
-def build_adapter_arguments(method: LoraMethod | QloraMethod) -> dict[str, Any]:
-    """Keyword arguments of `peft.LoraConfig`."""
+def build_adapter_arguments(method: Method) -> dict[str, Any]:
+    """Keyword arguments of the method's PEFT configuration; `full` has none.
+
+    The tokenizer of `init: text` is a place, and is added where the base is known.
+    """
+    if isinstance(method, FullMethod):
+        return {}
+    if isinstance(method, LoraMethod):
+        return _build_lora_arguments(method)
+    if isinstance(method, Ia3Method):
+        return {
+            "target_modules": list(method.scaled),
+            "feedforward_modules": list(method.scaled_at_input),
+            "task_type": "CAUSAL_LM",
+        }
+    common = {"num_virtual_tokens": method.tokens, "task_type": "CAUSAL_LM"}
+    if isinstance(method, PromptTuningMethod):
+        text = {"prompt_tuning_init_text": method.text} if method.text is not None else {}
+        return {**common, "prompt_tuning_init": _PROMPT_STARTS[method.init], **text}
+    if isinstance(method, PrefixTuningMethod):
+        return {
+            **common,
+            "init_weights": "zero" if method.init == "zero" else None,
+            "prefix_projection": method.projection == "mlp",
+            "encoder_hidden_size": method.hidden,
+        }
+    return {
+        **common,
+        "encoder_reparameterization_type": method.encoder.upper(),
+        "encoder_hidden_size": method.hidden,
+    }
+
+
+def _build_lora_arguments(method: LoraMethod) -> dict[str, Any]:
     return {
         "r": method.rank,
         "lora_alpha": method.alpha if method.alpha is not None else 2 * method.rank,
@@ -35,7 +92,7 @@ def build_adapter_arguments(method: LoraMethod | QloraMethod) -> dict[str, Any]:
         "target_modules": method.targets if isinstance(method.targets, str) else list(method.targets),
         "use_rslora": method.variant == "rslora",
         "use_dora": method.variant == "dora",
-        "init_lora_weights": _INITIALISATION.get(method.variant, True),
+        "init_lora_weights": method.variant if method.variant in _STARTS else True,
         "bias": "none",
         "task_type": "CAUSAL_LM",
     }

@@ -20,14 +20,15 @@ from appliance.errors import TrainingError
 from appliance.model.weights import Precision, load_model
 from appliance.recipe import FullMethod
 from appliance.training import attention
-from appliance.training.arguments import select_learning_rate
+from appliance.training.arguments import is_packed, select_learning_rate
 from appliance.training.checkpoints import is_sound, name_checkpoint
 from appliance.training.journal import Journal
 from appliance.training.launch import TrainingJob
+from appliance.training.methods import Weights, load_encoder, subtract_start
 from appliance.training.monitor import Rules, Watched
 
 
-def save_artifact(model: Any, job: TrainingJob, *, precision: Precision) -> None:
+def save_artifact(model: Any, job: TrainingJob, *, start: Weights, precision: Precision) -> None:
     """Write the adapter (or the full model) beside its place, then rename: equal weights, equal bytes."""
     staged = job.adapter.with_name(f".{job.adapter.name}.tmp")
     shutil.rmtree(staged, ignore_errors=True)
@@ -37,7 +38,9 @@ def save_artifact(model: Any, job: TrainingJob, *, precision: Precision) -> None
     else:
         model.save_pretrained(staged)
         (staged / "README.md").unlink(missing_ok=True)  # the card takes its place
-        _normalise_config(staged / "adapter_config.json", base_name=job.base_name)
+        if start:
+            subtract_start(staged, start)
+        _normalise_config(staged / "adapter_config.json", base_name=job.base_name, is_difference=bool(start))
     for file in staged.iterdir():
         file.chmod(0o644)  # safetensors writes 0600
         with file.open("rb") as stream:
@@ -47,10 +50,17 @@ def save_artifact(model: Any, job: TrainingJob, *, precision: Precision) -> None
     fsync_folder(job.adapter.parent)
 
 
-def _normalise_config(file: Path, *, base_name: str) -> None:
-    """No path of this machine, and sets in one order, so that equal adapters have equal digests."""
+def _normalise_config(file: Path, *, base_name: str, is_difference: bool) -> None:
+    """No path of this machine, and sets in one order, so that equal adapters have equal digests.
+
+    A difference to a start has twice the rank, at the same scale alpha / rank.
+    """
     config = json.loads(file.read_text("utf-8"))
     config["base_model_name_or_path"] = base_name
+    if config.get("tokenizer_name_or_path"):
+        config["tokenizer_name_or_path"] = base_name
+    if is_difference:
+        config |= {"init_lora_weights": True, "r": 2 * config["r"], "lora_alpha": 2 * config["lora_alpha"]}
     for key, value in config.items():
         if isinstance(value, list) and all(isinstance(v, str) for v in value):
             config[key] = sorted(value)
@@ -64,6 +74,8 @@ def load_kept_weights(model: Any, checkpoints: Path, *, step: int) -> None:
         raise TrainingError(
             f"{checkpoint}: the best step's checkpoint is damaged; run the same command to train from the start"
         )
+    if load_encoder(model, checkpoint):
+        return
     if isinstance(model, PeftModel):
         set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
         return
@@ -113,8 +125,8 @@ def build_summary(
         "dtype": precision,
         "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
-        "attention": attention.NAME if job.training.packing else "sdpa",
-        "packing": job.training.packing,
+        "attention": attention.NAME if is_packed(job.training, job.method) else "sdpa",
+        "packing": is_packed(job.training, job.method),
         "peak_memory_bytes": measure_peak_memory(device),
         "adapter_sha256": digest_folder(job.adapter),
     }

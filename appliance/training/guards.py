@@ -12,6 +12,7 @@ from appliance.model.weights import Precision
 from appliance.recipe import FullMethod
 from appliance.training.batches import build_records, collate_packed
 from appliance.training.launch import TrainingJob
+from appliance.training.methods import Weights, without_training
 
 _PARITY = {"bf16": 0.05, "fp32": 1e-3}
 
@@ -51,7 +52,7 @@ def _count_trained(record: dict[str, Any]) -> int:
     return sum(end - start for start, end in record["spans"])
 
 
-def check_trained(model: Any, job: TrainingJob, row: TokenRow, *, device: torch.device) -> None:
+def check_trained(model: Any, job: TrainingJob, row: TokenRow, *, start: Weights, device: torch.device) -> None:
     """Every trained tensor is finite, and the adapter changes the logits."""
     for name, weight in model.named_parameters():
         if weight.requires_grad and not bool(torch.isfinite(weight).all()):
@@ -62,7 +63,7 @@ def check_trained(model: Any, job: TrainingJob, row: TokenRow, *, device: torch.
     ids = torch.tensor([row.input_ids], device=device)
     with torch.no_grad():
         tuned = model(input_ids=ids, logits_to_keep=1).logits
-        with model.disable_adapter():
+        with without_training(model, start):
             plain = model(input_ids=ids, logits_to_keep=1).logits
     if torch.equal(tuned, plain):
         raise TrainingError("the adapter changes no logit; raise training.learning_rate or training.epochs")

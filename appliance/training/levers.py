@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from appliance.recipe import LoraMethod, Method, QloraMethod, TrainingSection
+from appliance.method import LoraMethod, Method, QloraMethod
+from appliance.recipe import TrainingSection
+from appliance.training.arguments import is_packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ def select_levers(section: TrainingSection, *, method: Method, on_cuda: bool) ->
     CUDA through TRL's kernel that never holds the logits; LoRA layers are fused. Compilation is
     never chosen: on a CPU it costs 100 s for 4% (benchmarks/train_cpu.py).
     """
-    wanted, packed = section.speed, section.packing
+    wanted, packed = section.speed, is_packed(section, method)
     plain_lora = isinstance(method, LoraMethod) and not isinstance(method, QloraMethod)
     head: Literal["labelled", "fused"] = "fused" if on_cuda else "labelled"
     return Levers(

@@ -1,24 +1,58 @@
-"""The model to train: the base in its precision, with the method's trainable weights on it."""
+"""The model to train: the base in its precision, with the method's trainable weights on it.
+
+Three starts change the base: pissa and olora take a part out of its weights, loftq meets its 4-bit
+rounding. What they publish is the difference to where they started, as a plain adapter of twice the
+rank: it fits the untouched base, so the base can still be compared with, and adapters can be switched.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
 
+from appliance.digest import digest_bytes
 from appliance.errors import TrainingError
-from appliance.model.weights import Precision, load_model
-from appliance.recipe import FullMethod, QloraMethod
+from appliance.method import FullMethod, LoraMethod, Method, PromptTuningMethod, QloraMethod
+from appliance.model.shapes import check_method
+from appliance.model.weights import Precision, check_finite, load_model, read_weights
 from appliance.training import attention
-from appliance.training.arguments import build_adapter_arguments
+from appliance.training.arguments import CHANGING_THE_BASE, build_adapter_arguments
 from appliance.training.fused import fuse_lora
 from appliance.training.launch import TrainingJob
 from appliance.training.levers import Levers
 
+Weights = dict[str, torch.Tensor]
+_CONFIGS = {
+    "lora": LoraConfig,
+    "qlora": LoraConfig,
+    "prompt-tuning": PromptTuningConfig,
+    "prefix-tuning": PrefixTuningConfig,
+    "p-tuning": PromptEncoderConfig,
+    "ia3": IA3Config,
+}
+_ENCODER = "prompt_encoder.safetensors"
+
 
 def build_model(job: TrainingJob, levers: Levers, *, precision: Precision, device: torch.device) -> Any:
-    """The base as the method wants it. Raises `TrainingError` when its targets match nothing."""
+    """The base as the method wants it, every weight of it finite.
+
+    Raises `TrainingError` when the method does not fit it, `ModelError` when it is damaged.
+    """
     attention.register()
     method = job.method
     model = load_model(
@@ -28,16 +62,134 @@ def build_model(job: TrainingJob, levers: Levers, *, precision: Precision, devic
         four_bit=isinstance(method, QloraMethod),
         attention=attention.NAME if levers.attention == "packed" else "sdpa",
     )
+    check_finite(model, job.base, four_bit=isinstance(method, QloraMethod))
     if levers.compile:
         for layer in model.get_decoder().layers:
             layer.compile(dynamic=True)
     if isinstance(method, FullMethod):
         return model
+    check_method(method, _list_linears(model), base=job.base)
+    arguments = build_adapter_arguments(method)
+    if isinstance(method, PromptTuningMethod) and method.text is not None:
+        arguments["tokenizer_name_or_path"] = str(job.base)
     try:
-        adapted = get_peft_model(model, LoraConfig(**build_adapter_arguments(method)))
-    except ValueError as fault:
-        names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-        raise TrainingError(f"method.targets: {fault}; linear layers of this model: {', '.join(names)}") from fault
+        adapted = get_peft_model(model, _CONFIGS[method.type](**arguments))
+    except (ValueError, TypeError) as fault:
+        raise TrainingError(f"method: this model cannot be trained with {method.type} ({fault})") from fault
+    if isinstance(method, QloraMethod) and method.variant == "loftq":
+        _start_from_rounding_error(adapted, job.base)
     if levers.lora == "fused":
         fuse_lora(adapted)
     return adapted
+
+
+def _list_linears(model: Any) -> dict[str, tuple[int, ...]]:
+    """(out, in) of every layer that an adapter can be put on, by its name; the head has none."""
+    head = model.get_output_embeddings()
+    found: dict[str, tuple[int, ...]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            found[name] = (module.out_features, module.in_features)
+        elif isinstance(module, Conv1D):
+            found[name] = tuple(module.weight.shape)[::-1]
+    return found
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _start_from_rounding_error(model: Any, base: Path) -> None:
+    """LoftQ with one iteration (Li et al. 2023, arXiv 2310.08659, algorithm 1): B A = best rank-r of W - Q(W).
+
+    PEFT's own function asks for CUDA and leaves the adapter's scale out.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    layers = {
+        name.removeprefix("base_model.model.") + ".weight": module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A") and hasattr(module.get_base_layer().weight, "quant_state")
+    }
+    for name, weight in read_weights(base):
+        if (layer := layers.pop(name, None)) is None:
+            continue
+        quantised = layer.get_base_layer().weight
+        error = weight.to(quantised.device, torch.float32) - dequantize_4bit(quantised, quantised.quant_state).float()
+        left, values, right = torch.linalg.svd(error, full_matrices=False)
+        rank = layer.r["default"]
+        root = (values[:rank] / layer.scaling["default"]).sqrt()
+        layer.lora_A["default"].weight.copy_(root[:, None] * right[:rank])
+        layer.lora_B["default"].weight.copy_(left[:, :rank] * root)
+    if layers:
+        raise TrainingError(f"method.variant: loftq finds no weight {min(layers)} in the base's files; use plain")
+
+
+def copy_start(model: Any, method: Method) -> Weights:
+    """The adapter's first weights, for the starts that change the base; empty for all others."""
+    if not isinstance(method, LoraMethod) or method.variant not in CHANGING_THE_BASE:
+        return {}
+    return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def digest_start(start: Weights) -> str:
+    """SHA-256 of the first weights: a resumed run must have taken the same part out of the base."""
+    return digest_bytes(b"".join(start[n].float().numpy().tobytes() for n in sorted(start)))
+
+
+@contextmanager
+def without_training(model: Any, start: Weights) -> Iterator[None]:
+    """The model as it was before the first step: its adapter off, or back at its start."""
+    if not start:
+        with model.disable_adapter():
+            yield
+        return
+    weights = {n: p for n, p in model.named_parameters() if n in start}
+    kept = {n: p.data for n, p in weights.items()}
+    try:
+        for name, weight in weights.items():
+            weight.data = start[name].to(weight.device, weight.dtype)
+        yield
+    finally:
+        for name, weight in weights.items():
+            weight.data = kept[name]
+
+
+@contextmanager
+def keep_dtypes(model: Any) -> Iterator[None]:
+    """Give the trained weights back the precision they had.
+
+    TRL rounds the adapters of a quantised model to bf16, and a resume reads them back as fp32
+    (peft#2421): the two halves of a run would differ. They stay in fp32 throughout, as for LoRA.
+    """
+    kept = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
+    yield
+    for name, weight in model.named_parameters():
+        if name in kept:
+            weight.data = kept[name]
+
+
+def subtract_start(folder: Path, start: Mapping[str, torch.Tensor]) -> None:
+    """Rewrite a saved adapter as the difference to its start: B A - B0 A0 = [B, B0] [A; -A0]."""
+    file = folder / "adapter_model.safetensors"
+    saved, changed = load_file(file), {}
+    for name, weight in saved.items():
+        first = start[name.replace(".weight", ".default.weight")].to(weight.dtype)
+        is_inner = ".lora_A." in name
+        changed[name] = torch.cat([weight, -first], 0) if is_inner else torch.cat([weight, first], 1)
+    save_file(changed, file, metadata={"format": "pt"})
+
+
+def save_encoder(model: Any, folder: Path) -> None:
+    """Beside a checkpoint of a prompt method, the network that makes the prompt: PEFT saves its product only."""
+    if _is_prompt(model):
+        save_file({n: p.contiguous() for n, p in model.prompt_encoder.state_dict().items()}, folder / _ENCODER)
+
+
+def load_encoder(model: Any, folder: Path) -> bool:
+    """Read it back; false when the checkpoint is of a method that has none."""
+    if not _is_prompt(model):
+        return False
+    model.prompt_encoder.load_state_dict(load_file(folder / _ENCODER), strict=True)
+    return True
+
+
+def _is_prompt(model: Any) -> bool:
+    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning

@@ -11,25 +11,18 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import AutoTokenizer, PrinterCallback, set_seed
-from transformers.trainer_utils import align_special_tokens
+from transformers import set_seed
 from transformers.utils import logging as transformers_logging
-from trl import SFTConfig, SFTTrainer
 
 from appliance.child import Emit, StopFlag
 from appliance.digest import canonical_json, write_atomic
 from appliance.errors import DeviceError, InterruptedRunError
-from appliance.model import TokenRow
-from appliance.model.weights import Precision, select_device, select_precision
-from appliance.training.arguments import build_training_arguments, count_steps
+from appliance.model.weights import select_device, select_precision
+from appliance.training.arguments import count_steps, is_packed
 from appliance.training.artifact import build_summary, load_kept_weights, save_artifact
-from appliance.training.batches import build_records, collate_packed, collate_padded, spread_labels
 from appliance.training.checkpoints import (
     Facts,
     count_steps_done,
@@ -44,10 +37,11 @@ from appliance.training.guards import check_packing, check_trained
 from appliance.training.journal import Journal
 from appliance.training.launch import TrainingJob
 from appliance.training.levers import select_levers
-from appliance.training.methods import build_model
+from appliance.training.loop import build_trainer, run_steps
+from appliance.training.methods import build_model, copy_start, digest_start
 from appliance.training.monitor import Rules, build_rules, select_kept_step, watch_records
+from appliance.training.proof import prove_worst_step
 from appliance.training.rows import load_rows
-from appliance.training.validation import score_rows, summarise_scores
 from appliance.training.watch import Watch
 
 
@@ -73,27 +67,31 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
         levers = select_levers(job.training, method=job.method, on_cuda=device.type == "cuda")
         model = build_model(job, levers, precision=precision, device=device)
         make_repeatable(model)
-        if job.training.packing:
+        if is_packed(job.training, job.method):
             check_packing(model, train_rows, precision=precision, device=device)
 
         # 4. The trainer, from the newest sound checkpoint of this very job.
         fingerprint = build_fingerprint(job, precision=precision, device=device)
+        start = copy_start(model, job.method)
+        if start:
+            fingerprint["start"] = digest_start(start)
         rules = build_rules(job.training, max_steps=count_steps(job.training, rows=len(train_rows)))
         resume, journal = _find_start(job, rules, fingerprint=fingerprint, emit=emit)
         facts = _state_facts(job, resume)
         watch = Watch(stop=stop, emit=emit, fingerprint=fingerprint, facts=facts, journal=journal, rules=rules)
-        trainer = _build_trainer(job, model, train_rows, validation_rows, precision=precision, watch=watch)
-        trainer.head = levers.head
-        watch.trainer = trainer
+        rows = (train_rows, validation_rows)
+        trainer = build_trainer(job, model, rows, precision=precision, levers=levers, watch=watch)
         if resume:
             emit(note=f"resuming from step {count_steps_done(resume)}")
+        else:
+            prove_worst_step(trainer, train_rows, micro_batch=job.micro_batch)
         if stop.is_set:
             raise InterruptedRunError("before the first step")
 
         # 5. The steps, unless a run that was killed afterwards had stopped by rule.
         began = time.monotonic()
         if not watch.seen.is_stopped:
-            _run_steps(trainer, resume)
+            run_steps(trainer, resume)
         if trainer.state.global_step < rules.max_steps and not watch.seen.is_stopped:
             raise InterruptedRunError(f"at step {trainer.state.global_step} of {rules.max_steps}, checkpoint saved")
 
@@ -102,32 +100,18 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
         kept_step = select_kept_step(watch.seen, rules, last=last)
         if kept_step != trainer.state.global_step:
             load_kept_weights(model, job.checkpoints, step=kept_step)
-        check_trained(model, job, train_rows[0], device=device)
-        save_artifact(model, job, precision=precision)
+        check_trained(model, job, train_rows[0], start=start, device=device)
+        save_artifact(model, job, start=start, precision=precision)
         summary = build_summary(
             job, model, journal, seen=watch.seen, rules=rules, kept_step=kept_step, precision=precision, device=device
         )
-        summary["levers"] = levers.to_json()
-        summary["micro_batches"] = facts.micro_batches
-        seconds = trainer.save_seconds + watch.seal_seconds
-        summary["checkpoints"] = {"count": trainer.saves, "seconds": round(seconds, 3)}
-        summary["child_seconds"] = round(time.monotonic() - began, 1)
+        summary |= {
+            "levers": levers.to_json(),
+            "micro_batches": facts.micro_batches,
+            "checkpoints": {"count": trainer.saves, "seconds": round(trainer.save_seconds + watch.seal_seconds, 3)},
+            "child_seconds": round(time.monotonic() - began, 1),
+        }
         write_atomic(job.folder / "summary.json", canonical_json(summary))
-
-
-def _state_facts(job: TrainingJob, resume: Path | None) -> Facts:
-    seal = read_seal(resume) if resume else None
-    if resume is None or seal is None:
-        return Facts(threads=torch.get_num_threads(), micro_batches=((0, job.micro_batch),))
-    return decode_facts(seal).continue_with(job.micro_batch, step=count_steps_done(resume))
-
-
-def _run_steps(trainer: Any, resume: Path | None) -> None:
-    """The steps that are left: none after the last, where transformers would take one more."""
-    if resume is not None and count_steps_done(resume) >= trainer.args.max_steps:
-        trainer.load_last(resume)
-        return
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
 
 def _find_start(
@@ -147,96 +131,11 @@ def _find_start(
     return None, Journal(journal.file, checkpoint=None)
 
 
-class _LabelledPositionsTrainer(SFTTrainer):  # type: ignore[misc]
-    """TRL's trainer with the head that the lever `head` names.
-
-    TRL asks for this override: its fused head scores every position on a CPU.
-    """
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        if self.model.training:
-            mask = inputs.get("attention_mask")
-            self.tokens_seen += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
-        if self.head == "fused":
-            inputs = {**spread_labels(inputs), "fused_lm_head": True}
-        elif self.head == "standard" and "logits_to_keep" in inputs:
-            inputs = spread_labels(inputs)
-            inputs["labels"] = inputs["shift_labels"]
-        outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Weights keep the dtype they are trained in: loading an adapter makes it fp32 (peft#2421)."""
-        dtypes = {name: p.dtype for name, p in self.model.named_parameters() if p.requires_grad}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for name, parameter in self.model.named_parameters():  # asked again: loading may replace them
-            if name in dtypes:
-                parameter.data = parameter.data.to(dtypes[name])
-
-    def load_last(self, checkpoint: Path) -> None:
-        """The weights of the last step, for a run that was killed after it."""
-        self._load_from_checkpoint(str(checkpoint))
-        self.state.global_step = count_steps_done(checkpoint)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        began = time.monotonic()
-        super()._save_checkpoint(model, trial)
-        self.saves += 1
-        self.save_seconds += time.monotonic() - began
-
-    def evaluate(self, *_arguments: Any, **_options: Any) -> dict[str, float]:
-        """One pass over the validation rows, see `validation`; TRL's averages over batches."""
-        size = self.args.per_device_eval_batch_size
-        with self.compute_loss_context_manager():
-            scores = score_rows(self.model, self.eval_dataset.to_list(), collate=self.data_collator, size=size)
-        metrics = summarise_scores(scores)
-        self.log(metrics)
-        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-
-def _build_trainer(
-    job: TrainingJob,
-    model: Any,
-    train_rows: tuple[TokenRow, ...],
-    validation_rows: tuple[TokenRow, ...],
-    *,
-    precision: Precision,
-    watch: Watch,
-) -> Any:
-    tokenizer = AutoTokenizer.from_pretrained(job.base, local_files_only=True)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # safe: padding is masked by length, not by id
-    arguments = build_training_arguments(
-        job.training,
-        method=job.method,
-        rows=len(train_rows),
-        has_validation=bool(validation_rows),
-        micro_batch=job.micro_batch,
-        bf16=precision == "bf16",
-        on_cpu=model.device.type == "cpu",
-        checkpointing=job.checkpointing,
-        output=job.checkpoints,
-    )
-    trainer = _LabelledPositionsTrainer(
-        model=model,
-        args=SFTConfig(**arguments),
-        train_dataset=Dataset.from_list(build_records(train_rows)),
-        eval_dataset=Dataset.from_list(build_records(validation_rows)) if validation_rows else None,
-        data_collator=collate_packed
-        if job.training.packing
-        else partial(collate_padded, pad_id=tokenizer.pad_token_id),
-        processing_class=tokenizer,
-        callbacks=[watch],
-    )
-    align_special_tokens(
-        model, tokenizer
-    )  # as `train` does: it is in the saved configuration, also of a run without a step
-    trainer.remove_callback(PrinterCallback)  # standard output is the parent's channel
-    trainer.tokens_seen, trainer.saves, trainer.save_seconds = 0, 0, 0.0
-    return trainer
+def _state_facts(job: TrainingJob, resume: Path | None) -> Facts:
+    seal = read_seal(resume) if resume else None
+    if resume is None or seal is None:
+        return Facts(threads=torch.get_num_threads(), micro_batches=((0, job.micro_batch),))
+    return decode_facts(seal).continue_with(job.micro_batch, step=count_steps_done(resume))
 
 
 @contextmanager

@@ -1,0 +1,166 @@
+"""The methods of training, one closed section each: what is trained, from what start, with which keys.
+
+A combination that a library would accept and then do something else with is refused here, with the reason.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and closed to keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _check_targets(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
+        raise ValueError("no layer is named; name some or leave the key out")
+    if "lm_head" in names:
+        raise ValueError("lm_head cannot be a target: the loss takes its weights directly; leave it out")
+    return names
+
+
+Targets = Annotated[Literal["all-linear"] | tuple[str, ...], AfterValidator(_check_targets)]
+
+
+class LoraMethod(Section):
+    """Low-rank adapters on a frozen base (Hu et al. 2022, arXiv 2106.09685).
+
+    Variants change the scale (rslora, arXiv 2312.03732), the form (dora, arXiv 2402.09353) or the
+    start: gaussian, orthogonal, pissa (arXiv 2404.02948), olora (arXiv 2406.01775), mica (arXiv 2604.01694).
+    """
+
+    type: Literal["lora"]
+    variant: Literal["plain", "rslora", "dora", "gaussian", "orthogonal", "pissa", "olora", "mica"] = "plain"
+    rank: int = Field(16, ge=1, le=1024)
+    alpha: int | None = Field(None, ge=1, description="scale; twice the rank when left out")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    targets: Targets = "all-linear"
+
+    @field_validator("variant", mode="before")
+    @classmethod
+    def _refuse_four_bit_variants(cls, variant: object) -> object:
+        if variant == "loftq":
+            raise ValueError("loftq makes up for 4-bit rounding, which a 16-bit base has not; use it with qlora")
+        return variant
+
+    @model_validator(mode="after")
+    def _check_rank(self) -> LoraMethod:
+        if self.variant == "orthogonal" and self.rank % 2:
+            raise ValueError(f"the variant orthogonal needs an even rank, found {self.rank}")
+        return self
+
+
+class QloraMethod(LoraMethod):
+    """LoRA over a base in 4-bit NormalFloat, doubly quantised (Dettmers et al. 2023, arXiv 2305.14314).
+
+    loftq starts from the base's rounding error (arXiv 2310.08659).
+    """
+
+    type: Literal["qlora"]  # type: ignore[assignment]
+    variant: Literal["plain", "rslora", "dora", "gaussian", "orthogonal", "olora", "loftq"] = "plain"  # type: ignore[assignment]
+
+    @field_validator("variant", mode="before")
+    @classmethod
+    def _refuse_four_bit_variants(cls, variant: object) -> object:
+        if variant in ("pissa", "mica"):
+            raise ValueError(
+                f"{variant} decomposes the base's weights, which are in 4 bits here; use it with lora, or take loftq"
+            )
+        return variant
+
+
+class PromptTuningMethod(Section):
+    """Trained vectors before the embedded row; the base is frozen (Lester et al. 2021, arXiv 2104.08691)."""
+
+    type: Literal["prompt-tuning"]
+    tokens: int = Field(20, ge=1, le=1024, description="virtual tokens before every row")
+    init: Literal["vocabulary", "text", "random"] = Field(
+        "vocabulary", description="start from words drawn at random, from the words of 'text', or from noise"
+    )
+    text: str | None = Field(None, min_length=1, description="for init: text; repeated until it fills 'tokens'")
+
+    @model_validator(mode="after")
+    def _check_text(self) -> PromptTuningMethod:
+        if (self.init == "text") != (self.text is not None):
+            raise ValueError("'text' and init: text go together; give both or neither")
+        return self
+
+
+class PrefixTuningMethod(Section):
+    """Trained keys and values before the row in every layer (Li and Liang 2021, arXiv 2101.00190).
+
+    With `projection: mlp` they are made by a two-layer network that is dropped after training.
+    """
+
+    type: Literal["prefix-tuning"]
+    tokens: int = Field(20, ge=1, le=1024, description="virtual tokens before every row")
+    init: Literal["zero", "random"] = "zero"
+    projection: Literal["none", "mlp"] = "none"
+    hidden: int | None = Field(None, ge=1, le=65536, description="width of the projection; the keys' when left out")
+
+    @model_validator(mode="after")
+    def _check_hidden(self) -> PrefixTuningMethod:
+        if self.hidden is not None and self.projection == "none":
+            raise ValueError("'hidden' is the width of 'projection: mlp'; remove it or add the projection")
+        return self
+
+
+class PTuningMethod(Section):
+    """Trained vectors before the embedded row, made by a small encoder (Liu et al. 2021, arXiv 2103.10385).
+
+    The encoder is dropped after training: the artifact holds the vectors it made.
+    """
+
+    type: Literal["p-tuning"]
+    tokens: int = Field(20, ge=1, le=1024, description="virtual tokens before every row")
+    encoder: Literal["mlp", "lstm"] = "mlp"
+    hidden: int = Field(128, ge=1, le=65536, description="width of the encoder")
+
+
+class Ia3Method(Section):
+    """Trained scales of keys, values and inner activations (Liu et al. 2022, arXiv 2205.05638)."""
+
+    type: Literal["ia3"]
+    targets: Annotated[Literal["auto"] | tuple[str, ...], AfterValidator(_check_targets)] = Field(
+        "auto", description="auto: k_proj, v_proj and down_proj"
+    )
+    feedforward: Literal["auto"] | tuple[str, ...] = Field(
+        "auto", description="the targets whose input is scaled instead of their output; auto: down_proj"
+    )
+
+    @model_validator(mode="after")
+    def _check_feedforward(self) -> Ia3Method:
+        if self.feedforward != "auto" and (outside := set(self.feedforward) - set(self.scaled)):
+            raise ValueError(f"feedforward: {', '.join(sorted(outside))} is not among the targets; add it to them")
+        return self
+
+    @property
+    def scaled(self) -> tuple[str, ...]:
+        """The layers that get scales."""
+        return ("k_proj", "v_proj", "down_proj") if self.targets == "auto" else self.targets
+
+    @property
+    def scaled_at_input(self) -> tuple[str, ...]:
+        """Those of them whose input is scaled."""
+        return tuple(
+            t for t in self.scaled if t in (("down_proj",) if self.feedforward == "auto" else self.feedforward)
+        )
+
+
+class FullMethod(Section):
+    """All weights are trained; the artifact is a full copy of the model."""
+
+    type: Literal["full"]
+
+
+Method = Annotated[
+    LoraMethod | QloraMethod | PromptTuningMethod | PrefixTuningMethod | PTuningMethod | Ia3Method | FullMethod,
+    Field(discriminator="type"),
+]
+
+VIRTUAL_TOKENS = (PromptTuningMethod, PrefixTuningMethod, PTuningMethod)

@@ -1,0 +1,123 @@
+"""The sizes of a model's weights, from the headers of its files: no weight is read, torch is not needed.
+
+What a method would do to layers that are not there, or to layers smaller than its rank, is refused
+from the sizes alone, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from appliance.errors import ModelError, TrainingError
+from appliance.method import Ia3Method, LoraMethod, Method, PromptTuningMethod
+
+Shape = tuple[int, ...]
+_NO_LINEAR = ("lm_head", "wte", "wpe")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """Widths and counts of a decoder; `keys` is the width of one token's keys in one layer."""
+
+    hidden: int
+    layers: int
+    vocabulary: int
+    keys: int
+
+
+def read_sizes(base: Path) -> ModelSizes:
+    """The sizes that `config.json` states; 0 for what it leaves out."""
+    config = json.loads((base / "config.json").read_text("utf-8"))
+    config = config.get("text_config", config)
+    hidden, heads = int(config.get("hidden_size") or 0), int(config.get("num_attention_heads") or 1)
+    width = int(config.get("head_dim") or hidden // heads)
+    return ModelSizes(
+        hidden=hidden,
+        layers=int(config.get("num_hidden_layers") or 0),
+        vocabulary=int(config.get("vocab_size") or 0),
+        keys=width * int(config.get("num_key_value_heads") or heads),
+    )
+
+
+def read_weight_shapes(base: Path) -> dict[str, Shape]:
+    """Name and shape of every weight in the safetensors files, from their headers alone."""
+    shapes: dict[str, Shape] = {}
+    for file in sorted(base.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            lead = stream.read(8)
+            size = struct.unpack("<Q", lead)[0] if len(lead) == 8 else 0
+            if not 2 <= size <= 100_000_000:
+                raise ModelError(f"{file}: not a safetensors file; copy the model again")
+            try:
+                header = json.loads(stream.read(size))
+            except ValueError as fault:
+                raise ModelError(f"{file}: damaged header; copy the model again") from fault
+        found = {n: t for n, t in header.items() if n != "__metadata__"}
+        expected = 8 + size + max((t["data_offsets"][1] for t in found.values()), default=0)
+        if file.stat().st_size != expected:
+            raise ModelError(f"{file}: {file.stat().st_size} bytes, its header says {expected}; copy the model again")
+        shapes |= {name: tuple(t["shape"]) for name, t in found.items()}
+    return shapes
+
+
+def list_linears(weights: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The matrices that adapters can be put on, by layer name: (out, in) of each, no embeddings, no head."""
+    layers = {n.removesuffix(".weight"): s for n, s in weights.items() if len(s) == 2 and n.endswith(".weight")}
+    return {n: s for n, s in layers.items() if "embed" not in n and n.rpartition(".")[2] not in _NO_LINEAR}
+
+
+def select_targets(targets: str | Sequence[str], linears: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The layers that PEFT would adapt: all of them, or those whose name is a target or ends with one.
+
+    Raises `TrainingError` when a target matches nothing, with the names that exist.
+    """
+    if isinstance(targets, str):
+        return dict(linears)
+    lost = [t for t in targets if not any(_matches(n, t) for n in linears)]
+    if lost:
+        names = sorted({n.rpartition(".")[2] for n in linears})
+        raise TrainingError(
+            f"method.targets: {', '.join(lost)} matches no layer; linear layers of this model: {', '.join(names)}"
+        )
+    return {n: s for n, s in linears.items() if any(_matches(n, t) for t in targets)}
+
+
+def check_method(method: Method, linears: Mapping[str, Shape], *, base: Path) -> None:
+    """Raise `TrainingError` when the method does not fit the model in the folder `base`.
+
+    Its layers are not there, they are smaller than its rank, or its text is longer than its tokens.
+    """
+    if isinstance(method, PromptTuningMethod) and method.text is not None:
+        _check_text(method, base)
+    elif isinstance(method, Ia3Method):
+        select_targets(method.scaled, linears)
+    elif isinstance(method, LoraMethod):
+        chosen = select_targets(method.targets, linears)
+        small = {n: s for n, s in chosen.items() if min(s) < method.rank}
+        if small:
+            name, shape = min(small.items(), key=lambda item: min(item[1]))
+            raise TrainingError(
+                f"method.rank: {method.rank} is more than {name} can use, whose weight is {shape[0]} x {shape[1]}; "
+                f"set it to {min(shape)} or less"
+            )
+
+
+def _check_text(method: PromptTuningMethod, base: Path) -> None:
+    """PEFT would cut a longer text without a word."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    tokenizer.no_truncation()
+    words = len(tokenizer.encode(method.text).ids)
+    if words > method.tokens:
+        raise TrainingError(
+            f"method.text: {words} tokens, method.tokens is {method.tokens}; it would be cut: set tokens to {words}"
+        )
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")

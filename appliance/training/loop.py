@@ -1,0 +1,132 @@
+"""TRL's trainer, with what the product adds to a step: the head, the validation pass, exact saving and loading."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoTokenizer, PrinterCallback
+from transformers.trainer_utils import align_special_tokens
+from trl import SFTConfig, SFTTrainer
+
+from appliance.model import TokenRow
+from appliance.model.weights import Precision
+from appliance.training.arguments import build_training_arguments, is_packed
+from appliance.training.batches import build_records, collate_packed, collate_padded, spread_labels
+from appliance.training.checkpoints import count_steps_done
+from appliance.training.launch import TrainingJob
+from appliance.training.levers import Levers
+from appliance.training.methods import keep_dtypes, load_encoder, save_encoder
+from appliance.training.validation import score_rows, summarise_scores
+from appliance.training.watch import Watch
+
+
+def build_trainer(
+    job: TrainingJob,
+    model: Any,
+    rows: tuple[tuple[TokenRow, ...], tuple[TokenRow, ...]],
+    *,
+    precision: Precision,
+    levers: Levers,
+    watch: Watch,
+) -> Any:
+    """The trainer of `job` over (train, validation) token rows."""
+    train_rows, validation_rows = rows
+    tokenizer = AutoTokenizer.from_pretrained(job.base, local_files_only=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # safe: padding is masked by length, not by id
+    arguments = build_training_arguments(
+        job.training,
+        method=job.method,
+        rows=len(train_rows),
+        has_validation=bool(validation_rows),
+        micro_batch=job.micro_batch,
+        bf16=precision == "bf16",
+        on_cpu=model.device.type == "cpu",
+        checkpointing=job.checkpointing,
+        output=job.checkpoints,
+    )
+    packed = is_packed(job.training, job.method)
+    with keep_dtypes(model):
+        trainer = _Trainer(
+            model=model,
+            args=SFTConfig(**arguments),
+            train_dataset=Dataset.from_list(build_records(train_rows)),
+            eval_dataset=Dataset.from_list(build_records(validation_rows)) if validation_rows else None,
+            data_collator=collate_packed if packed else partial(collate_padded, pad_id=tokenizer.pad_token_id),
+            processing_class=tokenizer,
+            callbacks=[watch],
+        )
+    align_special_tokens(model, tokenizer)  # as `train` does: it is in the saved configuration, steps or not
+    trainer.remove_callback(PrinterCallback)  # standard output is the parent's channel
+    trainer.head = levers.head
+    trainer.tokens_seen, trainer.saves, trainer.save_seconds = 0, 0, 0.0
+    watch.trainer = trainer
+    return trainer
+
+
+def run_steps(trainer: Any, resume: Path | None) -> None:
+    """The steps that are left: none after the last, where transformers would take one more."""
+    if resume is not None and count_steps_done(resume) >= trainer.args.max_steps:
+        trainer.load_last(resume)
+        return
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+
+
+class _Trainer(SFTTrainer):  # type: ignore[misc]
+    """TRL's trainer with the head that the lever `head` names.
+
+    TRL asks for the override of the loss: its fused head scores every position on a CPU.
+    """
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self.model.training:
+            mask = inputs.get("attention_mask")
+            self.tokens_seen += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+        if self.head == "fused":
+            inputs = {**spread_labels(inputs), "fused_lm_head": True}
+        elif self.head == "standard" and "logits_to_keep" in inputs:
+            inputs = spread_labels(inputs)
+            inputs["labels"] = inputs["shift_labels"]
+        outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def evaluate(self, *_arguments: Any, **_options: Any) -> dict[str, float]:
+        """One pass over the validation rows, see `validation`; TRL's averages over batches."""
+        size = self.args.per_device_eval_batch_size
+        with self.compute_loss_context_manager():
+            scores = score_rows(self.model, self.eval_dataset.to_list(), collate=self.data_collator, size=size)
+        metrics = summarise_scores(scores)
+        self.log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def load_last(self, checkpoint: Path) -> None:
+        """The weights of the last step, for a run that was killed after it."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state.global_step = count_steps_done(checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        save_encoder(self.model, Path(output_dir or self.args.output_dir))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        began = time.monotonic()
+        super()._save_checkpoint(model, trial)
+        self.saves += 1
+        self.save_seconds += time.monotonic() - began
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Weights keep the dtype they are trained in: loading an adapter makes it fp32 (peft#2421)."""
+        if load_encoder(self.model, Path(resume_from_checkpoint)):
+            return
+        dtypes = {name: p.dtype for name, p in self.model.named_parameters() if p.requires_grad}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, parameter in self.model.named_parameters():  # asked again: loading may replace them
+            if name in dtypes:
+                parameter.data = parameter.data.to(dtypes[name])
