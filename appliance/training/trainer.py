@@ -28,7 +28,7 @@ from appliance.training.arguments import build_training_arguments
 from appliance.training.artifact import build_summary, save_artifact
 from appliance.training.batches import build_records, collate_packed, collate_padded
 from appliance.training.checkpoints import count_steps_done, find_checkpoint
-from appliance.training.guards import check_packing, check_trained
+from appliance.training.guards import check_base, check_packing, check_trained
 from appliance.training.journal import Journal
 from appliance.training.launch import TrainingJob
 from appliance.training.methods import build_model
@@ -55,6 +55,7 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
         # 3. The model, with the method's trainable weights on it.
         emit(note=f"loading {job.base_name} in {precision} on {device.type}")
         model = build_model(job, precision=precision, device=device)
+        check_base(model, train_rows[0], device=device)
         if job.training.packing:
             check_packing(model, train_rows, precision=precision, device=device)
 
