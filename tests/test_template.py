@@ -139,7 +139,8 @@ REAL = {
 }  # fmt: skip
 REAL_TOKENS = (
     "<|im_start|> <|endoftext|> <|start_header_id|> <|end_header_id|> <start_of_turn> <|user|> <|assistant|> "
-    "<|system|> <｜User｜> <｜Assistant｜> <think> </think> <tool_call> </tool_call> <|START_OF_TURN_TOKEN|> <|CHATBOT_TOKEN|>"  # noqa: RUF001
+    "<|system|> <｜User｜> <｜Assistant｜> <think> </think> <tool_call> </tool_call> "  # noqa: RUF001
+    "<|START_OF_TURN_TOKEN|> <|CHATBOT_TOKEN|>"
 )
 REAL_STOPS = {
     "qwen": "<|im_end|>", "llam": "<|eot_id|>", "gemm": "<end_of_turn>", "phi3": "<|end|>", "glm4": "<|endoftext|>",
