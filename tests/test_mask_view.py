@@ -156,9 +156,8 @@ def test_the_run_record_counts_what_was_dropped_and_keeps_test_rows(tmp_path: Pa
     assert record["rows"]["test"]["dropped"] == []
     assert record["rows"]["train"]["token_rows"] == record["plan"]["rows"]
     assert record["thinking"] == "off"
-    split = [m["id"] for m in record["masks"]]
-    assert len(split) >= 2
-    assert split[0] == split[1], "both parts of a split conversation are on the card"
+    shown = [(m["id"], m["part"]) for m in record["masks"]]
+    assert shown[:2] == [(shown[0][0], "1 of 2"), (shown[0][0], "2 of 2")], "a split conversation is shown whole"
 
 
 def test_rows_for_the_card_are_few_and_telling(chatml: Path) -> None:

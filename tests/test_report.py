@@ -57,7 +57,7 @@ def make_card(*, champion: bool = False, **changes: Any) -> dict[str, Any]:
                 {"id": "r1", "tokens": 6, "trained": 2, "pieces": [
                     ["<|user|>", False, True], ["red thing\n", False, False], ["<|assistant|>", False, True],
                     ["red", True, False], ["<|end|>", True, True]]},
-                {"id": "r2", "tokens": 900, "trained": 2, "pieces": [
+                {"id": "r2", "part": "1 of 2", "tokens": 900, "trained": 2, "pieces": [
                     ["<|user|>", False, True], ["x" * 700, False, False], ["blue", True, False],
                     ["<|end|>", True, True], ["<|user|>b?", False, False], ["red", True, False],
                     ["<|end|>", True, True]]},

@@ -114,7 +114,7 @@ def _render_masks(card: dict[str, Any]) -> str:
     if not masks:
         return ""
     blocks = "".join(
-        f"<h3>row {escape(m['id'])} <small>{m['trained']} of {m['tokens']} tokens trained</small></h3>"
+        f"<h3>{escape(_name_row(m))} <small>{m['trained']} of {m['tokens']} tokens trained</small></h3>"
         f"<pre class='mask'>{_render_pieces(m['pieces'])}</pre>"
         for m in masks
     )
@@ -123,6 +123,10 @@ def _render_masks(card: dict[str, Any]) -> str:
         "carry loss; <span class='tok'>boxed</span> ones are control tokens, ⏎ is a line break.</p>"
         f"{blocks}</section>"
     )
+
+
+def _name_row(mask: dict[str, Any]) -> str:
+    return f"row {mask['id']}" + (f", part {mask['part']}" if mask.get("part") else "")
 
 
 def _render_pieces(pieces: list[Any]) -> str:

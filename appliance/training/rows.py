@@ -128,5 +128,18 @@ def select_masks(rows: Sequence[TokenRow], template: ChatTemplate) -> list[dict[
     picked = [rows[0], *([most] if len(most.spans) > 1 else []), *(r for r in split if r.id == split[0].id), *rows[1:]]
     chosen = list({id(r): r for r in picked}.values())[:_MASKS]
     return [
-        {"id": r.id, "tokens": len(r.input_ids), "trained": r.trained, "pieces": show_mask(r, template)} for r in chosen
+        {
+            "id": r.id,
+            "part": _name_part(r, rows) if parts[r.id] > 1 else "",
+            "tokens": len(r.input_ids),
+            "trained": r.trained,
+            "pieces": show_mask(r, template),
+        }
+        for r in chosen
     ]
+
+
+def _name_part(row: TokenRow, rows: Sequence[TokenRow]) -> str:
+    """Which part of its conversation a token row is: `1 of 2`."""
+    parts = [r for r in rows if r.id == row.id]
+    return f"{next(i for i, r in enumerate(parts, start=1) if r is row)} of {len(parts)}"
