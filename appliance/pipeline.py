@@ -18,7 +18,7 @@ from appliance.data import summarise_dataset
 from appliance.digest import canonical_json, digest_file, digest_folder, write_atomic
 from appliance.errors import DatasetError
 from appliance.example import decode_examples, encode_examples
-from appliance.model import load_template
+from appliance.model import fit_template, load_template
 from appliance.plan import read_machine
 from appliance.preparation import Origin, Prepared, Workspace, plan_run, prepare, read_versions
 from appliance.recipe import FullMethod, Recipe
@@ -94,13 +94,20 @@ def _prepare_stage(run: Run, prepared: Prepared, *, workspace: Workspace, origin
         f"{len(prepared.splits.train)} train, {len(prepared.splits.validation)} validation, "
         f"{len(prepared.splits.test)} test rows; run {prepared.key[:12]}"
     )
-    template = load_template(prepared.base.folder)
-    limit = prepared.recipe.training.max_length
+    template = fit_template(load_template(prepared.base.folder), prepared.splits.train)
+    section = prepared.recipe.training
+    became = {}
     for side in ("train", "validation", "test"):
         examples = getattr(prepared.splits, side)
         write_atomic(run.examples / f"{side}.jsonl", encode_examples(examples))
         file = run.training / f"{side}.rows.jsonl"
-        rows = training.prepare_rows(examples, template=template, max_length=limit, file=file)
+        limit = None if (side, section.overlong) == ("test", "drop") else section.max_length  # no test row is dropped
+        rows = training.prepare_rows(
+            examples, template=template, max_length=limit, overlong=section.overlong, file=file
+        )
+        became[side] = training.describe_rows(examples, rows)
+        if became[side]["dropped"]:
+            workspace.note(f"warning: {len(became[side]['dropped'])} {side} rows are too long and were dropped whole")
         if side == "train":
             trained = rows
     machine = read_machine()
@@ -110,7 +117,9 @@ def _prepare_stage(run: Run, prepared: Prepared, *, workspace: Workspace, origin
     run.finish(
         "prepare",
         plan=plan.to_json(),
-        mask_example=training.show_mask(trained[0], template),
+        rows=became,
+        thinking=template.thinking,
+        masks=training.select_masks(trained, template),
         time=origin.time,
         commit=origin.commit,
         cores=machine.cores,
@@ -161,7 +170,8 @@ def _evaluate_stage(run: Run, prepared: Prepared, *, workspace: Workspace, store
         return
     recipe, section = prepared.recipe, prepared.recipe.evaluation
     champion = _fetch_champion(run, prepared, workspace=workspace, store=store)
-    template = load_template(prepared.base.folder)
+    train = decode_examples((run.examples / "train.jsonl").read_bytes())
+    template = fit_template(load_template(prepared.base.folder), train)
     arms = evaluation.build_arms(
         section,
         base=prepared.base.folder,
@@ -170,7 +180,6 @@ def _evaluate_stage(run: Run, prepared: Prepared, *, workspace: Workspace, store
         champion=run.folder / "champion" if champion else None,
     )
     test = decode_examples((run.examples / "test.jsonl").read_bytes())
-    train = decode_examples((run.examples / "train.jsonl").read_bytes())
     prompts = [
         p for arm in arms for p in evaluation.build_prompts(arm, test, section=section, train=train, template=template)
     ]
@@ -230,7 +239,7 @@ def _card_stage(run: Run, prepared: Prepared) -> None:
         training={
             **run.read("train")["summary"],
             "trained_tokens": record["plan"]["trained_tokens"],
-            "mask_example": record["mask_example"],
+            **{k: record[k] for k in ("rows", "thinking", "masks")},
         },
         metrics=metrics,
         verdict=run.read("judge")["verdict"],

@@ -111,7 +111,10 @@ class TrainingSection(Section):
     epochs: float = Field(3.0, gt=0.0, le=100.0)
     learning_rate: float | None = Field(None, gt=0.0, le=1.0)
     effective_batch: int = Field(16, ge=1, description="rows per optimizer step")
-    max_length: int = Field(1024, ge=16, description="tokens; a longer row is refused, never cut")
+    max_length: int = Field(1024, ge=16, description="tokens; a longer row is never cut")
+    overlong: Literal["refuse", "drop"] = Field(
+        "refuse", description="what becomes of rows longer than max_length; dropped rows are listed on the card"
+    )
     packing: Literal["auto"] | bool = Field(
         "auto", description="rows end to end without padding; auto: wherever the method allows it"
     )

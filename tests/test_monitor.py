@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,13 +19,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_training import make_examples, make_job, run_in_process, wait_for_step, write_job
+from test_training import make_examples, make_job, run_in_process, write_job
 from tiny import make_recipe, write_base
 
 from appliance.digest import digest_folder
 from appliance.errors import InterruptedRunError, RecipeError, TrainingError
 from appliance.recipe import parse_recipe
-from appliance.training import prepare_rows, train
+from appliance.training import TrainingJob, prepare_rows, train
 from appliance.training.board import crc32c, frame_record, open_board
 from appliance.training.monitor import (
     Rules,
@@ -38,6 +39,18 @@ from appliance.training.view import Status, draw_sparkline, render_line, render_
 
 RULES = Rules(keep="best_loss", patience=3, max_steps=1000)
 FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def wait_for_step(job: TrainingJob, step: int, child: subprocess.Popen[bytes]) -> None:
+    """Until the child's journal reaches `step`."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and child.poll() is None:
+        journal = job.folder / "metrics.jsonl"
+        if journal.is_file() and any(
+            json.loads(x)["step"] >= step for x in journal.read_text().splitlines() if x.endswith("}")
+        ):
+            return
+        time.sleep(0.005)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -20,6 +21,7 @@ from appliance.recipe import GateSection
 from appliance.report import build_card, render_html, render_markdown, write_card
 from appliance.report.plots import Plot, _log_ticks, render_png
 
+MARKED = re.compile(r"<mark>(.*?)</mark>", re.DOTALL)
 GOLDEN = Path(__file__).parent / "golden"
 HOSTILE = "<script>alert('x')</script>|`*_[](javascript:1)\n# \"&amp;"
 
@@ -50,7 +52,21 @@ def make_card(*, champion: bool = False, **changes: Any) -> dict[str, Any]:
             "adapter_sha256": "34" * 32, "stopped_by": "max_steps", "kept": "best_loss", "kept_step": 2,
             "kept_validation_loss": 0.25, "kept_validation_exact_match": 0.75,
             "alerts": [{"step": 4, "kind": "overfitting", "words": "validation loss <rose>", "numbers": {}}],
-            "mask_example": [["<|user|>red thing<|assistant|>", False], ["red<|end|>", True], ["\n", False]],
+            "thinking": "off",
+            "rows": {
+                "train": {"rows": 960, "token_rows": 961, "split": ["r2"], "dropped": ["r9"]},
+                "validation": {"rows": 120, "token_rows": 120, "split": [], "dropped": []},
+                "test": {"rows": 120, "token_rows": 120, "split": [], "dropped": []},
+            },
+            "masks": [
+                {"id": "r1", "tokens": 6, "trained": 2, "pieces": [
+                    ["<|user|>", False, True], ["red thing\n", False, False], ["<|assistant|>", False, True],
+                    ["red", True, False], ["<|end|>", True, True]]},
+                {"id": "r2", "part": "1 of 2", "tokens": 900, "trained": 2, "pieces": [
+                    ["<|user|>", False, True], ["x" * 700, False, False], ["blue", True, False],
+                    ["<|end|>", True, True], ["<|user|>b?", False, False], ["red", True, False],
+                    ["<|end|>", True, True]]},
+            ],
         },
         "metrics": [
             *({"step": s, "epoch": s / 2, "loss": 2.5 / s, "learning_rate": 2e-4 / s, "grad_norm": 1 / s, "tokens": 9,
@@ -127,7 +143,8 @@ def test_hostile_names_stay_text() -> None:
         git_commit=HOSTILE,
     )
     card["verdict"]["slices"] = {HOSTILE: card["verdict"]["slices"]["a"]}
-    card["training"]["mask_example"] = [[HOSTILE, True]]
+    card["training"]["masks"] = [{"id": HOSTILE, "tokens": 2, "trained": 1, "pieces": [[HOSTILE, True, False]] * 2}]
+    card["training"]["rows"]["train"]["dropped"] = [HOSTILE]
     page = read_page(render_html(card))
     assert "script" not in page.tags
     assert "alert('x')" in page.text
@@ -190,10 +207,21 @@ def test_a_logarithmic_axis_has_round_numbers_on_it(low: float, high: float) -> 
     assert all(low - 1e-9 <= t <= high + 1e-9 for t in ticks)
 
 
+def test_the_mask_on_the_page_is_the_mask() -> None:
+    """What is marked is what is trained, row by row; control tokens are told from text that looks like one."""
+    card = make_card()
+    card["training"]["masks"][0]["pieces"][1] = ["<|end|>", False, False]
+    html = render_html(card)
+    marked = [re.sub("<[^>]+>", "", m).replace("&lt;", "<").replace("&gt;", ">") for m in MARKED.findall(html)]
+    assert marked == ["marked", "red<|end|>", "blue<|end|>", "red<|end|>"]
+    assert html.count("<span class='tok'>&lt;|end|&gt;</span>") == 3
+    assert "[... 100 characters ...]" in html
+
+
 def test_a_card_with_little_in_it_is_still_a_card() -> None:
     """No categories, no curves, no commit: sections are left out, nothing breaks."""
     card = make_card(metrics=[], git_commit=None)
     card["verdict"]["slices"] = {}
-    card["training"]["mask_example"] = []
+    card["training"] |= {"masks": [], "rows": {}}
     assert "By category" not in read_page(render_html(card)).text
     assert "By category" not in render_markdown(card)

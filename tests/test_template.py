@@ -1,90 +1,428 @@
-"""Template and mask: what is trained is exactly the assistant's turns and their stop tokens."""
+"""Template and mask: what is trained at a turn is exactly what inference would have to produce there."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tiny import SPECIAL, TEMPLATE, write_tokenizer
+from families import DEEPSEEK_NONE, FAMILIES, TOOL, Family, call, make_example, write_family
+from tiny import TEMPLATE, write_tokenizer
 
 from appliance.errors import ModelError, TrainingError
 from appliance.example import Example, Message
-from appliance.model import load_template, render_row
+from appliance.model import ChatTemplate, fit_template, load_template, render_row, render_rows
+from appliance.model.template import CallForm
 
-LLAMA = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'"
-    " + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
-    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
-)
+BY_NAME = {f.name: f for f in FAMILIES}
+THINK = "<think>\nwell\n</think>\n\n"
+LEADS: dict[str, list[tuple[str, str]]] = {"plain": [], "system": [("system", "Be <brief> & kind.")]}
 
 
-def make_example(*turns: tuple[str, str]) -> Example:
-    """An example from (role, content) pairs."""
-    return Example("r1", tuple(Message(r, c) for r, c in turns), provenance="human")
+def list_cases(family: Family) -> Iterator[tuple[str, Example, int]]:
+    """Name, example and expected number of token rows of every case that the family can hold."""
+    think = THINK if "reasons" in family.can else ""
+    for lead_name, lead in LEADS.items():
+        if lead and "system" not in family.can:
+            continue
+        moves_system = bool(lead) and "system" in family.splits
+        single = make_example(*lead, ("user", "q1"), ("assistant", f"{think} one é\n"))
+        yield f"{lead_name} single", single, 1
+        turns = [t for n in "123" for t in (("user", f"q{n}"), ("assistant", f"{think}a{n}\n\nmore"))]
+        yield f"{lead_name} multi", make_example(*lead, *turns), 3 if moves_system or "turns" in family.splits else 1
+        if "thinks" in family.can:
+            thought = [("user", "q1"), ("assistant", f"{THINK}one"), ("user", "q2"), ("assistant", f"{THINK}two")]
+            yield f"{lead_name} thinking", make_example(*lead, *thought), 1 if family.name == "smollm3" else 2
+        if "tools" in family.can and not moves_system:
+            yield from _list_tool_cases(family, lead_name, lead)
 
 
-def read_spans(folder: Path, example: Example) -> list[str]:
-    """The trained text, span by span."""
-    template = load_template(folder)
-    row = render_row(example, template)
-    return [template.decode(row.input_ids[a:b]) for a, b in row.spans]
+def _list_tool_cases(family: Family, name: str, lead: list[tuple[str, str]]) -> Iterator[tuple[str, Example, int]]:
+    """A call as the answer; a call, its result and an answer; two rounds of that; two calls in one turn."""
+    thinks = "thinks" in family.can
+    ask, asked = ("user", "weather?"), Message("assistant", "", [call("Paris")])
+    yield f"{name} call", make_example(*lead, ask, asked, tools=True), 1
+    told = (asked, ("tool", '{"t": 3}'), ("assistant", "cold"))
+    yield f"{name} tools", make_example(*lead, ask, *told, tools=True), 2 if thinks else 1
+    again = (("user", "again?"), Message("assistant", "", [call("Rom")]), ("tool", "warm"), ("assistant", "warm"))
+    rounds = 4 if thinks else 2 if "tools" in family.splits else 1
+    yield f"{name} tools twice", make_example(*lead, ask, *told, *again, tools=True), rounds
+    if "parallel" in family.can:
+        both = Message("assistant", "", [call("Paris"), call("Rom")])
+        turns = (ask, both, ("tool", "3"), ("tool", "4"), ("assistant", "mild"))
+        yield f"{name} two calls", make_example(*lead, *turns, tools=True), 2 if thinks else 1
 
 
-@pytest.mark.parametrize(
-    ("template", "bos", "eos"),
-    [(TEMPLATE, *SPECIAL), (LLAMA, "<|begin|>", "<|eot_id|>"), (MISTRAL, "<s>", "</s>")],
-    ids=["chatml", "llama3", "mistral"],
-)
-def test_the_trained_text_is_the_assistant_turns_and_their_stop_tokens(
-    tmp_path: Path, template: str, bos: str, eos: str
-) -> None:
-    """Without any generation marker in the template, every assistant turn is found, and nothing else."""
-    write_tokenizer(tmp_path, template=template, bos=bos, eos=eos)
-    example = make_example(("user", "a?"), ("assistant", "one"), ("user", "b?"), ("assistant", "two é"))
-    spans = [s.strip() for s in read_spans(tmp_path, example)]
-    assert spans == [f"one{eos}", f"two é{eos}"]
+def as_sent(messages: Sequence[Message], template: ChatTemplate) -> list[dict[str, Any]]:
+    """The messages as a client of the family's servers sends them, written here and not by our renderer."""
+    sent: list[dict[str, Any]] = []
+    names: list[str] = []
+    for message in messages:
+        turn: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.tool_calls and template.calls:
+            turn["tool_calls"] = []
+            for made in message.tool_calls:
+                names.append(f"call{len(names) + 1:05d}")
+                arguments = made["function"]["arguments"]
+                said = arguments if template.calls.arguments == "text" else json.loads(arguments)
+                function = {"name": "get_weather", "arguments": said}
+                turn["tool_calls"].append({"id": names[-1], "type": "function", "function": function})
+        if message.role == "tool":
+            turn["tool_call_id"] = names[-1]
+            if sent[-1]["role"] == "assistant" and len(sent[-1]["tool_calls"]) > 1:
+                turn["tool_call_id"] = names[-2]
+        sent.append(turn)
+    return sent
 
 
-def test_the_rendering_is_that_of_transformers(tmp_path: Path) -> None:
-    """Our own renderer and `apply_chat_template` give the same tokens."""
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_every_turn_is_trained_once_on_the_tokens_that_inference_would_see(tmp_path: Path, family: Family) -> None:
+    """Before each trained span stands, token for token, what `apply_chat_template` gives a server for that turn.
+
+    The span is the answer (or the call) and the stop token, and nothing else; every assistant turn
+    has one. Single and multi turn, with and without system text, tools, calls and thinking.
+    """
     from transformers import AutoTokenizer
 
-    write_tokenizer(tmp_path, template=LLAMA, bos="<|begin|>", eos="<|eot_id|>")
-    messages = [{"role": "system", "content": "s <é> & 'q'"}, {"role": "user", "content": " hi "}]
-    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=True
+    write_family(tmp_path, family)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    loaded = load_template(tmp_path)
+    for name, example, count in list_cases(family):
+        template = fit_template(loaded, [example])
+        rows = render_rows(example, template)
+        assert len(rows) == count, name
+        turns = [i for i, m in enumerate(example.messages) if m.role == "assistant"]
+        spans = sorted(((row.input_ids[:a], row.input_ids[a:b]) for row in rows for a, b in row.spans), key=measure)
+        assert len(spans) == len(turns), name
+        for turn, (before, said) in zip(turns, spans, strict=True):
+            prompt = theirs.apply_chat_template(
+                as_sent(example.messages[:turn], template),
+                tools=[TOOL] if example.tools else None,
+                add_generation_prompt=True,
+                return_dict=True,
+                date_string="26 Jul 2024",
+                **({"enable_thinking": template.thinking == "on"} if template.thinking != "fixed" else {}),
+            )
+            if "current date" not in loaded.decode(before):  # transformers' clock goes on
+                assert before == prompt["input_ids"], name
+            check_said(template.decode(said), example.messages[turn], family=family, prompt=template.decode(before))
+
+
+def measure(span: tuple[list[int], list[int]]) -> int:
+    """Prompts of later turns are longer."""
+    return len(span[0])
+
+
+def check_said(said: str, message: Message, *, family: Family, prompt: str) -> None:
+    """The trained text is what the row says, whatever the template trims, and ends where the turn ends."""
+    stop = family.stops[0]
+    assert said.endswith(stop)
+    text = said.removesuffix(stop)
+    assert stop not in text
+    if message.tool_calls:
+        for made in message.tool_calls:
+            assert "".join(made["function"]["arguments"].split()) in "".join(text.split())
+        assert text.count("get_weather") == len(message.tool_calls)
+        return
+    opened = "<think>\n" if prompt.endswith("<think>\n") else ""
+    assert (opened + text).split() == message.content.split()
+
+
+REAL = {
+    "qwen2_5": (1, 1), "qwen3": (3, 2), "qwen3_5_think": (3, 1), "llama3": (1, None), "llama3_1": (1, 1),
+    "llama3_2": (1, 1), "gemma3": (1, None), "phi3": (1, None), "cohere": (1, None), "glm4moe": (None, None),
+    "deepseekv3": (None, None),
+}  # fmt: skip
+REAL_TOKENS = (
+    "<|im_start|> <|endoftext|> <|start_header_id|> <|end_header_id|> <start_of_turn> <|user|> <|assistant|> "
+    "<|system|> <｜User｜> <｜Assistant｜> <think> </think> <tool_call> </tool_call> "  # noqa: RUF001
+    "<|START_OF_TURN_TOKEN|> <|CHATBOT_TOKEN|>"
+)
+REAL_STOPS = {
+    "qwen": "<|im_end|>", "llam": "<|eot_id|>", "gemm": "<end_of_turn>", "phi3": "<|end|>", "glm4": "<|endoftext|>",
+    "cohe": "<|END_OF_TURN_TOKEN|>", "deep": "<｜end▁of▁sentence｜>",  # noqa: RUF001
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_families_own_templates_are_masked_or_refused_with_the_reason(tmp_path: Path, name: str) -> None:
+    """As their makers published them (TRL carries the files): as many token rows as they need, or one reason."""
+    file = resources.files("trl").joinpath("chat_templates", f"{name}.jinja")
+    if not file.is_file():
+        pytest.skip(f"this TRL has no {name}.jinja")
+    stop = REAL_STOPS[name[:4]]
+    text = file.read_text("utf-8")
+    family = Family(
+        name, text, "<bos>" if "bos_token" in text else None, (stop,), (stop, "<bos>", *REAL_TOKENS.split())
     )
-    ours = load_template(tmp_path).encode_prompt([Message(m["role"], m["content"]) for m in messages])
-    assert ours == theirs["input_ids"]
+    template = load_template(write_family(tmp_path, family))
+    turns = [t for n in "123" for t in (("user", f"q{n}"), ("assistant", f"a{n}"))]
+    chat = make_example(("system", "Be brief."), *turns)
+    told = (Message("assistant", "", [call("Paris")]), ("tool", '{"t": 3}'), ("assistant", "cold"))
+    tools = make_example(("user", "weather?"), *told, tools=True)
+    for example, count in zip((chat, tools), REAL[name], strict=True):
+        if count is None:
+            with pytest.raises(TrainingError, match=r"^row r1: "):
+                render_rows(example, template)
+            continue
+        rows = render_rows(example, template)
+        assert len(rows) == count
+        said = [template.decode(r.input_ids[a:b]) for r in rows for a, b in r.spans]
+        assert said[-1].strip() == f"{example.answer}{stop}"
+        assert len(said) == len([m for m in example.messages if m.role == "assistant"])
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "deepseek-v3", "llama3", "command-r"])
+def test_a_call_is_the_same_tokens_however_the_row_writes_it(tmp_path: Path, name: str) -> None:
+    """Arguments as JSON text, as an object, or without the wrapper: never encoded twice, never a Python repr."""
+    template = load_template(write_family(tmp_path, BY_NAME[name]))
+    rows = [
+        render_row(
+            make_example(("user", "q"), Message("assistant", "", [call("Zürich", shape=s)]), tools=True), template
+        )
+        for s in ("openai", "object", "bare")
+    ]
+    assert rows[0] == rows[1] == rows[2]
+    said = template.decode(rows[0].input_ids[rows[0].spans[0][0] :])
+    assert '{"city":"Zürich","days":2}' in "".join(said.split())
+
+
+def test_a_template_that_wants_no_content_beside_a_call_gets_none(tmp_path: Path) -> None:
+    """Older DeepSeek files drop the calls of a turn whose content is an empty text: found out by rendering one."""
+    none = replace(BY_NAME["deepseek-v3"], template=DEEPSEEK_NONE)
+    template = load_template(write_family(tmp_path / "none", none))
+    assert template.calls == CallForm("text", "none")
+    example = make_example(("user", "q"), Message("assistant", "", [call("Paris")]), tools=True)
+    assert render_row(example, template) == render_row(
+        example, load_template(write_family(tmp_path / "any", BY_NAME["deepseek-v3"]))
+    )
+
+
+def test_the_template_for_tools_is_used_for_rows_with_tools(tmp_path: Path) -> None:
+    """A model with named templates (Command-R) gets the one that shows the tools, and only then."""
+    template = load_template(write_family(tmp_path, BY_NAME["command-r"]))
+    with_tools = template.render([Message("user", "q")], prompt=True, tools=json.dumps([TOOL]))
+    assert "Available Tools" in with_tools
+    assert "Available Tools" not in template.render([Message("user", "q")], prompt=True)
+    listed = [{"name": "default", "template": BY_NAME["command-r"].template}]
+    listed += [{"name": "tool_use", "template": BY_NAME["command-r"].tools_template or ""}]
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": listed}))
+    again = load_template(tmp_path)
+    assert again.render([Message("user", "q")], prompt=True, tools=json.dumps([TOOL])) == with_tools
+
+
+def test_a_merge_never_crosses_from_the_prompt_into_the_answer(tmp_path: Path) -> None:
+    """Training tokens are the prompt's tokens and then the answer's, also where the text would merge.
+
+    In the history of a later turn the text is whole, so there it is merged, as inference meets it:
+    one token row cannot hold both.
+    """
+    template_text = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ 'Q:' + m.content + '\nA:' }}"
+        "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+    )
+    family = Family("border", template_text, None, ("<|im_end|>",), ("<|im_end|>",))
+    template = load_template(write_family(tmp_path, family, merges=[(":", ")"), ("o", "k")]))
+    example = make_example(("user", "fine?"), ("assistant", ") ok"), ("user", "sure?"), ("assistant", "ok"))
+    rows = render_rows(example, template)
+    first = rows[0]
+    prompt = template.encode_prompt(example.messages[:1])
+    (start, end), joined = first.spans[0], template.encode(template.decode(first.input_ids)).ids
+    assert joined[: len(prompt)] != prompt, "the fixture has a merge across the border"
+    assert first.input_ids[:start] == prompt
+    assert template.decode(first.input_ids[start:end]) == ") ok<|im_end|>"
+    assert len(first.input_ids) > len(joined)
+    assert rows[1].input_ids[: len(joined)] == joined, "history is tokenised whole"
+    assert [template.decode(r.input_ids[a:b]) for r in rows for a, b in r.spans] == [") ok<|im_end|>", "ok<|im_end|>"]
+
+
+def test_a_tokenizer_that_prepends_a_space_is_masked_at_the_same_place(tmp_path: Path) -> None:
+    """SentencePiece-like tokenizers mark words by a leading space; no such mark is invented for an answer."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    text = (
+        "{% for m in messages %}{{ m.role[0] + ': ' + m.content + ('</s>' if m.role[0] == 'a' else '') + '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+    )
+    write_tokenizer(tmp_path, template=text)
+    letters = sorted({*"abcdefghijklmnopqrstuvwxyz:? ▁\n"})
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[], byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (tmp_path / "generation_config.json").unlink()
+    template = load_template(tmp_path)
+    row = render_row(make_example(("user", "who?"), ("assistant", "me and you")), template)
+    start, end = row.spans[0]
+    assert row.input_ids[:start] == template.encode_prompt([Message("user", "who?")])
+    assert [tokenizer.id_to_token(t) for t in row.input_ids[start:end]] == [*"▁me▁and▁you", "</s>"]
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "mistral-v0.3", "deepseek-v3"])
+def test_there_is_one_bos_though_tokenizer_and_template_both_add_it(tmp_path: Path, name: str) -> None:
+    """The tokenizer's post-processor adds a BOS to plain text; rendered text has its own, and keeps only that."""
+    template = load_template(write_family(tmp_path, BY_NAME[name]))
+    assert template.tokenizer.encode("hi").ids[0] == template.bos_id, "the post-processor is there"
+    row = render_row(make_example(("user", "q"), ("assistant", "a")), template)
+    assert row.input_ids.count(template.bos_id or -1) == 1
+    assert row.input_ids[0] == template.bos_id
+
+
+def test_nothing_is_trained_or_kept_after_the_stop_token(tmp_path: Path) -> None:
+    """The line break that templates write after a turn is history, never a target."""
+    template = load_template(write_family(tmp_path, BY_NAME["gemma3"]))
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    row = render_row(make_example(*turns), template)
+    assert [row.input_ids[end - 1] for _, end in row.spans] == [min(template.stop_ids)] * 2
+    assert row.input_ids[-1] == min(template.stop_ids)
+    assert template.decode([row.input_ids[row.spans[0][1]]]) == "\n"
+
+
+def test_thinking_is_one_setting_for_all_prompts_of_a_run(tmp_path: Path) -> None:
+    """On when an answer of the rows thinks, else off; a prompt never depends on the answer that is to come."""
+    template = load_template(write_family(tmp_path, BY_NAME["qwen3"]))
+    plain = make_example(("user", "q"), ("assistant", "a"))
+    thought = make_example(("user", "q"), ("assistant", f"{THINK}a"))
+    assert template.thinking == fit_template(template, [plain]).thinking == "off"
+    on = fit_template(template, [plain, thought])
+    assert on.thinking == "on"
+    assert on.encode_prompt(plain.prompt) == on.encode_prompt(thought.prompt)
+    said = [on.decode(r.input_ids[r.spans[0][0] :]) for r in (render_row(plain, on), render_row(thought, on))]
+    assert said == ["<think>\n\n</think>\n\na<|im_end|>", f"{THINK}a<|im_end|>"]
+    with pytest.raises(TrainingError, match="closes the thinking block, but the answer thinks"):
+        render_row(thought, template)
+    fixed = load_template(write_family(tmp_path, BY_NAME["qwen2.5"]))
+    assert fit_template(fixed, [thought]).thinking == "fixed"
+
+
+def test_the_clock_of_a_template_stands_still(tmp_path: Path) -> None:
+    """The same rows give the same tokens tomorrow, whether the template asks for the date kindly or not."""
+    for name in ("llama3", "mistral-tekken"):
+        template = load_template(write_family(tmp_path, BY_NAME[name]))
+        assert "2024" in template.render([Message("user", "q")], prompt=True)
+
+
+def test_generation_markers_are_neither_needed_nor_trusted(tmp_path: Path) -> None:
+    """Markers around the last turn only change nothing: both turns are trained, as without markers."""
+    marked = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if m.role == 'assistant' and loop.last %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    example = make_example(("user", "a?"), ("assistant", "one"), ("user", "b?"), ("assistant", "two"))
+    write_tokenizer(tmp_path / "marked", template=marked)
+    write_tokenizer(tmp_path / "plain")
+    with_markers = render_row(example, load_template(tmp_path / "marked"))
+    assert with_markers == render_row(example, load_template(tmp_path / "plain"))
+    assert len(with_markers.spans) == 2
+
+
+def ask(*turns: tuple[str, str] | Message, tools: bool = False) -> Example:
+    """A row with a plain question first."""
+    return make_example(("user", "a?"), *turns, tools=tools)
+
+
+ONE = ask(("assistant", "one"))
+SILENT = TEMPLATE.replace("{{ '<|im_start|>'", "{% if message.role != 'system' %}{{ '<|im_start|>'").replace(
+    "{% endfor %}", "{% endif %}{% endfor %}"
+)
+ANSWERS_ONLY = "{% for m in messages %}{{ m.content + '<|im_end|>' if m.role == 'assistant' else '' }}{% endfor %}"
+REFUSED: dict[str, tuple[str, Example, str]] = {
+    "no-generation-prompt": (TEMPLATE.replace("{% if add_gen", "{% if false and add_gen"), ONE, "not the answer"),
+    "no-stop": (TEMPLATE.replace("'<|im_end|>\n'", "'\n'"), ONE, "no stop token ends turn 2"),
+    "rewrites-its-own-prompt": ("{{ messages | length }}" + TEMPLATE, ONE, "prompt of turn 2 is not a prefix"),
+    "double-bos": ("{{ bos_token }}" + TEMPLATE, ONE, "two BOS tokens"),
+    "raises": ("{{ raise_exception('no system here') }}", ONE, "refused a conversation: no system here"),
+    "no-assistant": (TEMPLATE, make_example(("user", "a?")), "no assistant turn"),
+    "prompt-is-empty": (ANSWERS_ONLY, make_example(("user", ""), ("assistant", "x")), "the prompt is empty"),
+    "drops-the-user": (ANSWERS_ONLY, ONE, r"leaves out turn 1 \(user\)"),
+    "drops-the-system-text": (
+        SILENT,
+        make_example(("system", "Be kind."), ("user", "a?"), ("assistant", "x")),
+        r"leaves out turn 1 \(system\)",
+    ),
+    "no-tool-definitions": (TEMPLATE, ask(("assistant", "one"), tools=True), "the definition of tool get_weather"),
+    "no-calls": (TEMPLATE, ask(Message("assistant", "", [call("Paris")])), "renders no tool calls"),
+    "half-an-answer": (
+        TEMPLATE.replace("message['content']", "message['content'][:3]"),
+        make_example(("user", "a?"), ("assistant", "four")),
+        "is 'fou', not the answer",
+    ),
+    "stop-in-the-answer": (TEMPLATE, ask(("assistant", "on<|im_end|>e")), "is 'on', not the answer"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_train_the_wrong_tokens_is_refused(tmp_path: Path, case: str) -> None:
+    """Each is an error that names the row, the turn and the rule."""
+    template, example, rule = REFUSED[case]
+    write_tokenizer(tmp_path, template=template)
+    with pytest.raises(TrainingError, match=f"^row r1: .*{rule}"):
+        render_rows(example, load_template(tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("template", "rule"),
-    [
-        (TEMPLATE.replace("{% if add_gen", "{% if false and add_gen"), "not the answer"),
-        (TEMPLATE.replace("'<|im_end|>\n'", "'\n'"), "no stop token ends turn 2"),
-        ("{{ messages | length }}" + TEMPLATE, "is not a prefix of the whole rendering"),
-        ("{{ bos_token }}" + TEMPLATE, "two BOS tokens"),
-        ("{{ raise_exception('no system here') }}", "chat template refused"),
-    ],
-    ids=["no-generation-prompt", "no-stop", "rewrites-the-past", "double-bos", "raises"],
+    ("name", "token"), [("llama3", "<|eot_id|>"), ("gemma3", "<end_of_turn>"), ("phi3", "<|end|>")]
 )
-def test_a_template_that_would_train_the_wrong_tokens_is_refused(tmp_path: Path, template: str, rule: str) -> None:
-    """Each silent failure is an error that names the row and the rule."""
-    write_tokenizer(tmp_path, template=template)
-    with pytest.raises(TrainingError, match=rule):
-        read_spans(tmp_path, make_example(("user", "a?"), ("assistant", "one")))
+def test_a_turn_that_ends_where_no_server_stops_is_refused_with_the_token_to_add(
+    tmp_path: Path, name: str, token: str
+) -> None:
+    """The model would learn an ending that is not in `eos_token_id`: the message says which id to add there."""
+    family = BY_NAME[name]
+    template = load_template(write_family(tmp_path, family, stops=[s for s in family.stops if s != token]))
+    number = template.tokenizer.token_to_id(token)
+    with pytest.raises(TrainingError, match=f"no stop token ends turn 2: .*\\(token {number}\\).*: add {number}"):
+        render_row(ONE, template)
 
 
-def test_an_answer_that_holds_the_stop_token_is_refused(tmp_path: Path) -> None:
-    """A target that stops in its middle would teach to stop too early."""
-    write_tokenizer(tmp_path)
-    with pytest.raises(TrainingError, match="is 'on', not the answer"):
-        read_spans(tmp_path, make_example(("user", "a?"), ("assistant", "on<|im_end|>e")))
+def test_an_answer_without_thinking_for_a_model_that_must_think_is_refused(tmp_path: Path) -> None:
+    """DeepSeek R1's prompt opens the thinking block itself: a row without thinking would teach to skip it."""
+    template = load_template(write_family(tmp_path, BY_NAME["deepseek-r1"]))
+    with pytest.raises(TrainingError, match="opens a thinking block, but the answer does not think"):
+        render_row(ONE, template)
+
+
+def test_system_text_that_mistral_would_not_show_after_a_tool_result_is_refused(tmp_path: Path) -> None:
+    """Its template shows system text only beside a last user turn; the row's author must know."""
+    template = load_template(write_family(tmp_path, BY_NAME["mistral-v0.3"]))
+    asked = Message("assistant", "", [call("Paris")])
+    turns = (("system", "Be kind."), ("user", "w?"), asked, ("tool", "3"), ("assistant", "cold"))
+    with pytest.raises(TrainingError, match=r"leaves out turn 1 \(system\) at turn 5"):
+        render_rows(make_example(*turns, tools=True), template)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"tools": "{"}, "tools is not JSON"),
+        ({"tools": '{"name": "x"}'}, "expected a JSON list of tool definitions"),
+        ({"messages": (Message("user", "q"), Message("assistant", "", [{"function": {}}]))}, "no name; expected"),
+        ({"messages": (Message("user", "q"), Message("assistant", "", ["get_weather"]))}, "no name; expected"),
+    ],
+    ids=["broken-tools", "tools-no-list", "call-without-name", "call-is-text"],
+)
+def test_malformed_tools_are_named(tmp_path: Path, changes: dict[str, Any], rule: str) -> None:
+    """What is wrong with a definition or a call is said, with the row."""
+    template = load_template(write_family(tmp_path, BY_NAME["qwen2.5"]))
+    with pytest.raises(TrainingError, match=f"^row r1: .*{rule}"):
+        render_rows(Example(**{"id": "r1", "messages": ONE.messages, "provenance": "human", **changes}), template)
+
+
+def test_a_conversation_that_was_split_is_no_single_row(tmp_path: Path) -> None:
+    """`render_row` never leaves turns out without a word."""
+    template = load_template(write_family(tmp_path, BY_NAME["qwen3"]))
+    with pytest.raises(TrainingError, match="rewrites earlier turns"):
+        render_row(make_example(*ONE.messages, ("user", "b?"), ("assistant", "two")), template)
 
 
 def test_a_model_without_a_chat_template_or_a_stop_token_is_refused(tmp_path: Path) -> None:
@@ -94,7 +432,10 @@ def test_a_model_without_a_chat_template_or_a_stop_token_is_refused(tmp_path: Pa
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ModelError, match="no eos_token_id"):
         load_template(tmp_path)
-    (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 257}')
+    (tmp_path / "chat_template.jinja").write_text("{% for m in %}")
+    with pytest.raises(ModelError, match="chat template: "):
+        load_template(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(ModelError, match="no chat template"):
         load_template(tmp_path)

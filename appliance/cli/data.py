@@ -50,7 +50,7 @@ def check(*, folder: Path | None, recipe_path: Path | None, root: Path, cache: P
             root / recipe.dataset.path,
             split=recipe.dataset.split,
             gates_min_test_rows=recipe.evaluation.gates.min_test_rows,
-            max_length=recipe.training.max_length,
+            max_length=recipe.training.max_length if recipe.training.overlong == "refuse" else None,
             count_tokens=_build_counter(recipe, root=root, cache=cache),
         )
     else:

@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,7 +15,7 @@ from appliance.errors import ModelError, RegistryError
 from appliance.evaluation import Arm, GenerationJob, Output, build_prompts, generate
 from appliance.example import Example, Message
 from appliance.manifest import Manifest, decode_manifest
-from appliance.model import Base, load_template, resolve_base
+from appliance.model import Base, load_template, resolve_base, set_thinking
 from appliance.recipe import EvaluationSection, Recipe
 
 
@@ -57,13 +58,16 @@ def command(
     asked = prompts or tuple(line.strip() for line in sys.stdin if line.strip())
     if not asked:
         raise click.UsageError("nothing to answer: give --prompt or lines on standard input")
-    lead = system if system is not None else _read_system(folder)
+    card = _read_card(folder)
+    prompt = card.get("data", {}).get("system_prompt")
+    lead = system if system is not None else prompt if isinstance(prompt, str) else None
     outputs = _answer(
         asked,
         system=lead,
         best=recipe.evaluation.system_prompt if system is None else None,
         arms=_build_arms(folder.resolve(), base=base, is_adapter=is_adapter, compare=compare),
         limit=max_new_tokens,
+        thinking=card.get("training", {}).get("thinking"),
     )
     if as_json:
         print_json([{"prompt": asked[int(o.id)], "arm": o.arm, "output": o.output, "stop": o.stop} for o in outputs])
@@ -83,14 +87,13 @@ def _load_manifest(folder: Path) -> Manifest:
         ) from fault
 
 
-def _read_system(folder: Path) -> str | None:
-    """The system prompt that all training rows shared, from the card."""
+def _read_card(folder: Path) -> dict[str, Any]:
+    """The card, for what all training rows shared: the system prompt, and whether answers think."""
     try:
         card = json.loads((folder / "card" / "card.json").read_bytes())
     except (OSError, ValueError):
-        return None
-    prompt = card.get("data", {}).get("system_prompt")
-    return prompt if isinstance(prompt, str) else None
+        return {}
+    return card if isinstance(card, dict) else {}
 
 
 def _find_base(manifest: Manifest, recipe: Recipe, *, root: Path, cache: Path) -> Base:
@@ -119,13 +122,14 @@ def _answer(
     best: str | None,
     arms: tuple[Arm, ...],
     limit: int,
+    thinking: str | None,
 ) -> list[Output]:
     lead = (Message("system", system),) if system else ()
     examples = [
         Example(str(i), (*lead, Message("user", t), Message("assistant", "")), provenance="human")
         for i, t in enumerate(asked)
     ]
-    template = load_template(arms[0].model)
+    template = set_thinking(load_template(arms[0].model), thinking)
     section = EvaluationSection(few_shot=0, system_prompt=best)
     prompts = [p for a in arms for p in build_prompts(a, examples, section=section, train=(), template=template)]
     with tempfile.TemporaryDirectory(prefix="appliance-") as scratch:

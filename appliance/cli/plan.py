@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import click
 
 from appliance.cli.common import build_workspace, json_option, print_json, recipe_argument, workspace_options
-from appliance.model import load_template, render_row
+from appliance.model import ChatTemplate, TokenRow, fit_template, load_template
 from appliance.plan import Plan, read_machine
 from appliance.preparation import plan_run, prepare
 from appliance.recipe import load_recipe
-from appliance.training import show_mask
+from appliance.training import build_rows, describe_rows, show_mask
+
+_BREAK = "⏎"
+_LINES = re.compile(r"[^\n]*\n|[^\n]+")
+_LISTED = 5
 
 
 @click.command("plan")
@@ -24,17 +31,21 @@ from appliance.training import show_mask
 def command(*, recipe: Path, root: Path, cache: Path, runs: Path | None, masks: int, as_json: bool) -> None:
     """Show rows, tokens, steps, micro-batch and memory of RECIPE on this machine; trains nothing."""
     prepared = prepare(load_recipe(recipe), workspace=build_workspace(root=root, cache=cache, runs=runs))
-    template = load_template(prepared.base.folder)
-    rows = [render_row(e, template) for e in prepared.splits.train]
+    template = fit_template(load_template(prepared.base.folder), prepared.splits.train)
+    section = prepared.recipe.training
+    rows = build_rows(
+        prepared.splits.train, template=template, max_length=section.max_length, overlong=section.overlong
+    )
+    became = describe_rows(prepared.splits.train, rows)
     plan = plan_run(prepared, rows=rows, machine=read_machine())
     if as_json:
-        print_json({**plan.to_json(), "run_key": prepared.key})
+        shown = [{"id": r.id, "pieces": show_mask(r, template)} for r in rows[:masks]]
+        extra = {"masks": shown} if masks else {}
+        print_json({**plan.to_json(), "run_key": prepared.key, "thinking": template.thinking, "train": became, **extra})
         return
     _print_plan(plan, key=prepared.key)
-    for row in rows[:masks]:
-        pieces = show_mask(row, template)
-        click.echo(f"\n{row.id}")
-        click.echo("".join(click.style(text, fg="green", bold=True) if trained else text for text, trained in pieces))
+    _print_rows(became, thinking=template.thinking)
+    _print_masks(rows[:masks], parts=Counter(r.id for r in rows), template=template)
 
 
 def _print_plan(plan: Plan, *, key: str) -> None:
@@ -50,3 +61,53 @@ def _print_plan(plan: Plan, *, key: str) -> None:
     )
     for warning in plan.warnings:
         click.echo(click.style(f"warning: {warning}", fg="yellow"))
+
+
+def _print_rows(became: dict[str, Any], *, thinking: str) -> None:
+    """What the template made of the rows, where it is not one token row each."""
+    if thinking != "fixed":
+        click.echo(f"thinking    {thinking}: the rows' answers {'think' if thinking == 'on' else 'do not think'}")
+    if became["split"]:
+        click.echo(
+            f"split       {len(became['split'])} of {became['rows']} rows became several token rows: "
+            f"the chat template rewrites earlier turns ({_list(became['split'])})"
+        )
+    if became["dropped"]:
+        dropped = became["dropped"]
+        text = f"warning: {len(dropped)} rows are too long and would be dropped whole ({_list(dropped)})"
+        click.echo(click.style(text, fg="yellow"))
+
+
+def _list(ids: list[str]) -> str:
+    return ", ".join(ids[:_LISTED]) + (", ..." if len(ids) > _LISTED else "")
+
+
+def _print_masks(rows: tuple[TokenRow, ...], *, parts: Counter[str], template: ChatTemplate) -> None:
+    """The rows with what is trained marked twice, by `>` and by colour, so that a log shows it too.
+
+    Control tokens are in another colour; a line break of the row is shown as a sign and breaks the line.
+    """
+    seen: Counter[str] = Counter()
+    for row in rows:
+        seen[row.id] += 1
+        part = f", part {seen[row.id]} of {parts[row.id]}" if parts[row.id] > 1 else ""
+        head = f"row {row.id}{part}: {row.trained} of {len(row.input_ids)} tokens are trained (>)"
+        click.echo("\n" + click.style(head, bold=True))
+        is_open: bool | None = None
+        for text, is_trained, is_token in show_mask(row, template):
+            for line in _LINES.findall(text.replace("\r", "␍")):
+                if is_open is not is_trained:
+                    click.echo("" if is_open is None else "\n", nl=False)
+                    click.echo("  > " if is_trained else "    ", nl=False)
+                is_open = None if line.endswith("\n") else is_trained
+                click.echo(_style(line.rstrip("\n"), is_trained=is_trained, is_token=is_token), nl=False)
+                if is_open is None:
+                    click.echo(click.style(_BREAK, dim=True))
+        if is_open is not None:
+            click.echo()
+
+
+def _style(text: str, *, is_trained: bool, is_token: bool) -> str:
+    if is_token:
+        return click.style(text, fg="magenta", bold=is_trained)
+    return click.style(text, fg="green", bold=True) if is_trained else text

@@ -78,6 +78,25 @@ def use_arm(model: Any, arm: Arm) -> AbstractContextManager[Any]:
     return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
 
 
+def check_effect(model: Any, arm: Arm, prompt: Prompt) -> None:
+    """An adapter that was pulled or trained changes the logits. Raises `EvaluationError` when it does not.
+
+    PEFT fills what it does not find in the file with an adapter that does nothing, and only warns.
+    """
+    ids = torch.tensor([prompt.input_ids], device=next(model.parameters()).device)
+    with torch.inference_mode():
+        tuned = model(input_ids=ids, use_cache=False).logits[0, -1]
+        with model.disable_adapter():
+            plain = model(input_ids=ids, use_cache=False).logits[0, -1]
+    if not bool(torch.isfinite(tuned).all()):
+        raise EvaluationError(f"{arm.adapter}: the logits with this adapter are not finite; pull or train it again")
+    if torch.equal(tuned, plain):
+        raise EvaluationError(
+            f"{arm.adapter}: this adapter changes no logit of {arm.model}; it was trained on another base model, "
+            "its file is damaged, or training changed nothing: pull or train it again"
+        )
+
+
 def generate_batch(
     model: Any,
     batch: Sequence[Prompt],

@@ -43,7 +43,14 @@ def _run_arms(
     emit: Emit,
 ) -> None:
     """The arms that share one model. Raises `InterruptedRunError` between two batches."""
-    from appliance.evaluation.generation import cut_batches, generate_batch, load_arms, select_padding, use_arm
+    from appliance.evaluation.generation import (
+        check_effect,
+        cut_batches,
+        generate_batch,
+        load_arms,
+        select_padding,
+        use_arm,
+    )
 
     if job.threads:
         import torch
@@ -53,9 +60,11 @@ def _run_arms(
     model = load_arms(arms, folder=folder, precision=job.precision)
     with (job.folder / "outputs.jsonl").open("ab") as sink:
         for arm in arms:
+            asked = [p for p in prompts if p.arm == arm.name]
             with use_arm(model, arm):
-                mine = [p for p in prompts if p.arm == arm.name]
-                for batch in cut_batches(mine, job.batch, padding=select_padding(arm)):
+                if arm.adapter is not None and asked:
+                    check_effect(model, arm, asked[0])
+                for batch in cut_batches(asked, job.batch, padding=select_padding(arm)):
                     if all((p.id, p.arm) in done for p in batch):
                         continue
                     if stop.is_set:

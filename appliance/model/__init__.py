@@ -7,6 +7,17 @@ the same template. It refuses remote code and pickled weights.
 from __future__ import annotations
 
 from appliance.model.base import Base, resolve_base
-from appliance.model.template import ChatTemplate, TokenRow, load_template, render_row
+from appliance.model.mask import TokenRow, render_row, render_rows
+from appliance.model.template import ChatTemplate, fit_template, load_template, set_thinking
 
-__all__ = ["Base", "ChatTemplate", "TokenRow", "load_template", "render_row", "resolve_base"]
+__all__ = [
+    "Base",
+    "ChatTemplate",
+    "TokenRow",
+    "fit_template",
+    "load_template",
+    "render_row",
+    "render_rows",
+    "resolve_base",
+    "set_thinking",
+]

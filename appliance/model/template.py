@@ -1,66 +1,83 @@
 """The chat template, rendered here once for checks, training and generation alike.
 
-Rendering needs jinja2 and tokenizers only, not torch. The mask of trained tokens does not depend
-on generation markers in the template: an assistant turn is what the rendering of a conversation
-adds to the rendering of its prompt. Whatever breaks that rule is refused, never guessed:
-
-* the inference prompt must be a prefix of the training text, byte for byte and token for token;
-* every assistant turn must give one trained span that contains its content;
-* every trained span must end with a stop token, or the model never learns to stop.
+Rendering needs jinja2 and tokenizers only, not torch. What the families of templates disagree on
+is found out when a template is loaded, by rendering a small conversation, and never guessed from
+names: whether tool arguments go in as objects or as text, and whether thinking can be switched.
+The mask of trained tokens is in `appliance.model.mask`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import msgspec
+from typing import Any, Literal
 
 from appliance.errors import ModelError, TrainingError
 from appliance.example import Example, Message
+from appliance.model.environment import compile_template
+
+Thinking = Literal["fixed", "off", "on"]
+"""Whether the template has a switch for thinking, and how it is set for every prompt of a run."""
+
+CLOSED = "</think>"
+_SPACE = re.compile(r"\s+")
 
 
-class TokenRow(msgspec.Struct, frozen=True):
-    """One example as tokens; `spans` are the trained half-open ranges, in order."""
+@dataclass(frozen=True, slots=True)
+class CallForm:
+    """How a template wants tool calls: arguments as an object or as JSON text, no content as "" or none."""
 
-    id: str
-    input_ids: list[int]
-    spans: list[tuple[int, int]]
+    arguments: Literal["object", "text"]
+    empty: Literal["text", "none"]
 
-    @property
-    def trained(self) -> int:
-        """How many tokens carry loss."""
-        return sum(end - start for start, end in self.spans)
+
+_FORMS = tuple(CallForm(a, e) for a in ("object", "text") for e in ("text", "none"))
+_PROBE_CALL = {"name": "probe_tool", "arguments": {"city": "Paris", "days": 2}}
+_PROBE_TOOL = {"name": "probe_tool", "description": "d", "parameters": {"type": "object", "properties": {}}}
+_PROBE = (
+    Message("user", "u"),
+    Message("assistant", "", [_PROBE_CALL]),
+    Message("tool", "t"),
+    Message("assistant", "a"),
+)
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The compiled template and tokenizer of one base model."""
+    """The compiled templates (with and without tools) and the tokenizer of one base model."""
 
     compiled: Any
+    compiled_tools: Any
     tokenizer: Any
     constants: dict[str, str]
     stop_ids: frozenset[int]
+    added_ids: frozenset[int]
     bos_id: int | None
     source: str
+    calls: CallForm | None = None
+    thinking: Thinking = "fixed"
 
     def render(self, messages: Sequence[Message], *, prompt: bool, tools: str | None = None) -> str:
         """The conversation as text; with `prompt`, ending where the assistant begins to speak."""
         from jinja2 import TemplateError
 
-        turns = [{k: v for k, v in msgspec.to_builtins(m).items() if v is not None} for m in messages]
+        definitions = _read_tools(tools)
+        turns = _build_turns(messages, form=self.calls or _FORMS[0])
+        switch = (
+            {} if self.thinking == "fixed" else dict.fromkeys(("enable_thinking", "thinking"), self.thinking == "on")
+        )
         try:
-            text = self.compiled.render(
-                messages=turns,
-                add_generation_prompt=prompt,
-                tools=json.loads(tools) if tools else None,
-                **self.constants,
+            text = (self.compiled_tools if definitions else self.compiled).render(
+                messages=turns, add_generation_prompt=prompt, tools=definitions, **self.constants, **switch
             )
         except (TemplateError, TypeError, ValueError) as fault:
-            raise TrainingError(f"{self.source}: chat template refused a conversation: {fault}") from fault
+            raise TrainingError(
+                f"the chat template refused a conversation: {fault} (template of {self.source}); "
+                "give the rows the turns that it knows, or choose another base model"
+            ) from fault
         return str(text)
 
     def encode(self, text: str) -> Any:
@@ -77,7 +94,7 @@ class ChatTemplate:
 
 
 def load_template(folder: Path) -> ChatTemplate:
-    """The template, tokenizer and stop tokens of a model folder. Raises `ModelError`."""
+    """The template, tokenizer and stop tokens of a model folder, thinking off. Raises `ModelError`."""
     from tokenizers import Tokenizer
 
     config = _read_json(folder / "tokenizer_config.json")
@@ -89,102 +106,154 @@ def load_template(folder: Path) -> ChatTemplate:
     tokenizer.no_padding()
     names = {n: _token_text(config.get(n)) for n in ("bos_token", "eos_token", "pad_token", "unk_token")}
     constants = {n: t for n, t in names.items() if t is not None}
-    stops = _stop_ids(folder, tokenizer=tokenizer, eos=constants.get("eos_token"))
     bos = constants.get("bos_token")
-    return ChatTemplate(
-        compiled=_compile(_template_text(folder, config)),
+    plain, with_tools = _read_templates(folder, config)
+    template = ChatTemplate(
+        compiled=compile_template(plain),
+        compiled_tools=compile_template(with_tools),
         tokenizer=tokenizer,
         constants=constants,
-        stop_ids=stops,
+        stop_ids=_read_stop_ids(folder, tokenizer=tokenizer, eos=constants.get("eos_token")),
+        added_ids=frozenset(tokenizer.get_added_tokens_decoder()),
         bos_id=tokenizer.token_to_id(bos) if bos else None,
         source=str(folder),
     )
+    return replace(template, calls=_find_call_form(template), thinking="off" if _can_switch(template) else "fixed")
 
 
-def render_row(example: Example, template: ChatTemplate) -> TokenRow:
-    """Tokens and trained spans of one example. Raises `TrainingError` naming the row and the rule."""
-    full = template.render(example.messages, prompt=False, tools=example.tools)
-    encoding = template.encode(full)
-    ids = list(encoding.ids)
-    turns = [i for i, m in enumerate(example.messages) if m.role == "assistant"]
-    spans = [_find_span(example, turn, template=template, full=full, encoding=encoding) for turn in turns]
-    _check_bos(example, ids, template)
-    prompt = template.encode_prompt(example.prompt, tools=example.tools)
-    if ids[: len(prompt)] != prompt:
-        raise _refuse(example, "the tokens of the inference prompt are not a prefix of the training tokens", template)
-    if not spans or sum(end - start for start, end in spans) >= len(ids):
-        raise _refuse(example, "no token, or every token, would be trained", template)
-    return TokenRow(id=example.id, input_ids=ids, spans=spans)
+def fit_template(template: ChatTemplate, examples: Sequence[Example]) -> ChatTemplate:
+    """Thinking on when an answer of the rows thinks, else off; a template without the switch stays as it is.
+
+    Decided once for all prompts of a run, because a prompt must not depend on the answer to come.
+    """
+    thinks = any(CLOSED in m.content for e in examples for m in e.messages if m.role == "assistant")
+    return set_thinking(template, "on" if thinks else "off")
 
 
-def _find_span(example: Example, turn: int, *, template: ChatTemplate, full: str, encoding: Any) -> tuple[int, int]:
-    """The token range of one assistant turn: from the end of its prompt to its stop token."""
-    before = template.render(example.messages[:turn], prompt=True, tools=example.tools)
-    if not full.startswith(before):
-        raise _refuse(example, f"the prompt of turn {turn + 1} is not a prefix of the whole rendering", template)
-    starts = [i for i, (begin, end) in enumerate(encoding.offsets) if begin >= len(before) and end > begin]
-    if not starts or encoding.offsets[starts[0]][0] != len(before):
-        raise _refuse(example, f"no token begins where the answer of turn {turn + 1} begins", template)
-    start = starts[0]
-    stop = next((i for i in range(start, len(encoding.ids)) if encoding.ids[i] in template.stop_ids), None)
-    if stop is None:
-        raise _refuse(example, f"no stop token ends turn {turn + 1}", template)
-    said = full[len(before) : encoding.offsets[stop][0]]
-    content = example.messages[turn].content
-    if said.strip() != content.strip():
-        raise _refuse(example, f"the trained text of turn {turn + 1} is {said[:60]!r}, not the answer", template)
-    return start, stop + 1
+def set_thinking(template: ChatTemplate, thinking: str | None) -> ChatTemplate:
+    """The template with thinking "on", or else off; one without the switch stays as it is."""
+    return template if template.thinking == "fixed" else replace(template, thinking="on" if thinking == "on" else "off")
 
 
-def _check_bos(example: Example, ids: list[int], template: ChatTemplate) -> None:
-    if template.bos_id is not None and ids[:2] == [template.bos_id, template.bos_id]:
-        raise _refuse(example, "two BOS tokens lead the row", template)
+def holds_call(text: str, call: Any) -> bool:
+    """Whether a rendering says a tool call: its name, and its arguments as one JSON text or value by value."""
+    name, arguments = _read_call(call)
+    if name not in text:
+        return False
+    squeezed, wanted = _SPACE.sub("", text), _SPACE.sub("", json.dumps(arguments, ensure_ascii=False))
+    if wanted in squeezed:
+        return True
+    mangled = (_SPACE.sub("", repr(arguments)), json.dumps(wanted, ensure_ascii=False)[1:-1])
+    return not any(m in squeezed for m in mangled) and all(leaf in text for leaf in _list_leaves(arguments))
 
 
-def _refuse(example: Example, what: str, template: ChatTemplate) -> TrainingError:
-    return TrainingError(
-        f"row {example.id}: {what} (template of {template.source}); "
-        "training on it would teach the wrong tokens: correct the row or choose a base model with a plain chat template"
-    )
+def _list_leaves(value: Any) -> list[str]:
+    """Keys and scalars of a JSON value as a template would write them one by one."""
+    if isinstance(value, dict):
+        return [leaf for k, v in value.items() for leaf in (str(k), *_list_leaves(v))]
+    if isinstance(value, list):
+        return [leaf for v in value for leaf in _list_leaves(v)]
+    return [value if isinstance(value, str) else json.dumps(value)]
 
 
-def _compile(text: str) -> Any:
-    """The template in the sandbox and with the helpers that transformers gives to templates."""
-    from jinja2 import TemplateSyntaxError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
+def _read_tools(tools: str | None) -> list[Any] | None:
     try:
-        return environment.from_string(text)
-    except TemplateSyntaxError as fault:
-        raise ModelError(f"chat template: {fault}; copy the model again") from fault
+        value = json.loads(tools) if tools else None
+    except ValueError as fault:
+        raise TrainingError(f"tools is not JSON ({fault}); write a JSON list of tool definitions") from fault
+    if value is not None and not (isinstance(value, list) and all(isinstance(v, dict) for v in value)):
+        raise TrainingError(f"tools is {tools[:60] if tools else ''!r}; expected a JSON list of tool definitions")
+    return [v if "function" in v else {"type": "function", "function": v} for v in value] if value else None
 
 
-def _to_json(value: Any, indent: int | None = None, **_options: Any) -> str:
-    """As transformers does it: no HTML escapes, no ASCII escapes."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _build_turns(messages: Sequence[Message], *, form: CallForm) -> list[dict[str, Any]]:
+    """Messages as templates expect them: calls in one shape with ids, and tool turns that name their call."""
+    turns: list[dict[str, Any]] = []
+    waiting: list[dict[str, Any]] = []
+    count = 0
+    for message in messages:
+        turn: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.tool_calls:
+            waiting = [_build_call(c, form=form, number=count + i) for i, c in enumerate(message.tool_calls, start=1)]
+            count += len(waiting)
+            turn["tool_calls"] = list(waiting)
+            if not message.content and form.empty == "none":
+                turn["content"] = None
+        elif message.role == "tool" and waiting:
+            call = waiting.pop(0)
+            turn |= {"tool_call_id": call["id"], "name": call["function"]["name"]}
+        turns.append(turn)
+    return turns
 
 
-def _raise_exception(message: str) -> None:
-    from jinja2 import TemplateError
+def _build_call(call: Any, *, form: CallForm, number: int) -> dict[str, Any]:
+    """One call in OpenAI's shape; an id of nine characters where the row has none (Mistral wants nine)."""
+    name, arguments = _read_call(call)
+    if form.arguments == "text" and not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    given = call.get("id")
+    return {
+        "id": given if isinstance(given, str) else f"call{number:05d}",
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
 
-    raise TemplateError(message)
+
+def _read_call(call: Any) -> tuple[str, Any]:
+    """Name and arguments; arguments given as JSON text are read, so that no template encodes them twice."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(function, dict) or not isinstance(name, str) or not name:
+        raise TrainingError(
+            f"tool call {json.dumps(call)[:60]}: no name; expected "
+            '{"type": "function", "function": {"name": ..., "arguments": {...}}}'
+        )
+    arguments = function.get("arguments", function.get("parameters", {}))
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            return name, arguments
+    return name, arguments
 
 
-def _template_text(folder: Path, config: dict[str, Any]) -> str:
+def _find_call_form(template: ChatTemplate) -> CallForm | None:
+    """The first form in which the template shows a probe call whole; `None` when it shows no calls."""
+    for form in _FORMS:
+        try:
+            text = replace(template, calls=form).render(_PROBE, prompt=False, tools=json.dumps([_PROBE_TOOL]))
+        except TrainingError:
+            continue
+        if holds_call(text, _PROBE_CALL):
+            return form
+    return None
+
+
+def _can_switch(template: ChatTemplate) -> bool:
+    """Whether a prompt reads differently with thinking on and off."""
+    try:
+        off, on = (replace(template, thinking=t).render(_PROBE[:1], prompt=True) for t in ("off", "on"))
+    except TrainingError:
+        return False
+    return off != on
+
+
+def _read_templates(folder: Path, config: dict[str, Any]) -> tuple[str, str]:
+    """The default template and the one for rows with tools, which is mostly the same."""
     file = folder / "chat_template.jinja"
     text = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
+    named: dict[str, Any] = {}
     if isinstance(text, list):
-        text = next((t["template"] for t in text if t.get("name") == "default"), None)
+        named = {str(t.get("name")): t.get("template") for t in text if isinstance(t, dict)}
+        text = named.get("default")
     if not isinstance(text, str) or not text.strip():
         raise ModelError(f"{folder}: no chat template; use an instruction-tuned base model, or add chat_template.jinja")
-    return text
+    extra = folder / "additional_chat_templates" / "tool_use.jinja"
+    with_tools = extra.read_text("utf-8") if extra.is_file() else named.get("tool_use")
+    return text, with_tools if isinstance(with_tools, str) else text
 
 
-def _stop_ids(folder: Path, *, tokenizer: Any, eos: str | None) -> frozenset[int]:
+def _read_stop_ids(folder: Path, *, tokenizer: Any, eos: str | None) -> frozenset[int]:
     """What ends generation: `generation_config.json`, else the tokenizer's EOS token."""
     value = _read_json(folder / "generation_config.json").get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]

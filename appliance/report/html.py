@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from html import escape
 from importlib import resources
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from appliance.report.plots import draw_bar, draw_figure, list_plots
@@ -18,7 +20,8 @@ from appliance.report.words import (
     say_share,
 )
 
-_MASK_LIMIT = 1200
+_CONTEXT_LIMIT = 600
+_TRAINED_LIMIT = 2400
 
 
 def render_html(card: dict[str, Any]) -> str:
@@ -29,7 +32,7 @@ def render_html(card: dict[str, Any]) -> str:
         _render_arms(card),
         _render_slices(card),
         _render_curves(card),
-        _render_mask(card),
+        _render_masks(card),
         _render_facts(card),
         _render_use(card),
     ]
@@ -102,19 +105,49 @@ def _render_curves(card: dict[str, Any]) -> str:
     return f"<section><h2>Training</h2>{told}<div class='plots'>{drawn}</div></section>" if drawn or told else ""
 
 
-def _render_mask(card: dict[str, Any]) -> str:
-    pieces = card["training"].get("mask_example") or []
-    if not pieces:
+def _render_masks(card: dict[str, Any]) -> str:
+    """A few training rows as the model met them: trained tokens marked, control tokens boxed, breaks shown."""
+    masks = card["training"].get("masks") or []
+    if not masks:
         return ""
-    shown, used = [], 0
-    for text, trained in pieces:
-        part = text[: max(0, _MASK_LIMIT - used)]
-        used += len(part)
-        shown.append(f"<mark>{escape(part)}</mark>" if trained else escape(part))
-    return (
-        "<section><h2>What was trained on</h2><p>The first training row; only the marked tokens carry loss.</p>"
-        f"<pre class='mask'>{''.join(shown)}</pre></section>"
+    blocks = "".join(
+        f"<h3>{escape(_name_row(m))} <small>{m['trained']} of {m['tokens']} tokens trained</small></h3>"
+        f"<pre class='mask'>{_render_pieces(m['pieces'])}</pre>"
+        for m in masks
     )
+    return (
+        "<section><h2>What was trained on</h2><p>Rows of the training split as tokens. Only <mark>marked</mark> tokens "
+        "carry loss; <span class='tok'>boxed</span> ones are control tokens, ⏎ is a line break.</p>"
+        f"{blocks}</section>"
+    )
+
+
+def _name_row(mask: dict[str, Any]) -> str:
+    return f"row {mask['id']}" + (f", part {mask['part']}" if mask.get("part") else "")
+
+
+def _render_pieces(pieces: list[Any]) -> str:
+    parts = []
+    for is_trained, group in groupby(pieces, key=itemgetter(1)):
+        limit = _TRAINED_LIMIT if is_trained else _CONTEXT_LIMIT
+        shown = "".join(
+            f"<span class='tok'>{escape(text)}</span>" if is_token else _show_breaks(escape(_shorten(text, limit)))
+            for text, _, is_token in group
+        )
+        parts.append(f"<mark>{shown}</mark>" if is_trained else shown)
+    return "".join(parts)
+
+
+def _shorten(text: str, limit: int) -> str:
+    """A long text by its two ends, with how much is left out."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
+
+
+def _show_breaks(text: str) -> str:
+    return text.replace("\r", "␍").replace("\n", "<i class='br'>⏎</i>\n")
 
 
 def _render_facts(card: dict[str, Any]) -> str:

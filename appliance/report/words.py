@@ -6,6 +6,7 @@ from typing import Any
 
 _METHOD_KEYS = ("rank", "alpha", "dropout", "tokens", "init", "projection", "encoder", "hidden")
 DASH = "–"
+_LISTED = 20
 ARM_NAMES = {
     "zero_shot": "base, best prompt",
     "few_shot": "base, few-shot",
@@ -85,6 +86,7 @@ def list_facts(card: dict[str, Any]) -> dict[str, dict[str, str]]:
             "data digest": str(data.get("digest", DASH))[:16],
             "split digest": str(data.get("split_digest", DASH))[:16],
         },
+        **_list_mask(training),
         "Method": {
             "method": " ".join(str(method[k]) for k in ("type", "variant") if k in method),
             **{k: say_number(method[k]) for k in _METHOD_KEYS if k in method},
@@ -119,3 +121,23 @@ def list_facts(card: dict[str, Any]) -> dict[str, dict[str, str]]:
         },
     }
     return facts | {"Versions": {k: str(v) for k, v in card["versions"].items()}}
+
+
+def _list_mask(training: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """What the chat template made of the rows, and what was left out; nothing for cards made before it was told."""
+    sides = {s: v for s, v in (training.get("rows") or {}).items() if s != "test"}
+    if not sides:
+        return {}
+    split, dropped = ([i for v in sides.values() for i in v[k]] for k in ("split", "dropped"))
+    facts = {"token rows": ", ".join(f"{say_number(v['token_rows'])} {s}" for s, v in sides.items())}
+    if split:
+        facts["split rows"] = (
+            f"{say_number(len(split))}: the chat template rewrites earlier turns, each turn is trained once"
+        )
+    facts["left out, too long"] = f"{say_number(len(dropped))}: {', '.join(dropped[:_LISTED])}" if dropped else "none"
+    if len(dropped) > _LISTED:
+        facts["left out, too long"] += ", ..."
+    thinking = training.get("thinking", "fixed")
+    if thinking != "fixed":
+        facts["thinking"] = f"{thinking}; serve with enable_thinking: {'true' if thinking == 'on' else 'false'}"
+    return {"Mask": facts}

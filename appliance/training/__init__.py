@@ -7,6 +7,14 @@ checkpoint that belongs to another run or whose bytes are damaged.
 from __future__ import annotations
 
 from appliance.training.launch import TrainingJob, train
-from appliance.training.rows import prepare_rows, show_mask
+from appliance.training.rows import build_rows, describe_rows, prepare_rows, select_masks, show_mask
 
-__all__ = ["TrainingJob", "prepare_rows", "show_mask", "train"]
+__all__ = [
+    "TrainingJob",
+    "build_rows",
+    "describe_rows",
+    "prepare_rows",
+    "select_masks",
+    "show_mask",
+    "train",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,20 @@ from appliance.training.launch import TrainingJob
 from appliance.training.methods import Weights, without_training
 
 _PARITY = {"bf16": 0.05, "fp32": 1e-3}
+_LEAK = {"bf16": 1e-2, "fp32": 1e-5}
+
+
+def check_base(model: Any, row: TokenRow, *, device: torch.device) -> None:
+    """The base's loss on a row is finite: what starts as NaN can only stay NaN."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.eval()
+    loss = _mean_loss(base, build_records([row]), device=device, alone=True)
+    base.train()
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"base model: its loss on row {row.id} is {loss}, with finite weights; set training.precision: fp32, "
+            "or use another base model"
+        )
 
 
 def check_packing(model: Any, rows: tuple[TokenRow, ...], *, precision: Precision, device: torch.device) -> None:
@@ -27,6 +42,8 @@ def check_packing(model: Any, rows: tuple[TokenRow, ...], *, precision: Precisio
         packed = _mean_loss(model, records, device=device)
         base.set_attn_implementation("sdpa")
         losses = [(_mean_loss(model, [r], device=device, alone=True), _count_trained(r)) for r in records]
+        base.set_attn_implementation(used)
+        leak = _measure_leak(model, records, device=device)
     except (ValueError, TypeError) as fault:
         raise TrainingError(f"this model cannot train packed rows ({fault}); set training.packing: false") from fault
     finally:
@@ -38,10 +55,36 @@ def check_packing(model: Any, rows: tuple[TokenRow, ...], *, precision: Precisio
             f"packed loss {packed:.4f} is not the loss of the rows alone, {alone:.4f}: rows would see each other; "
             "set training.packing: false"
         )
+    if leak > _LEAK[precision]:
+        raise TrainingError(
+            f"the logits of a packed row move by {leak:.1%} of their spread when another row changes: "
+            "rows see each other; set training.packing: false"
+        )
+
+
+def _measure_leak(model: Any, records: list[dict[str, Any]], *, device: torch.device) -> float:
+    """How far the last row's logits move when every other row's tokens change, by their standard deviation.
+
+    A loss can hide it: a model that has learnt nothing says the same whatever it sees.
+    """
+    *others, last = records
+    start = len(last["input_ids"])
+    logits = []
+    for shift in (0, 1):
+        moved = [{**r, "input_ids": r["input_ids"][shift:] + r["input_ids"][:shift]} for r in others]
+        batch = collate_packed([*moved, last])
+        kept = {k: v for k, v in _move(batch, device).items() if k not in ("labels", "shift_labels", "logits_to_keep")}
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
+            logits.append(model(**kept, use_cache=False).logits[0, -start:].float())
+    return float((logits[0] - logits[1]).abs().max() / logits[0].std().clamp(min=1e-9))
+
+
+def _move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
 def _mean_loss(model: Any, records: list[dict[str, Any]], *, device: torch.device, alone: bool = False) -> float:
-    batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in collate_packed(records).items()}
+    batch = _move(collate_packed(records), device)
     if alone:
         batch = {k: v for k, v in batch.items() if k not in ("cu_seq_lens_q", "max_length_q")}
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):

@@ -33,7 +33,7 @@ from appliance.training.checkpoints import (
     read_seal,
 )
 from appliance.training.fingerprint import build_fingerprint, make_deterministic, make_repeatable
-from appliance.training.guards import check_packing, check_trained
+from appliance.training.guards import check_base, check_packing, check_trained
 from appliance.training.journal import Journal
 from appliance.training.launch import TrainingJob
 from appliance.training.levers import select_levers
@@ -67,6 +67,7 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
         levers = select_levers(job.training, method=job.method, on_cuda=device.type == "cuda")
         model = build_model(job, levers, precision=precision, device=device)
         make_repeatable(model)
+        check_base(model, train_rows[0], device=device)
         if is_packed(job.training, job.method):
             check_packing(model, train_rows, precision=precision, device=device)
 

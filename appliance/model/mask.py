@@ -1,0 +1,240 @@
+"""The mask: which tokens of a conversation carry loss.
+
+The law: what is trained at a turn is exactly what inference would have to produce there. The
+tokens before it are those of the inference prompt, byte for byte; the tokens of the turn are what
+the template adds for the answer, up to and with the stop token. No generation markers are needed.
+
+Templates rewrite history: they strip the thinking of earlier turns, or move the system text into
+the last user turn. Then one sequence cannot hold every turn as inference would see it, and the
+conversation becomes several token rows; every assistant turn is trained exactly once. What cannot
+be brought under the law is refused with its reason.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from dataclasses import dataclass
+
+import msgspec
+
+from appliance.errors import TrainingError
+from appliance.example import Example
+from appliance.model.template import CLOSED, ChatTemplate, holds_call
+
+_SCAFFOLD = re.compile(r"<think>\s*(</think>\s*)?$")
+_EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
+_THINKING = re.compile(r"\s*(?:<think>)?\s*(.*?</think>\s*)", re.DOTALL)
+
+
+class TokenRow(msgspec.Struct, frozen=True):
+    """One sequence of tokens; `spans` are the trained half-open ranges, in order; `id` is the example's."""
+
+    id: str
+    input_ids: list[int]
+    spans: list[tuple[int, int]]
+
+    @property
+    def trained(self) -> int:
+        """How many tokens carry loss."""
+        return sum(end - start for start, end in self.spans)
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """One assistant turn: the tokens inference starts from, and those it must produce."""
+
+    prompt: list[int]
+    answer: list[int]
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt + self.answer
+
+
+def render_rows(example: Example, template: ChatTemplate) -> tuple[TokenRow, ...]:
+    """Token rows in which every assistant turn of the example is trained once; mostly one row.
+
+    Raises `TrainingError` naming the row and the rule that it breaks.
+    """
+    try:
+        _check_shown(example, template)
+        numbers = [i for i, m in enumerate(example.messages) if m.role == "assistant"]
+        left = [_build_turn(example, n, template) for n in numbers]
+    except TrainingError as fault:
+        raise fault if str(fault).startswith("row ") else TrainingError(f"row {example.id}: {fault}") from fault
+    if not left:
+        raise _refuse(example, "no assistant turn, so nothing would be trained", template)
+    rows: list[TokenRow] = []
+    while left:
+        ids = left[-1].ids
+        held = [t for t in left if ids[: len(t.ids)] == t.ids]
+        spans = [(len(t.prompt), len(t.ids)) for t in held]
+        row = TokenRow(id=example.id, input_ids=ids, spans=spans)
+        _check_row(example, row, template)
+        rows.insert(0, row)
+        left = [t for t in left if t not in held]
+    return tuple(rows)
+
+
+def render_row(example: Example, template: ChatTemplate) -> TokenRow:
+    """The token row of an example that needs only one. Raises `TrainingError`, also when it needs several."""
+    row, *more = render_rows(example, template)
+    if more:
+        raise _refuse(example, "the template rewrites earlier turns, so that one token row cannot hold them", template)
+    return row
+
+
+def split_thinking(content: str) -> tuple[str, str]:
+    """The reasoning and the answer of a content, both trimmed; the reasoning is empty without `</think>`."""
+    before, closed, after = content.partition(CLOSED)
+    if not closed:
+        return "", content.strip()
+    return before.strip().removeprefix("<think>").strip(), after.strip()
+
+
+def _build_turn(example: Example, number: int, template: ChatTemplate) -> _Turn:
+    """The tokens of one assistant turn, as inference would meet it."""
+    before = template.render(example.messages[:number], prompt=True, tools=example.tools)
+    tail = _find_tail(example, number, prompt=before, template=template)
+    prompt = list(template.encode(before).ids)
+    answer = _encode_answer(example, number, prompt=prompt, before=before, tail=tail, template=template)
+    stop = next((i for i, token in enumerate(answer) if token in template.stop_ids), None)
+    if stop is None:
+        raise _refuse_ending(example, number, answer, template)
+    _check_said(example, number, answer[:stop], template)
+    return _Turn(prompt=prompt, answer=answer[: stop + 1])
+
+
+def _find_tail(example: Example, number: int, *, prompt: str, template: ChatTemplate) -> str:
+    """What the template adds to the prompt for this turn, up to the end of the rendering.
+
+    A template may show system text only while a user turn is the last one (Mistral): then the same
+    conversation without it says how the answer is written, and the prompt stays what inference sees.
+    """
+    messages = example.messages[: number + 1]
+    own = template.render(messages, prompt=False, tools=example.tools)
+    if own.startswith(prompt):
+        return own[len(prompt) :]
+    if messages[0].role == "system" and number > 1:
+        bare = template.render(messages[1:-1], prompt=True, tools=example.tools)
+        own_bare = template.render(messages[1:], prompt=False, tools=example.tools)
+        if own_bare == own and own.startswith(bare):
+            return own_bare[len(bare) :]
+    return _continue_thinking(example, number, prompt=prompt, own=own, template=template)
+
+
+def _continue_thinking(example: Example, number: int, *, prompt: str, own: str, template: ChatTemplate) -> str:
+    """The answer after a prompt that ends with a thinking block.
+
+    The template leaves that block out once the answer is there: an empty one (Qwen 3), or an open
+    one whose thinking it throws away (DeepSeek R1). Inference sees it, so it stays in the prompt.
+    """
+    content, turn = example.messages[number].content, f"turn {number + 1}"
+    scaffold = _SCAFFOLD.search(prompt)
+    if scaffold is None or not own.startswith(prompt[: scaffold.start()]):
+        raise _refuse(example, f"the prompt of {turn} is not a prefix of the rendering of that turn", template)
+    rest = own[scaffold.start() :]
+    thinks = bool(split_thinking(content)[0])
+    if scaffold[1] is not None:
+        if thinks:
+            raise _refuse(example, f"the prompt of {turn} closes the thinking block, but the answer thinks", template)
+        empty = _EMPTY_THINKING.match(rest)
+        return rest[empty.end() :] if empty else rest
+    if not thinks:
+        what = (
+            f"the prompt of {turn} opens a thinking block, but the answer does not think: inference would think first; "
+            "let the answer begin with <think>...</think>"
+        )
+        raise _refuse(example, what, template)
+    if CLOSED in rest:
+        return rest.lstrip().removeprefix("<think>").lstrip()
+    kept = _THINKING.match(content)
+    return (kept[1] if kept else "") + rest.lstrip()
+
+
+def _encode_answer(
+    example: Example, number: int, *, prompt: list[int], before: str, tail: str, template: ChatTemplate
+) -> list[int]:
+    """The tokens after the prompt's; where a merge would cross the border, the answer's are made apart.
+
+    Inference cannot change the tokens of the prompt, so a token that holds both is never trained.
+    """
+    joined = list(template.encode(before + tail).ids)
+    if joined[: len(prompt)] == prompt:
+        return joined[len(prompt) :]
+    text = template.decode(joined)
+    mark = template.decode([min(template.stop_ids)])
+    for apart in (list(template.encode(tail).ids), list(template.encode(mark + tail).ids)[1:]):
+        if template.decode(prompt + apart) == text:
+            return apart
+    what = f"the tokenizer cannot part the answer of turn {number + 1} from its prompt"
+    raise _refuse(example, what, template)
+
+
+def _check_said(example: Example, number: int, said: list[int], template: ChatTemplate) -> None:
+    """The trained tokens, decoded, are the answer: its thinking, its text and its tool calls."""
+    message, text = example.messages[number], template.decode(said)
+    reasoning, answer = (unicodedata.normalize("NFC", t) for t in split_thinking(message.content))
+    if not message.tool_calls:
+        spoken = tuple(unicodedata.normalize("NFC", t) for t in split_thinking(text))
+        if spoken == (reasoning, answer):
+            return
+        if spoken[1].startswith(answer) and any(t in template.added_ids for t in said):
+            raise _refuse_ending(example, number, said, template)
+        raise _refuse(example, f"the trained text of turn {number + 1} is {text[:60]!r}, not the answer", template)
+    whole = unicodedata.normalize("NFC", text)
+    if reasoning not in whole or answer not in whole:
+        raise _refuse(example, f"the text beside the tool calls of turn {number + 1} is not trained", template)
+    for call in message.tool_calls:
+        if not holds_call(whole, call):
+            what = (
+                f"the trained text of turn {number + 1} is {text[:60]!r}, without the tool call {json.dumps(call)[:60]}"
+            )
+            raise _refuse(example, what, template)
+
+
+def _check_shown(example: Example, template: ChatTemplate) -> None:
+    """Nothing that the row tells the model is left out by the template without a word."""
+    last = max((i for i, m in enumerate(example.messages) if m.role == "assistant"), default=0)
+    text = template.render(example.messages[:last], prompt=True, tools=example.tools)
+    for number, message in enumerate(example.messages[:last], start=1):
+        said = message.content.strip()
+        if message.role != "assistant" and said not in text and json.dumps(said, ensure_ascii=False)[1:-1] not in text:
+            raise _refuse(
+                example, f"the template leaves out turn {number} ({message.role}) at turn {last + 1}", template
+            )
+    if any(m.tool_calls for m in example.messages) and template.calls is None:
+        raise _refuse(example, "the template renders no tool calls", template)
+    for tool in json.loads(example.tools) if example.tools else ():
+        name = tool.get("function", tool).get("name")
+        if not isinstance(name, str) or name not in text:
+            raise _refuse(example, f"the template leaves out the definition of tool {name}", template)
+
+
+def _check_row(example: Example, row: TokenRow, template: ChatTemplate) -> None:
+    ids = row.input_ids
+    if template.bos_id is not None and ids[:2] == [template.bos_id, template.bos_id]:
+        raise _refuse(example, "two BOS tokens lead the row", template)
+    if row.spans[0][0] < 1:
+        raise _refuse(example, "no token, or every token, would be trained: the prompt is empty", template)
+
+
+def _refuse_ending(example: Example, number: int, answer: list[int], template: ChatTemplate) -> TrainingError:
+    """No token ends the turn at which generation would stop; name the one that the template ends it with."""
+    place = max((i for i, token in enumerate(answer) if token in template.added_ids), default=None)
+    what = f"no stop token ends turn {number + 1}"
+    if place is not None and not template.decode(answer[place + 1 :]).strip():
+        what += (
+            f": the template ends it with {template.decode([answer[place]])!r} (token {answer[place]}), where nothing "
+            f"would stop; eos_token_id in generation_config.json is {sorted(template.stop_ids)}: add {answer[place]}"
+        )
+    return _refuse(example, what, template)
+
+
+def _refuse(example: Example, what: str, template: ChatTemplate) -> TrainingError:
+    return TrainingError(
+        f"row {example.id}: {what} (template of {template.source}); "
+        "training on it would teach the wrong tokens: correct the row or choose a base model with a plain chat template"
+    )

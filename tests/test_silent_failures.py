@@ -1,0 +1,333 @@
+"""The ways in which training fails without a word, one test a way: each is built for real, and each is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from test_evaluation import make_job as make_generation_job
+from test_training import make_examples, make_job, run_in_process
+from tiny import TEMPLATE, make_recipe, write_base, write_tokenizer
+
+from appliance.errors import ApplianceError, EvaluationError, ModelError, TrainingError
+from appliance.evaluation import generate
+from appliance.example import Example, Message
+from appliance.model import TokenRow, load_template
+from appliance.recipe import Recipe
+from appliance.training import TrainingJob, build_rows, describe_rows, prepare_rows
+from appliance.training.rows import load_rows
+
+TURNS = ("user", "a?"), ("assistant", "one"), ("user", "b?"), ("assistant", "two")
+CHAT = Example("r1", tuple(Message(r, c) for r, c in TURNS), provenance="human")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base model, sound."""
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+def refuse_training(job: TrainingJob, *, message: str, kind: type[ApplianceError] = TrainingError) -> None:
+    """The job is refused before its first step, and leaves no adapter."""
+    with pytest.raises(kind, match=message):
+        run_in_process(job)
+    assert not (job.folder / "metrics.jsonl").exists(), "no step was taken"
+    assert not job.adapter.exists()
+
+
+def refuse_rows(folder: Path, template: str, *, message: str) -> None:
+    """A template is refused when rows are made, and no rows are written."""
+    write_tokenizer(folder, template=template)
+    with pytest.raises(TrainingError, match=message):
+        prepare_rows([CHAT], template=load_template(folder), max_length=256, file=folder / "rows")
+    assert not (folder / "rows").exists()
+
+
+@pytest.mark.parametrize(
+    "spans", [[(0, 20)], [], [(5, 5)], [(9, 12), (3, 6)], [(3, 10**6)]], ids=["all", "none", "empty", "back", "beyond"]
+)
+def test_training_on_the_users_text_is_refused(base: Path, tmp_path: Path, spans: list[tuple[int, int]]) -> None:
+    """A mask that covers the prompt, nothing, or what is not there never reaches a step, whoever wrote the rows."""
+    file = tmp_path / "train.rows.jsonl"
+    ids = load_template(base).encode_prompt(CHAT.prompt)[:20]
+    file.write_bytes(msgspec.json.encode(TokenRow("r1", ids, spans)) + b"\n")
+    with pytest.raises(TrainingError, match=r"row r1: .* tokens would be trained"):
+        load_rows(file)
+
+
+def test_rows_with_a_wrong_mask_stop_the_child(base: Path, tmp_path: Path) -> None:
+    """The training child looks at every mask again before it loads a weight."""
+    job = make_job(base, tmp_path)
+    rows = load_rows(tmp_path / "train.rows.jsonl")
+    broken = [msgspec.structs.replace(rows[0], spans=[(0, len(rows[0].input_ids))]), *rows[1:]]
+    (tmp_path / "train.rows.jsonl").write_bytes(b"".join(msgspec.json.encode(r) + b"\n" for r in broken))
+    refuse_training(job, message="row r0: .* tokens would be trained")
+
+
+def test_a_template_that_marks_only_some_turns_still_trains_all_or_is_refused(tmp_path: Path) -> None:
+    """Trained spans are as many as assistant turns, and decoded they are the contents; a swallowed turn is refused."""
+    marked = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}"
+        "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    write_tokenizer(tmp_path / "marked", template=marked)
+    template = load_template(tmp_path / "marked")
+    (row,) = build_rows([CHAT], template=template, max_length=256)
+    assert [template.decode(row.input_ids[a:b]) for a, b in row.spans] == ["one<|im_end|>", "two<|im_end|>"]
+    swallowed = TEMPLATE.replace("message['content']", "(message['content'] if message['content'] != 'two' else '')")
+    refuse_rows(tmp_path / "swallowed", swallowed, message="row r1: the trained text of turn 4 is '', not the answer")
+
+
+def test_a_stop_token_that_would_never_be_trained_is_refused(tmp_path: Path) -> None:
+    """The last trained token of every turn is one at which generation stops; the one to add is named."""
+    ends = TEMPLATE.replace("'<|im_end|>\n'", "'<|im_start|>\n'")
+    refuse_rows(tmp_path, ends, message=r"no stop token ends turn 2: .* '<\|im_start\|>' \(token 256\).*: add 256")
+
+
+def test_a_row_is_trained_whole_or_not_at_all(base: Path) -> None:
+    """Too long is refused; with `overlong: drop` whole rows go, by id, and the others keep every token."""
+    template = load_template(base)
+    examples = make_examples(6)
+    whole = build_rows(examples, template=template, max_length=10**6)
+    limit = sorted(len(r.input_ids) for r in whole)[3]
+    with pytest.raises(TrainingError, match=r"drop them whole with training\.overlong: drop"):
+        build_rows(examples, template=template, max_length=limit)
+    kept = build_rows(examples, template=template, max_length=limit, overlong="drop")
+    assert kept == tuple(r for r in whole if len(r.input_ids) <= limit)
+    gone = [r.id for r in whole if len(r.input_ids) > limit]
+    assert describe_rows(examples, kept) == {"rows": 6, "token_rows": 6 - len(gone), "dropped": gone, "split": []}
+    assert gone
+    with pytest.raises(TrainingError, match="every row is too long, none would be left"):
+        build_rows(examples, template=template, max_length=16, overlong="drop")
+
+
+def test_dropping_long_rows_hides_no_broken_mask(base: Path, tmp_path: Path) -> None:
+    """A row that breaks a mask rule is refused also where long rows may go."""
+    write_tokenizer(tmp_path, template=TEMPLATE.replace("'<|im_end|>\n'", "'\n'"))
+    with pytest.raises(TrainingError, match="no stop token"):
+        build_rows(make_examples(2), template=load_template(tmp_path), max_length=16, overlong="drop")
+
+
+def test_a_prompt_that_inference_would_not_see_is_refused(tmp_path: Path) -> None:
+    """The tokens before an answer are the inference prompt's, token for token, or there is no training."""
+    refuse_rows(tmp_path, "{{ messages | length }}" + TEMPLATE, message="row r1: the prompt of turn 2 is not a prefix")
+
+
+def test_two_leading_bos_tokens_are_refused(tmp_path: Path) -> None:
+    """A template that writes a BOS twice would teach a beginning that no server sends."""
+    refuse_rows(tmp_path, "{{ bos_token }}" + TEMPLATE, message="row r1: two BOS tokens lead the row")
+
+
+def write_damaged_base(folder: Path, sound: Path, damage: Callable[[Any], None]) -> Path:
+    """The base with its own head, after `damage` was done to the model."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    shutil.copytree(sound, folder)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    with torch.no_grad():
+        damage(model)
+    kept = (folder / "generation_config.json").read_bytes()
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").write_bytes(kept)
+    return folder
+
+
+def put_nan(model: Any) -> None:
+    """NaN in the embedding of a byte that no row has."""
+    model.get_input_embeddings().weight[200] = float("nan")
+
+
+def make_overflow_at(token: int) -> Callable[[Any], None]:
+    """One dimension that only `token` uses, and values of the first attention that overflow along it."""
+
+    def damage(model: Any) -> None:
+        embeddings = model.get_input_embeddings().weight
+        embeddings[:, 0] = 0.0
+        embeddings[token] = 0.0
+        embeddings[token, 0] = 1.0
+        model.model.layers[0].self_attn.v_proj.weight[:, 0] = 1e38
+
+    return damage
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_base_that_is_not_finite_is_refused_before_the_first_step(base: Path, tmp_path: Path, packing: bool) -> None:
+    """One NaN in one weight, though no row may ever touch it: the tensor is named."""
+    broken = write_damaged_base(tmp_path / "broken", base, put_nan)
+    job = make_job(broken, tmp_path / "job", make_recipe(training={"packing": packing}))
+    refuse_training(job, message=r"model\.embed_tokens\.weight has values that are not finite", kind=ModelError)
+
+
+def test_a_loss_that_becomes_nan_ends_the_run_at_that_step(base: Path, tmp_path: Path) -> None:
+    """Finite weights, finite first rows, one later row that overflows: no running mean covers it, nothing is saved."""
+    template = load_template(base)
+    (marker,) = template.encode("~").ids
+    broken = write_damaged_base(tmp_path / "broken", base, make_overflow_at(marker))
+    job = make_job(broken, tmp_path / "job", make_recipe(training={"precision": "fp32", "epochs": 1}))
+    examples = make_examples(32)
+    last = Example("bad", (Message("user", "~ a thing"), Message("assistant", "red")), provenance="program")
+    file = job.folder / "train.rows.jsonl"
+    prepare_rows([*examples[:31], last], template=template, max_length=256, file=file)
+    with pytest.raises(TrainingError, match=r"step \d: .* not finite; lower training\.learning_rate"):
+        run_in_process(job)
+    assert not job.adapter.exists()
+    steps = [json.loads(x) for x in (job.folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(abs(s["loss"]) < 100 for s in steps if "loss" in s), "what was journalled before it is finite"
+    assert len(list(job.checkpoints.glob("checkpoint-*/sealed.json"))) == len([s for s in steps if "loss" in s])
+
+
+def train_live(base: Path, folder: Path) -> tuple[Any, TrainingJob, TokenRow]:
+    """A model with an untrained adapter on it, its job and a row."""
+    import torch
+
+    from appliance.training.methods import build_model
+
+    job = make_job(base, folder)
+    model = build_model(job, precision="fp32", device=torch.device("cpu"))
+    return model, job, load_rows(folder / "train.rows.jsonl")[0]
+
+
+def test_an_adapter_that_is_not_finite_or_changes_nothing_is_not_saved(base: Path, tmp_path: Path) -> None:
+    """The last look before an artifact is written: every trained weight is finite, and the logits move."""
+    import torch
+
+    from appliance.training.guards import check_trained
+
+    device = torch.device("cpu")
+    model, job, row = train_live(base, tmp_path)
+    with pytest.raises(TrainingError, match="the adapter changes no logit"):
+        check_trained(model, job, row, device=device)
+    weights = [p for n, p in model.named_parameters() if "lora_B" in n]
+    with torch.no_grad():
+        weights[0].fill_(0.01)
+    check_trained(model, job, row, device=device)
+    with torch.no_grad():
+        weights[-1][0, 0] = float("inf")
+    with pytest.raises(TrainingError, match=r"lora_B.*not finite"):
+        check_trained(model, job, row, device=device)
+
+
+def test_packed_rows_that_see_each_other_are_refused(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An attention that forgets where rows end is found before the first step, also on a model that knows nothing."""
+    from appliance.training import attention
+
+    sound = attention.attend
+
+    def forget_borders(*tensors: Any, cu_seq_lens_q: Any = None, max_length_q: Any = None, **rest: Any) -> Any:
+        return sound(*tensors, **rest)
+
+    monkeypatch.setattr(attention, "attend", forget_borders)
+    try:
+        refuse_training(make_job(base, tmp_path), message="rows (would )?see each other; set training.packing: false")
+    finally:
+        monkeypatch.undo()
+        attention.register()
+
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "Qwen2": {}, "Qwen3": {"head_dim": 16}, "Mistral": {"sliding_window": 4096}, "Phi3": {"pad_token_id": 0},
+    "Gemma": {"head_dim": 16}, "Gemma2": {"head_dim": 16}, "Olmo2": {}, "Cohere": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_packing_is_checked_for_every_class_of_model(base: Path, name: str) -> None:
+    """Rows of each architecture packed and alone agree under our attention, or packing is refused with the reason."""
+    import torch
+    import transformers
+
+    from appliance.training import attention
+    from appliance.training.guards import check_packing
+
+    attention.register()
+    template = load_template(base)
+    size = template.tokenizer.get_vocab_size()
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, **{"pad_token_id": None, "bos_token_id": None, "eos_token_id": 1, **ARCHITECTURES[name]},
+    )  # fmt: skip
+    torch.manual_seed(5)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+    rows = build_rows(make_examples(4), template=template, max_length=256)
+    device = torch.device("cpu")
+    if name == "Gemma2":
+        with pytest.raises(TrainingError, match="cannot train packed rows"):
+            check_packing(model, rows, precision="fp32", device=device)
+    else:
+        check_packing(model, rows, precision="fp32", device=device)
+
+
+def make_tiny_steps() -> Recipe:
+    """A rate so small that no weight of the adapter can make a difference."""
+    return make_recipe(training={"learning_rate": 1e-38, "precision": "fp32", "epochs": 1})
+
+
+def test_a_training_that_changes_nothing_leaves_no_adapter(base: Path, tmp_path: Path) -> None:
+    """All steps are taken, the losses look like losses, and the result would be the base model: refused."""
+    job = make_job(base, tmp_path, make_tiny_steps())
+    with pytest.raises(TrainingError, match=r"the adapter changes no logit; raise training\.learning_rate"):
+        run_in_process(job)
+    assert not job.adapter.exists()
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that was really trained."""
+    job = make_job(base, tmp_path_factory.mktemp("trained"), make_recipe(training={"epochs": 1}))
+    run_in_process(job)
+    return job.adapter
+
+
+@pytest.mark.parametrize("damage", ["zeros", "other-names", "nan"])
+def test_a_pulled_adapter_without_effect_is_refused(base: Path, adapter: Path, tmp_path: Path, damage: str) -> None:
+    """Weights of zero, weights under names that PEFT passes over with a warning, weights that are not finite."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from appliance.evaluation.generation import check_effect, load_arms, use_arm
+
+    pulled = tmp_path / "pulled"
+    shutil.copytree(adapter, pulled)
+    weights = load_file(pulled / "adapter_model.safetensors")
+    changed = {
+        "zeros": lambda n, w: (n, torch.zeros_like(w) if "lora_B" in n else w),
+        "other-names": lambda n, w: (n.replace(".layers.", ".blocks."), w),
+        "nan": lambda n, w: (n, torch.full_like(w, float("nan")) if "lora_B" in n else w),
+    }[damage]
+    save_file(dict(changed(n, w) for n, w in weights.items()), pulled / "adapter_model.safetensors")
+    job, prompts = make_generation_job(base, tmp_path / "job", pulled)
+    arm = next(a for a in job.arms if a.adapter is not None)
+    sound = load_arms([replace(arm, adapter=adapter)], folder=base, precision="fp32")
+    with use_arm(sound, arm):
+        check_effect(sound, arm, prompts[0])
+    model = load_arms([arm], folder=base, precision="fp32")
+    with use_arm(model, arm), pytest.raises(EvaluationError, match=r"changes no logit|not finite"):
+        check_effect(model, arm, prompts[0])
+
+
+def test_generation_looks_at_the_adapter_before_it_answers(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """`appliance generate` and the evaluation go through one child, which refuses and answers nothing."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    pulled = tmp_path / "pulled"
+    shutil.copytree(adapter, pulled)
+    file = pulled / "adapter_model.safetensors"
+    save_file({n: torch.zeros_like(w) for n, w in load_file(file).items()}, file)
+    job, prompts = make_generation_job(base, tmp_path / "job", pulled)
+    asked = [p for p in prompts if p.arm == "candidate"][:2]
+    with pytest.raises(EvaluationError, match="this adapter changes no logit"):
+        generate(job.model_copy(update={"arms": job.arms[1:]}), asked, note=lambda _: None)
+    assert not (job.folder / "outputs.jsonl").read_bytes()
