@@ -19,7 +19,7 @@ from appliance.command import WorkerEnd, run_worker
 from appliance.digest import write_atomic
 from appliance.errors import DeviceError, InterruptedRunError, TrainingError
 from appliance.progress import Progress
-from appliance.recipe import Method, TrainingSection
+from appliance.recipe import EwcSection, Method, TrainingSection
 
 
 class TrainingJob(BaseModel):
@@ -32,6 +32,7 @@ class TrainingJob(BaseModel):
     base_name: str
     method: Method
     training: TrainingSection
+    ewc: EwcSection | None = None
     micro_batch: int
     checkpointing: bool
     threads: int | None = None

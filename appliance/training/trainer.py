@@ -28,6 +28,7 @@ from appliance.training.arguments import build_training_arguments
 from appliance.training.artifact import build_summary, save_artifact
 from appliance.training.batches import build_records, collate_packed, collate_padded
 from appliance.training.checkpoints import count_steps_done, find_checkpoint
+from appliance.training.ewc import Penalty, build_penalty
 from appliance.training.guards import check_packing, check_trained
 from appliance.training.journal import Journal
 from appliance.training.launch import TrainingJob
@@ -57,14 +58,18 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
         model = build_model(job, precision=precision, device=device)
         if job.training.packing:
             check_packing(model, train_rows, precision=precision, device=device)
+        penalty = build_penalty(job, model, precision=precision, emit=emit)
 
         # 4. The trainer, from the newest sound checkpoint of this very job.
         fingerprint = {**job.fingerprint, "precision": precision, "device": device.type, "torch": torch.__version__}
+        if penalty is not None:
+            fingerprint["fisher"] = penalty.fisher_sha256
         resume = find_checkpoint(job.checkpoints, fingerprint=fingerprint)
         journal = Journal(job.folder / "metrics.jsonl", kept=count_steps_done(resume) if resume else 0)
         watch = Watch(stop=stop, emit=emit, fingerprint=fingerprint, journal=journal)
         trainer = _build_trainer(job, model, train_rows, validation_rows, precision=precision, watch=watch)
         watch.trainer = trainer
+        trainer.penalty = penalty
         if resume:
             emit(note=f"resuming from step {count_steps_done(resume)}")
         if stop.is_set:
@@ -100,6 +105,14 @@ class _LabelledPositionsTrainer(SFTTrainer):  # type: ignore[misc]
             self.tokens_seen += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
         outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def training_step(self, *args: Any, **options: Any) -> Any:
+        """The data's loss; the penalty's gradient is added once, with the last micro-batch of a step."""
+        loss = super().training_step(*args, **options)
+        penalty: Penalty | None = self.penalty
+        if penalty is not None and self.accelerator.sync_gradients:
+            self._metrics["train"]["penalty"].append(penalty.add_gradients())
+        return loss
 
 
 def _build_trainer(
@@ -138,6 +151,7 @@ def _build_trainer(
     )
     trainer.remove_callback(PrinterCallback)  # standard output is the parent's channel
     trainer.tokens_seen = 0
+    trainer.penalty = None
     return trainer
 
 

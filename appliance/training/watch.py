@@ -67,6 +67,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             "tokens_per_second": round(self.trainer.tokens_seen / max(spent, 1e-9), 1),
             "seconds": round(self.journal.seconds_before + spent, 2),
         }
+        if "penalty" in logs:
+            record["penalty"] = float(logs["penalty"])
         self.journal.add(record)
         self.emit(**record, max_steps=state.max_steps, validation_loss=self._validation)
 
