@@ -7,6 +7,7 @@ already. Answers that were cut off, are empty or do not fit are left out, and th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,14 +139,19 @@ def answer_prompts(
     )
     tokens = [evaluation.Prompt(e.id, arm.name, template.encode_prompt(e.prompt)) for e in asked]
     workspace.note(f"the base model answers {len(prompts)} general prompts (once; kept in {file.parent})")
-    outputs = {o.id: o for o in evaluation.generate(job, tokens, note=workspace.note)}
-    answered = tuple(
-        msgspec.structs.replace(e, messages=(*e.prompt, Message("assistant", outputs[e.id].output.strip())))
-        for e in asked
-        if outputs[e.id].stop == "eos" and outputs[e.id].output.strip()
-    )
+    answered = keep_finished(asked, evaluation.generate(job, tokens, note=workspace.note))
     write_atomic(file, encode_examples(answered))
     return answered
+
+
+def keep_finished(asked: Sequence[Example], outputs: Sequence[evaluation.Output]) -> tuple[Example, ...]:
+    """The prompts with their answers, less those that are empty or were cut: a cut one teaches to stop half-way."""
+    said = {o.id: o.output.strip() for o in outputs if o.stop == "eos"}
+    return tuple(
+        msgspec.structs.replace(e, messages=(*e.prompt, Message("assistant", said[e.id])))
+        for e in asked
+        if said.get(e.id)
+    )
 
 
 def _read_answers(file: Path) -> tuple[Example, ...] | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from tiny import COLOURS, make_recipe, write_base, write_dataset
@@ -18,8 +20,10 @@ from appliance import pipeline
 from appliance.data import count_replayed, load_prompts
 from appliance.digest import digest_folder
 from appliance.errors import DatasetError, RecipeError, TrainingError
+from appliance.evaluation import Output
 from appliance.example import Example, Message, decode_examples
-from appliance.general import choose_general, select_replay
+from appliance.general import _read_answers as read_answers
+from appliance.general import choose_general, keep_finished, select_replay
 from appliance.model import load_template
 from appliance.preparation import Origin, Workspace, prepare
 from appliance.recipe import EwcSection, Recipe, parse_recipe
@@ -137,7 +141,7 @@ def test_the_low_rank_penalty_is_that_of_a_dense_model(base: Path, tmp_path: Pat
     expected.backward()
     wanted = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    assert penalty.add_gradients() == pytest.approx(float(expected), rel=1e-4)
+    assert penalty.add_gradients() == pytest.approx(expected.item(), rel=1e-4)
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             torch.testing.assert_close(weight.grad, wanted[name], atol=1e-6, rtol=1e-3)
@@ -162,7 +166,7 @@ def test_the_full_penalty_is_the_distance_from_the_start(base: Path, tmp_path: P
     fisher = {next(n for n, p in named.items() if p is t.weight): t.fisher.float() for t in penalty.terms}
     expected = sum(0.5 * 50.0 * (fisher[n] * (p - starts[n]) ** 2).sum() for n, p in named.items())
     gradients = torch.autograd.grad(expected, list(named.values()))
-    assert penalty.add_gradients() == pytest.approx(float(expected), rel=1e-4)
+    assert penalty.add_gradients() == pytest.approx(expected.item(), rel=1e-4)
     for weight, gradient in zip(named.values(), gradients, strict=True):
         torch.testing.assert_close(weight.grad, gradient, atol=1e-6, rtol=1e-3)
 
@@ -251,7 +255,7 @@ def test_a_strong_penalty_keeps_the_model_near_its_base(base: Path, tmp_path: Pa
     penalties = [r["penalty"] for r in journals[1] if "loss" in r]
     assert penalties[0] == 0.0
     assert len(penalties) == 8
-    assert all(p > 0 for p in penalties[1:])
+    assert all(p > 0 for p in penalties[2:]), "the first step warms up at rate 0"
     assert not any("penalty" in r for r in journals[1] if "validation_loss" in r)
 
 
@@ -275,7 +279,7 @@ def test_a_killed_run_with_a_penalty_ends_with_the_same_weights(base: Path, tmp_
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 200
     while time.monotonic() < deadline and child.poll() is None and not list(job.checkpoints.glob("*/sealed.json")):
         time.sleep(0.002)
     child.send_signal(signal.SIGKILL)
@@ -362,9 +366,9 @@ def test_replayed_rows_reach_training_and_nothing_else(base: Path, tmp_path: Pat
     run.folder.mkdir()
     pipeline._prepare_stage(run, prepared, workspace=workspace, origin=ORIGIN)
     tokens = {s: [r.id for r in load_rows(run.training / f"{s}.rows.jsonl")] for s in ("train", "validation", "test")}
-    general = [i for i in tokens["train"] if i.startswith("general:")]
-    assert len(general) == count_replayed(0.2, train_rows=len(plain.splits.train))
-    assert len(general) / len(tokens["train"]) == pytest.approx(0.2, abs=0.01)
+    replayed = [i for i in tokens["train"] if i.startswith("general:")]
+    assert len(replayed) == count_replayed(0.2, train_rows=len(plain.splits.train))
+    assert len(replayed) / len(tokens["train"]) == pytest.approx(0.2, abs=0.01)
     assert len(set(tokens["train"])) == len(tokens["train"])
     for side in ("train", "validation", "test"):
         assert decode_examples((run.examples / f"{side}.jsonl").read_bytes()) == getattr(plain.splits, side)
@@ -372,7 +376,7 @@ def test_replayed_rows_reach_training_and_nothing_else(base: Path, tmp_path: Pat
     assert prepared.splits.digest == plain.splits.digest
     assert len(load_rows(run.training / "general.rows.jsonl")) == 5
     assert run.read("prepare")["plan"]["rows"] == len(tokens["train"])
-    assert pipeline._describe_data(prepared, replayed=len(general))["provenance"]["general"] == len(general)
+    assert pipeline._describe_data(prepared, replayed=len(replayed))["provenance"]["general"] == len(replayed)
 
 
 def test_the_choice_of_rows_depends_on_their_content_alone() -> None:
@@ -478,41 +482,62 @@ def test_the_prompts_of_the_package_are_many_and_differ() -> None:
     assert len(prompts) == len({p.casefold() for p in prompts}) >= 200
 
 
+def write_talker(base: Path, folder: Path, *, says: str) -> Path:
+    """A base that answers every prompt with the characters of `says`: each token calls for the next one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(base, folder)
+    template, model = load_template(base), AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    chain = [*template.encode("\n").ids, *template.encode(says).ids]
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.zero_()
+        head = torch.zeros_like(model.lm_head.weight)
+        for token, following in itertools.pairwise(chain):
+            head[following] = model.get_input_embeddings().weight[token] * 100
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(head)
+    kept = (base / "generation_config.json").read_bytes()
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").write_bytes(kept)
+    return folder
+
+
 def test_the_base_model_answers_the_general_prompts_itself(base: Path, tmp_path: Path) -> None:
-    """Without a folder: finished answers of the base are replayed, once made they are kept, a torn file is remade."""
-    talker = run_in_process_full(base, tmp_path / "talker")
+    """Without a folder: the base's answers are replayed and kept for other runs; with none, a folder is asked for."""
     notes: list[str] = []
-    workspace = make_workspace(tmp_path, talker, notes)
+    workspace = make_workspace(tmp_path, write_talker(base, tmp_path / "talker", says="ok<|im_end|>"), notes)
     prepared = prepare(make_forgetting(replay={"share": 0.25}, ewc={"rows": 6}), workspace=workspace)
     run = Run(folder=tmp_path / "run", key=prepared.key)
     run.folder.mkdir()
     chosen = choose_general(prepared, run=run, workspace=workspace, threads=1)
     assert len(chosen.ewc) == 6
-    assert {e.provenance for e in chosen.replay} == {"general"}
+    assert len(chosen.replay) == count_replayed(0.25, train_rows=len(prepared.splits.train))
+    assert {e.provenance for e in (*chosen.replay, *chosen.ewc)} == {"general"}
     assert {e.request for e in chosen.replay} <= set(load_prompts())
-    assert all(e.answer for e in chosen.replay)
+    assert {e.answer for e in chosen.replay} == {"ok"}
     assert sum("answers 202 general prompts" in n for n in notes) == 1, "both sections share the answers"
-    assert choose_general(prepared, run=run, workspace=workspace, threads=1) == chosen
+    assert "202 of 202 general prompts have an answer of the base model to keep" in notes
     (kept,) = (tmp_path / "cache" / "general").iterdir()
+    assert read_answers(kept) is not None
     kept.write_bytes(kept.read_bytes()[:-20])
-    assert choose_general(prepared, run=run, workspace=workspace, threads=1) == chosen
-
-
-def run_in_process_full(base: Path, folder: Path) -> Path:
-    """A tiny base that ends its answers."""
-    job = make_job(base, folder, strength=None, method={"type": "full"})
-    run_in_process(job.model_copy(update={"training": job.training.model_copy(update={"epochs": 4.0})}))
-    (job.adapter / "generation_config.json").write_bytes((base / "generation_config.json").read_bytes())
-    return job.adapter
-
-
-def test_a_base_that_never_ends_its_answers_asks_for_a_folder(base: Path, tmp_path: Path) -> None:
-    """Random weights do not stop: there is nothing to keep, and the message says what to give instead."""
-    workspace = make_workspace(tmp_path, base)
-    prepared = prepare(make_forgetting(replay={}), workspace=workspace)
-    run = Run(folder=tmp_path / "run", key=prepared.key)
-    run.folder.mkdir()
-    with pytest.raises(
-        DatasetError, match=r"forgetting\.replay\.path: the base model finished no answer of 160 tokens"
-    ):
+    assert read_answers(kept) is None, "a torn file is made again"
+    kept.write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"replay\.path: the base model finished no answer of 160 tokens that fits"):
         choose_general(prepared, run=run, workspace=workspace, threads=1)
+
+
+def test_answers_that_were_cut_or_are_empty_are_not_kept() -> None:
+    """A cut answer would teach to stop in the middle."""
+    asked = [Example(i, (Message("user", i), Message("assistant", "")), "general") for i in "abcd"]
+    said: list[tuple[str, str, Literal["eos", "length"]]] = [
+        ("a", " yes ", "eos"),
+        ("b", "so lon", "length"),
+        ("c", "  ", "eos"),
+    ]
+    outputs = [
+        Output(id=i, arm="zero_shot", output=t, stop=s, tokens=3, prompt_tokens=3, seconds=0.1) for i, t, s in said
+    ]
+    assert [(e.id, e.answer) for e in keep_finished(asked, outputs)] == [("a", "yes")]
