@@ -67,6 +67,15 @@ def choose_general(prepared: Prepared, *, run: Run, workspace: Workspace, thread
     return Chosen(replay=replay, ewc=ewc)
 
 
+def preview_replay(prepared: Prepared) -> tuple[Example, ...]:
+    """The rows to replay as far as they are known without the base model's answers; starts nothing."""
+    section = prepared.recipe.forgetting
+    if section is None or section.replay is None or prepared.replay is None or prepared.replay.examples is None:
+        return ()
+    count = count_replayed(section.replay.share, train_rows=len(prepared.splits.train))
+    return select_replay(prepared.replay.examples, count=count)
+
+
 def select_replay(pool: tuple[Example, ...], *, count: int) -> tuple[Example, ...]:
     """`count` general rows in content order, from the beginning again when the pool is smaller."""
     ordered = order_general(pool)

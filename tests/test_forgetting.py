@@ -23,7 +23,7 @@ from appliance.errors import DatasetError, RecipeError, TrainingError
 from appliance.evaluation import Output
 from appliance.example import Example, Message, decode_examples
 from appliance.general import _read_answers as read_answers
-from appliance.general import choose_general, keep_finished, select_replay
+from appliance.general import choose_general, keep_finished, preview_replay, select_replay
 from appliance.model import load_template
 from appliance.preparation import Origin, Workspace, prepare
 from appliance.recipe import EwcSection, Recipe, parse_recipe
@@ -376,6 +376,8 @@ def test_replayed_rows_reach_training_and_nothing_else(base: Path, tmp_path: Pat
     assert prepared.splits.digest == plain.splits.digest
     assert len(load_rows(run.training / "general.rows.jsonl")) == 5
     assert run.read("prepare")["plan"]["rows"] == len(tokens["train"])
+    assert [e.id for e in preview_replay(prepared)] == replayed, "`appliance plan` counts the very same rows"
+    assert preview_replay(plain) == ()
     assert pipeline._describe_data(prepared, replayed=len(replayed))["provenance"]["general"] == len(replayed)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from appliance.cli.common import build_workspace, json_option, print_json, recipe_argument, workspace_options
+from appliance.cli.common import build_workspace, json_option, print_json, recipe_argument, say, workspace_options
+from appliance.general import preview_replay
 from appliance.model import load_template, render_row
 from appliance.plan import Plan, read_machine
 from appliance.preparation import plan_run, prepare
@@ -25,7 +26,9 @@ def command(*, recipe: Path, root: Path, cache: Path, runs: Path | None, masks: 
     """Show rows, tokens, steps, micro-batch and memory of RECIPE on this machine; trains nothing."""
     prepared = prepare(load_recipe(recipe), workspace=build_workspace(root=root, cache=cache, runs=runs))
     template = load_template(prepared.base.folder)
-    rows = [render_row(e, template) for e in prepared.splits.train]
+    rows = [render_row(e, template) for e in (*prepared.splits.train, *preview_replay(prepared))]
+    if prepared.replay is not None and prepared.replay.examples is None:
+        say("replay rows are not counted: the base model answers them when the recipe is run")
     plan = plan_run(prepared, rows=rows, machine=read_machine())
     if as_json:
         print_json({**plan.to_json(), "run_key": prepared.key})

@@ -15,7 +15,7 @@ from appliance.recipe import Recipe
 from appliance.report.html import render_html
 from appliance.report.markdown import render_markdown
 
-_CURVES = ("step", "epoch", "loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second")
+_CURVES = ("step", "epoch", "loss", "validation_loss", "learning_rate", "grad_norm", "penalty", "tokens_per_second")
 
 
 def build_card(
