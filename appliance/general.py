@@ -95,6 +95,8 @@ def _load_pool(
         return rows.examples
     answered = answer_prompts(
         prepared.base,
+        load_prompts(),
+        limit=OWN_ANSWER_TOKENS,
         run=run,
         workspace=workspace,
         precision=prepared.recipe.training.precision,
@@ -121,14 +123,20 @@ def _fits(example: Example, template: ChatTemplate, *, limit: int) -> bool:
 
 
 def answer_prompts(
-    base: Base, *, run: Run, workspace: Workspace, precision: str, threads: int | None
+    base: Base,
+    prompts: tuple[str, ...],
+    *,
+    limit: int,
+    run: Run,
+    workspace: Workspace,
+    precision: str,
+    threads: int | None,
 ) -> tuple[Example, ...]:
-    """The base model's own finished answers to the package's prompts; kept in the cache for other runs.
+    """The base model's own finished answers of at most `limit` tokens; kept in the cache for other runs.
 
     Raises `EvaluationError`, or `InterruptedRunError` on a signal; the same call goes on.
     """
-    prompts = load_prompts()
-    identity = {"base": base.digest, "prompts": prompts, "tokens": OWN_ANSWER_TOKENS, "precision": precision}
+    identity = {"base": base.digest, "prompts": prompts, "tokens": limit, "precision": precision}
     file = workspace.cache / "general" / f"{digest_json({**identity, **read_versions()})[:16]}.jsonl"
     if (kept := _read_answers(file)) is not None:
         return kept
@@ -141,7 +149,7 @@ def answer_prompts(
         folder=run.folder / "general",
         arms=(arm,),
         stop_ids=tuple(sorted(template.stop_ids)),
-        max_new_tokens=OWN_ANSWER_TOKENS,
+        max_new_tokens=limit,
         batch=_BATCH,
         precision=precision,
         threads=threads,

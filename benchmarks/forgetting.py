@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from appliance.data import order_general
+from appliance.data import load_prompts, order_general
 from appliance.demo.requests import build_requests
 from appliance.digest import canonical_json, write_atomic
 from appliance.evaluation import Arm, GenerationJob, Prompt, generate
@@ -39,7 +40,9 @@ from appliance.training import TrainingJob, prepare_rows, train
 
 ROOT = Path(__file__).parent.parent
 CHATS = Path(__file__).with_name("general_chats.jsonl")
-TASK_ROWS, TEST_ROWS, BATCH, FISHER_ROWS = 400, 60, 8, 64
+TASK_ROWS, TEST_ROWS, BATCH, FISHER_ROWS = 400, 60, 8, 32
+PROMPTS, ANSWER_TOKENS = 96, 64
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "0")) or read_machine().cores
 RECIPE = load_recipe(ROOT / "recipes" / "demo.yaml")
 
 
@@ -58,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "forgetting")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "appliance")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--share", type=float, nargs="*", default=[0.2])
     parser.add_argument("--strength", type=float, nargs="*", default=[1000.0])
@@ -88,7 +91,15 @@ def main() -> None:
 def split_general(base: Base, workspace: Workspace) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """The base's own answers: those to train with, and those that only the measurement sees."""
     run = Run(folder=workspace.runs, key="")
-    answers = answer_prompts(base, run=run, workspace=workspace, precision="auto", threads=read_machine().cores)
+    answers = answer_prompts(
+        base,
+        load_prompts()[:PROMPTS],
+        limit=ANSWER_TOKENS,
+        run=run,
+        workspace=workspace,
+        precision="auto",
+        threads=THREADS,
+    )
     ordered = order_general(answers)
     return tuple(ordered[::2]), tuple(ordered[1::2])
 
@@ -153,7 +164,7 @@ def build_job(
         "epochs": steps / -(-len(rows) // BATCH) - 1e-9,
         "learning_rate": contender.rate,
         "effective_batch": BATCH,
-        "checkpoints": 1,
+        "checkpoints": 3,
     }
     return TrainingJob(
         folder=folder,
@@ -165,7 +176,7 @@ def build_job(
         ewc=EwcSection(strength=contender.strength, rows=FISHER_ROWS) if contender.strength else None,
         micro_batch=BATCH,
         checkpointing=False,
-        threads=read_machine().cores,
+        threads=THREADS,
         fingerprint={"benchmark": "forgetting"},
     )
 

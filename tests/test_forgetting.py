@@ -27,7 +27,7 @@ from appliance.general import choose_general, keep_finished, preview_replay, sel
 from appliance.model import load_template
 from appliance.preparation import Origin, Workspace, prepare
 from appliance.recipe import EwcSection, Recipe, parse_recipe
-from appliance.run import Run
+from appliance.run import Run, open_run
 from appliance.training import TrainingJob, prepare_rows
 from appliance.training.rows import load_rows
 
@@ -362,9 +362,10 @@ def test_replayed_rows_reach_training_and_nothing_else(base: Path, tmp_path: Pat
     recipe = make_forgetting(replay={"path": "general", "share": 0.2}, ewc={"path": "general", "rows": 5})
     prepared = prepare(recipe, workspace=workspace)
     plain = prepare(make_recipe(), workspace=workspace)
-    run = Run(folder=tmp_path / "run", key=prepared.key)
-    run.folder.mkdir()
-    pipeline._prepare_stage(run, prepared, workspace=workspace, origin=ORIGIN)
+    finished = pipeline.run_recipe(recipe, workspace=workspace, store=None, origin=ORIGIN, until="train")
+    run = open_run(workspace.runs, name=recipe.name, key=prepared.key)
+    assert finished.key == prepared.key
+    assert run.is_done("train")
     tokens = {s: [r.id for r in load_rows(run.training / f"{s}.rows.jsonl")] for s in ("train", "validation", "test")}
     replayed = [i for i in tokens["train"] if i.startswith("general:")]
     assert len(replayed) == count_replayed(0.2, train_rows=len(plain.splits.train))
@@ -378,6 +379,11 @@ def test_replayed_rows_reach_training_and_nothing_else(base: Path, tmp_path: Pat
     assert run.read("prepare")["plan"]["rows"] == len(tokens["train"])
     assert [e.id for e in preview_replay(prepared)] == replayed, "`appliance plan` counts the very same rows"
     assert preview_replay(plain) == ()
+    records = [json.loads(x) for x in (run.training / "metrics.jsonl").read_bytes().splitlines()]
+    assert max(r.get("penalty", 0.0) for r in records) > 0, "the penalty of the recipe was at work in the child"
+    job = TrainingJob.model_validate_json((run.training / "job.json").read_bytes())
+    assert job.ewc == recipe.forgetting.ewc
+    assert "general_rows" in job.fingerprint
     assert pipeline._describe_data(prepared, replayed=len(replayed))["provenance"]["general"] == len(replayed)
 
 
