@@ -15,7 +15,7 @@ import msgspec
 from appliance.digest import digest_json
 
 Role = Literal["system", "user", "assistant", "tool"]
-Provenance = Literal["human", "synthetic", "program"]
+Provenance = Literal["human", "synthetic", "program", "general"]
 
 _SPACE = re.compile(r"\s+")
 

@@ -18,6 +18,7 @@ from appliance.data import summarise_dataset
 from appliance.digest import canonical_json, digest_file, digest_folder, write_atomic
 from appliance.errors import DatasetError
 from appliance.example import decode_examples, encode_examples
+from appliance.general import choose_general
 from appliance.model import fit_template, load_template
 from appliance.plan import read_machine
 from appliance.preparation import Origin, Prepared, Workspace, plan_run, prepare, read_versions
@@ -97,11 +98,15 @@ def _prepare_stage(run: Run, prepared: Prepared, *, workspace: Workspace, origin
     template = fit_template(load_template(prepared.base.folder), prepared.splits.train)
     section = prepared.recipe.training
     became = {}
+    machine = read_machine()
+    general = choose_general(prepared, run=run, workspace=workspace, threads=machine.cores)
     for side in ("train", "validation", "test"):
         examples = getattr(prepared.splits, side)
         write_atomic(run.examples / f"{side}.jsonl", encode_examples(examples))
         file = run.training / f"{side}.rows.jsonl"
         limit = None if (side, section.overlong) == ("test", "drop") else section.max_length  # no test row is dropped
+        if side == "train":  # general rows are trained on, and are in no file that evaluation reads
+            examples = (*examples, *general.replay)
         rows = training.prepare_rows(
             examples, template=template, max_length=limit, overlong=section.overlong, file=file
         )
@@ -110,7 +115,14 @@ def _prepare_stage(run: Run, prepared: Prepared, *, workspace: Workspace, origin
             workspace.note(f"warning: {len(became[side]['dropped'])} {side} rows are too long and were dropped whole")
         if side == "train":
             trained = rows
-    machine = read_machine()
+    if general.ewc:
+        training.prepare_rows(
+            general.ewc,
+            template=template,
+            max_length=section.max_length,
+            overlong=section.overlong,
+            file=run.training / "general.rows.jsonl",
+        )
     plan = plan_run(prepared, rows=trained, machine=machine)
     for warning in plan.warnings:
         workspace.note(f"warning: {warning}")
@@ -123,6 +135,7 @@ def _prepare_stage(run: Run, prepared: Prepared, *, workspace: Workspace, origin
         time=origin.time,
         commit=origin.commit,
         cores=machine.cores,
+        replayed=len(general.replay),
     )
 
 
@@ -143,6 +156,7 @@ def _train_stage(run: Run, prepared: Prepared, *, workspace: Workspace) -> None:
         base_name=prepared.base.model,
         method=prepared.recipe.method,
         training=prepared.recipe.training,
+        ewc=prepared.recipe.forgetting.ewc if prepared.recipe.forgetting else None,
         micro_batch=plan["micro_batch"],
         checkpointing=plan["checkpointing"],
         threads=record["cores"],
@@ -150,6 +164,7 @@ def _train_stage(run: Run, prepared: Prepared, *, workspace: Workspace) -> None:
             "run_key": run.key,
             "train_rows": digest_file(run.training / "train.rows.jsonl"),
             "validation_rows": digest_file(run.training / "validation.rows.jsonl"),
+            **_digest_general(run),
             **read_versions(),
         },
     )
@@ -157,6 +172,12 @@ def _train_stage(run: Run, prepared: Prepared, *, workspace: Workspace) -> None:
     summary = training.train(job, note=workspace.note, env={"OMP_NUM_THREADS": str(record["cores"])}, board=board)
     run.finish("train", summary=summary)
     shutil.rmtree(job.checkpoints, ignore_errors=True)
+
+
+def _digest_general(run: Run) -> dict[str, str]:
+    """What a checkpoint is bound to beside its rows: the rows of the Fisher, where there are any."""
+    file = run.training / "general.rows.jsonl"
+    return {"general_rows": digest_file(file)} if file.is_file() else {}
 
 
 def _is_intact(run: Run) -> bool:
@@ -235,7 +256,7 @@ def _card_stage(run: Run, prepared: Prepared) -> None:
         git_commit=record["commit"],
         created_at=record["time"],
         base=prepared.base.to_json(),
-        data=summarise_dataset(prepared.dataset, prepared.splits),
+        data=_describe_data(prepared, replayed=record.get("replayed", 0)),
         training={
             **run.read("train")["summary"],
             "trained_tokens": record["plan"]["trained_tokens"],
@@ -247,6 +268,12 @@ def _card_stage(run: Run, prepared: Prepared) -> None:
     )
     report.write_card(card, run.card)
     run.finish("card", commit=record["commit"])
+
+
+def _describe_data(prepared: Prepared, *, replayed: int) -> dict[str, Any]:
+    """The dataset as the card tells it, with replayed general rows as a provenance of their own."""
+    data = summarise_dataset(prepared.dataset, prepared.splits)
+    return data | ({"provenance": {**data["provenance"], "general": replayed}} if replayed else {})
 
 
 def _publish_stage(run: Run, prepared: Prepared, *, workspace: Workspace, store: Store, origin: Origin) -> Finished:

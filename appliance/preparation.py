@@ -9,11 +9,21 @@ from importlib import metadata
 from pathlib import Path
 
 from appliance import __version__
-from appliance.data import Dataset, Report, Splits, check_dataset, split_dataset
+from appliance.data import (
+    Dataset,
+    GeneralRows,
+    Report,
+    Splits,
+    check_apart,
+    check_dataset,
+    digest_general,
+    load_general,
+    split_dataset,
+)
 from appliance.errors import DatasetError
 from appliance.model import Base, TokenRow, resolve_base
 from appliance.plan import Machine, Plan, build_plan
-from appliance.recipe import Recipe
+from appliance.recipe import ForgettingSection, Recipe
 from appliance.run import build_run_key
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
@@ -48,6 +58,8 @@ class Prepared:
     splits: Splits
     base: Base
     key: str
+    replay: GeneralRows | None = None
+    ewc: GeneralRows | None = None
 
 
 def prepare(recipe: Recipe, *, workspace: Workspace) -> Prepared:
@@ -57,10 +69,27 @@ def prepare(recipe: Recipe, *, workspace: Workspace) -> Prepared:
         raise DatasetError("\n".join(str(f) for f in checked.errors))
     for finding in checked.warnings:
         workspace.note(f"warning: {finding}")
-    base = resolve_base(recipe.base, root=workspace.root, cache=workspace.cache, note=workspace.note)
     splits = split_dataset(checked.dataset, recipe.dataset.split)
-    key = build_run_key(recipe, data_digest=checked.dataset.digest, base_digest=base.digest)
-    return Prepared(recipe=recipe, dataset=checked.dataset, splits=splits, base=base, key=key)
+    replay, ewc = _load_general(recipe.forgetting, splits=splits, root=workspace.root)
+    base = resolve_base(recipe.base, root=workspace.root, cache=workspace.cache, note=workspace.note)
+    key = build_run_key(
+        recipe,
+        data_digest=checked.dataset.digest,
+        base_digest=base.digest,
+        general_digest=digest_general(recipe.forgetting, replay, ewc),
+    )
+    return Prepared(recipe, checked.dataset, splits=splits, base=base, key=key, replay=replay, ewc=ewc)
+
+
+def _load_general(
+    section: ForgettingSection | None, *, splits: Splits, root: Path
+) -> tuple[GeneralRows | None, GeneralRows | None]:
+    """The rows to replay and those for the Fisher, none of which asks what the dataset asks."""
+    sections = (section.replay, section.ewc) if section is not None else (None, None)
+    replay, ewc = (load_general(s, root=root) if s is not None else None for s in sections)
+    for rows in (r for r in (replay, ewc) if r is not None):
+        check_apart(rows, splits)
+    return replay, ewc
 
 
 def check_data(recipe: Recipe, *, root: Path) -> Report:

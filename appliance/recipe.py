@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 Line = dict[tuple[str | int, ...], int]
+_EWC_METHODS = ("full", "lora", "qlora")
 
 
 class BaseSection(Section):
@@ -136,6 +137,44 @@ class TrainingSection(Section):
     speed: SpeedSection = SpeedSection()
 
 
+class ReplaySection(Section):
+    """General rows mixed into the training rows, so that what the base can do is rehearsed."""
+
+    path: str | None = Field(
+        None,
+        min_length=1,
+        description="folder of general rows; left out, the base model's own answers to the package's general prompts",
+    )
+    share: float = Field(0.1, gt=0.0, le=0.5, description="general rows as a share of all training rows")
+
+
+class EwcSection(Section):
+    """Elastic weight consolidation (Kirkpatrick et al. 2017, arXiv 1612.00796)."""
+
+    path: str | None = Field(
+        None,
+        min_length=1,
+        description="folder of general rows; left out, the base model's own answers to the package's general prompts",
+    )
+    rows: int = Field(128, ge=1, le=10_000, description="general rows that the Fisher is estimated on, at most")
+    strength: float = Field(
+        100.0, gt=0.0, le=1e9, description="weight of the estimated drift on general rows (nats per token) in the loss"
+    )
+
+
+class ForgettingSection(Section):
+    """What protects the base model's abilities while the task is learned."""
+
+    replay: ReplaySection | None = None
+    ewc: EwcSection | None = None
+
+    @model_validator(mode="after")
+    def _ask_for_one(self) -> ForgettingSection:
+        if self.replay is None and self.ewc is None:
+            raise ValueError("says nothing; give replay or ewc, or leave the section out")
+        return self
+
+
 class GateSection(Section):
     """What the candidate must show before an alias moves."""
 
@@ -170,6 +209,7 @@ class Recipe(Section):
     dataset: DatasetSection
     method: Method
     training: TrainingSection = TrainingSection()
+    forgetting: ForgettingSection | None = None
     evaluation: EvaluationSection = EvaluationSection()
     publish: PublishSection = PublishSection()
 
@@ -191,10 +231,31 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_ewc(self) -> Recipe:
+        if self.forgetting is None or self.forgetting.ewc is None:
+            return self
+        if self.method.type not in _EWC_METHODS:
+            raise ValueError(
+                f"forgetting.ewc: method {self.method.type} changes no weight of the base; "
+                f"use it with {', '.join(_EWC_METHODS)}, or use forgetting.replay"
+            )
+        if getattr(self.method, "variant", None) == "dora":
+            raise ValueError(
+                "forgetting.ewc: the update of variant dora is not B A alone; use another variant, or forgetting.replay"
+            )
+        return self
+
     @property
     def digest(self) -> str:
-        """SHA-256 of the recipe's values; comments, order and spelled-out defaults do not count."""
-        return digest_json(self.model_dump(mode="json"))
+        """SHA-256 of the recipe's values; comments, order and spelled-out defaults do not count.
+
+        `forgetting` counts only where it is given, so that older recipes keep their runs.
+        """
+        values = self.model_dump(mode="json")
+        if self.forgetting is None:
+            del values["forgetting"]
+        return digest_json(values)
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -286,10 +347,15 @@ def _did_you_mean(loc: tuple[str | int, ...]) -> str:
         if part in _METHODS:
             model = _METHODS[str(part)]
         elif part != "method" and isinstance(part, str) and part in model.model_fields:
-            model = model.model_fields[part].annotation
+            model = _find_section(model.model_fields[part].annotation)
     known = list(model.model_fields)
     close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(known)}"
+
+
+def _find_section(annotation: Any) -> Any:
+    """The section in `Section | None`, or the section itself."""
+    return next(a for a in (*get_args(annotation), annotation) if isinstance(a, type) and issubclass(a, Section))
 
 
 def _dotted(path: tuple[str | int, ...]) -> str:

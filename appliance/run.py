@@ -23,9 +23,10 @@ Stage = Literal["prepare", "train", "evaluate", "judge", "card", "publish"]
 STAGES: tuple[Stage, ...] = ("prepare", "train", "evaluate", "judge", "card", "publish")
 
 
-def build_run_key(recipe: Recipe, *, data_digest: str, base_digest: str) -> str:
-    """What a version is a function of: recipe, data and base. Equal keys need no second training."""
-    return digest_json({"recipe": recipe.digest, "data": data_digest, "base": base_digest})
+def build_run_key(recipe: Recipe, *, data_digest: str, base_digest: str, general_digest: str | None = None) -> str:
+    """What a version is a function of: recipe, data, base and general rows. Equal keys need no second training."""
+    parts = {"recipe": recipe.digest, "data": data_digest, "base": base_digest}
+    return digest_json(parts if general_digest is None else {**parts, "general": general_digest})
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from appliance.cli.common import build_workspace, json_option, print_json, recipe_argument, workspace_options
+from appliance.cli.common import build_workspace, json_option, print_json, recipe_argument, say, workspace_options
+from appliance.general import preview_replay
 from appliance.model import ChatTemplate, TokenRow, fit_template, load_template
 from appliance.plan import Plan, read_machine
 from appliance.preparation import plan_run, prepare
@@ -34,9 +35,14 @@ def command(*, recipe: Path, root: Path, cache: Path, runs: Path | None, masks: 
     template = fit_template(load_template(prepared.base.folder), prepared.splits.train)
     section = prepared.recipe.training
     rows = build_rows(
-        prepared.splits.train, template=template, max_length=section.max_length, overlong=section.overlong
+        (*prepared.splits.train, *preview_replay(prepared)),
+        template=template,
+        max_length=section.max_length,
+        overlong=section.overlong,
     )
     became = describe_rows(prepared.splits.train, rows)
+    if prepared.replay is not None and prepared.replay.examples is None:
+        say("replay rows are not counted: the base model answers them when the recipe is run")
     plan = plan_run(prepared, rows=rows, machine=read_machine())
     if as_json:
         shown = [{"id": r.id, "pieces": show_mask(r, template)} for r in rows[:masks]]

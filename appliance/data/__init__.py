@@ -4,23 +4,43 @@ from __future__ import annotations
 
 from appliance.data.check import Report, check_dataset
 from appliance.data.findings import Finding
+from appliance.data.general import (
+    OWN_ANSWER_TOKENS,
+    GeneralRows,
+    check_apart,
+    count_replayed,
+    digest_general,
+    find_shared,
+    load_general,
+    load_prompts,
+    order_general,
+)
 from appliance.data.pointer import Pointer, digest_dvc_folder, is_current, load_pointer, pull_data
 from appliance.data.rows import Dataset, DatasetCard, Row, load_dataset
 from appliance.data.split import Splits, select_side, split_dataset, summarise_dataset
 
 __all__ = [
+    "OWN_ANSWER_TOKENS",
     "Dataset",
     "DatasetCard",
     "Finding",
+    "GeneralRows",
     "Pointer",
     "Report",
     "Row",
     "Splits",
+    "check_apart",
     "check_dataset",
+    "count_replayed",
     "digest_dvc_folder",
+    "digest_general",
+    "find_shared",
     "is_current",
     "load_dataset",
+    "load_general",
     "load_pointer",
+    "load_prompts",
+    "order_general",
     "pull_data",
     "select_side",
     "split_dataset",

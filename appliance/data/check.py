@@ -153,6 +153,9 @@ def _check_prompts(dataset: Dataset) -> Iterator[Finding]:
 def _check_provenance(dataset: Dataset) -> Iterator[Finding]:
     """Model-generated rows need a person's review; there is no review record that could show one."""
     for row in dataset.rows:
+        if row.example.provenance == "general":
+            message = "a general row in a reviewed dataset"
+            yield _error(row, "unreviewed", message, "move it to the folder of forgetting.replay.path")
         if row.example.provenance == "synthetic":
             message = "a synthetic row without a review"
             yield _error(row, "unreviewed", message, "have a person verify it and mark it human, or remove it")

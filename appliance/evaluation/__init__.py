@@ -7,7 +7,7 @@ ship, hold, inconclusive or reject. It never passes by missing data.
 
 from __future__ import annotations
 
-from appliance.evaluation.arms import Arm, build_arms, build_prompts
+from appliance.evaluation.arms import Arm, Prompt, build_arms, build_prompts
 from appliance.evaluation.generate import GenerationJob, generate
 from appliance.evaluation.outputs import Output, Result, decode_outputs, decode_results, encode_results
 from appliance.evaluation.scorers import score_outputs
@@ -18,6 +18,7 @@ __all__ = [
     "Arm",
     "GenerationJob",
     "Output",
+    "Prompt",
     "Result",
     "Verdict",
     "build_arms",

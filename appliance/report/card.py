@@ -24,6 +24,7 @@ _CURVES = (
     "validation_exact_match",
     "learning_rate",
     "grad_norm",
+    "penalty",
     "tokens_per_second",
 )
 

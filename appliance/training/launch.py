@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from appliance.command import WorkerEnd, run_worker
 from appliance.digest import write_atomic
 from appliance.errors import DeviceError, InterruptedRunError, TrainingError
-from appliance.recipe import Method, TrainingSection
+from appliance.recipe import EwcSection, Method, TrainingSection
 from appliance.training.board import open_board
 from appliance.training.checkpoints import read_facts
 from appliance.training.view import TrainingView
@@ -34,6 +34,7 @@ class TrainingJob(BaseModel):
     base_name: str
     method: Method
     training: TrainingSection
+    ewc: EwcSection | None = None
     micro_batch: int
     checkpointing: bool
     threads: int | None = None

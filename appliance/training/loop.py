@@ -17,6 +17,7 @@ from appliance.model.weights import Precision
 from appliance.training.arguments import build_training_arguments, is_packed
 from appliance.training.batches import build_records, collate_packed, collate_padded, spread_labels
 from appliance.training.checkpoints import count_steps_done
+from appliance.training.ewc import Penalty
 from appliance.training.launch import TrainingJob
 from appliance.training.levers import Levers
 from appliance.training.methods import keep_dtypes, load_encoder, save_encoder
@@ -31,6 +32,7 @@ def build_trainer(
     *,
     precision: Precision,
     levers: Levers,
+    penalty: Penalty | None,
     watch: Watch,
 ) -> Any:
     """The trainer of `job` over (train, validation) token rows."""
@@ -62,7 +64,7 @@ def build_trainer(
         )
     align_special_tokens(model, tokenizer)  # as `train` does: it is in the saved configuration, steps or not
     trainer.remove_callback(PrinterCallback)  # standard output is the parent's channel
-    trainer.head = levers.head
+    trainer.head, trainer.penalty = levers.head, penalty
     trainer.tokens_seen, trainer.saves, trainer.save_seconds = 0, 0, 0.0
     watch.trainer = trainer
     return trainer
@@ -95,6 +97,14 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
             inputs["labels"] = inputs["shift_labels"]
         outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def training_step(self, *args: Any, **options: Any) -> Any:
+        """The data's loss; the penalty's gradient is added once, with the last micro-batch of a step."""
+        loss = super().training_step(*args, **options)
+        penalty: Penalty | None = self.penalty
+        if penalty is not None and self.accelerator.sync_gradients:
+            self._metrics["train"]["penalty"].append(penalty.add_gradients())
+        return loss
 
     def evaluate(self, *_arguments: Any, **_options: Any) -> dict[str, float]:
         """One pass over the validation rows, see `validation`; TRL's averages over batches."""

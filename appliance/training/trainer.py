@@ -32,13 +32,14 @@ from appliance.training.checkpoints import (
     name_checkpoint,
     read_seal,
 )
+from appliance.training.ewc import Penalty, build_penalty
 from appliance.training.fingerprint import build_fingerprint, make_deterministic, make_repeatable
 from appliance.training.guards import check_base, check_packing, check_trained
 from appliance.training.journal import Journal
 from appliance.training.launch import TrainingJob
 from appliance.training.levers import select_levers
 from appliance.training.loop import build_trainer, run_steps
-from appliance.training.methods import build_model, copy_start, digest_start
+from appliance.training.methods import Weights, build_model, copy_start, digest_start
 from appliance.training.monitor import Rules, build_rules, select_kept_step, watch_records
 from appliance.training.proof import prove_worst_step
 from appliance.training.rows import load_rows
@@ -70,18 +71,18 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
         check_base(model, train_rows[0], device=device)
         if is_packed(job.training, job.method):
             check_packing(model, train_rows, precision=precision, device=device)
+        penalty = build_penalty(job, model, precision=precision, emit=emit)
 
         # 4. The trainer, from the newest sound checkpoint of this very job.
-        fingerprint = build_fingerprint(job, precision=precision, device=device)
         start = copy_start(model, job.method)
-        if start:
-            fingerprint["start"] = digest_start(start)
+        fingerprint = build_fingerprint(job, precision=precision, device=device)
+        fingerprint |= _name_parts(start, penalty)
         rules = build_rules(job.training, max_steps=count_steps(job.training, rows=len(train_rows)))
         resume, journal = _find_start(job, rules, fingerprint=fingerprint, emit=emit)
         facts = _state_facts(job, resume)
         watch = Watch(stop=stop, emit=emit, fingerprint=fingerprint, facts=facts, journal=journal, rules=rules)
         rows = (train_rows, validation_rows)
-        trainer = build_trainer(job, model, rows, precision=precision, levers=levers, watch=watch)
+        trainer = build_trainer(job, model, rows, precision=precision, levers=levers, penalty=penalty, watch=watch)
         if resume:
             emit(note=f"resuming from step {count_steps_done(resume)}")
         else:
@@ -113,6 +114,12 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
             "child_seconds": round(time.monotonic() - began, 1),
         }
         write_atomic(job.folder / "summary.json", canonical_json(summary))
+
+
+def _name_parts(start: Weights, penalty: Penalty | None) -> dict[str, str]:
+    """Digests of what training starts from beside the job: the adapter's first weights, the Fisher."""
+    parts = {"start": digest_start(start)} if start else {}
+    return parts if penalty is None else {**parts, "fisher": penalty.fisher_sha256}
 
 
 def _find_start(

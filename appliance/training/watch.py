@@ -101,6 +101,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             "seconds": round(self.journal.seconds_before + now - self._began, 2),
             "memory_bytes": measure_peak_memory(self.trainer.args.device),
         }
+        if "penalty" in logs:
+            record["penalty"] = float(logs["penalty"])
         self._observe(record)
         self.emit(**record, max_steps=state.max_steps)
 

@@ -1,0 +1,267 @@
+"""Forgetting on a real model: plain LoRA, with replay, and with elastic weight consolidation.
+
+SmolLM2-135M learns the demo's task for the same number of steps of the same number of rows in each
+arm. Measured on rows that no arm trains on: exact match on held-out requests, and on general text
+the NLL of reference answers and KL(base || tuned), both in nats per token. General text is the
+project's own: chats written for this benchmark, and answers of the base model to the package's
+prompts, every second of which is kept from training and from the Fisher.
+
+Run it with `python benchmarks/forgetting.py`; what is finished is kept in `--work` and not done
+again. Prints a table and writes `benchmarks/results/forgetting.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from appliance.data import load_prompts, order_general
+from appliance.demo.requests import build_requests
+from appliance.digest import canonical_json, write_atomic
+from appliance.evaluation import Arm, GenerationJob, Prompt, generate
+from appliance.example import Example, decode_examples
+from appliance.general import answer_prompts, select_replay
+from appliance.model import Base, load_template
+from appliance.model.base import resolve_base
+from appliance.plan import read_machine
+from appliance.preparation import Workspace, read_versions
+from appliance.recipe import EwcSection, load_recipe
+from appliance.run import Run
+from appliance.training import TrainingJob, prepare_rows, train
+
+ROOT = Path(__file__).parent.parent
+CHATS = Path(__file__).with_name("general_chats.jsonl")
+TASK_ROWS, TEST_ROWS, BATCH, FISHER_ROWS = 400, 60, 8, 32
+PROMPTS, ANSWER_TOKENS = 96, 64
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "0")) or read_machine().cores
+RECIPE = load_recipe(ROOT / "recipes" / "demo.yaml")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to train: a share of replayed rows, or a strength of the penalty, or neither."""
+
+    name: str
+    share: float = 0.0
+    strength: float = 0.0
+    rate: float = 1e-3
+
+
+def main() -> None:
+    """Run what is not done yet, print the table, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "forgetting")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "appliance")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--share", type=float, nargs="*", default=[0.2])
+    parser.add_argument("--strength", type=float, nargs="*", default=[1000.0])
+    parser.add_argument("--pieces", type=int, default=99, help="stop after so many pieces; the next call goes on")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure_general(options.measure)))
+        return
+    contenders = [
+        Contender("lora", rate=options.rate),
+        *(Contender(f"replay {s:g}", share=s, rate=options.rate) for s in options.share),
+        *(Contender(f"ewc {s:g}", strength=s, rate=options.rate) for s in options.strength),
+    ]
+    workspace = Workspace(ROOT, options.cache, options.work, note=lambda text: print(f"  {text}", flush=True))
+    base = resolve_base(RECIPE.base, root=ROOT, cache=options.cache, note=workspace.note)
+    pool, kept = split_general(base, workspace)
+    found: dict[str, dict[str, Any]] = {}
+    for number, contender in enumerate(contenders):
+        if number >= options.pieces:
+            return
+        found[contender.name] = run_contender(contender, base, pool, kept, work=options.work, steps=options.steps)
+        print(json.dumps({contender.name: found[contender.name]}), flush=True)
+    report(found, options=options)
+
+
+def split_general(base: Base, workspace: Workspace) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """The base's own answers: those to train with, and those that only the measurement sees."""
+    run = Run(folder=workspace.runs, key="")
+    answers = answer_prompts(
+        base,
+        load_prompts()[:PROMPTS],
+        limit=ANSWER_TOKENS,
+        run=run,
+        workspace=workspace,
+        precision="auto",
+        threads=THREADS,
+    )
+    ordered = order_general(answers)
+    return tuple(ordered[::2]), tuple(ordered[1::2])
+
+
+def run_contender(
+    contender: Contender,
+    base: Base,
+    pool: tuple[Example, ...],
+    kept: tuple[Example, ...],
+    *,
+    work: Path,
+    steps: int,
+) -> dict[str, Any]:
+    """Train, answer the held-out requests, and measure general text; each part once."""
+    folder = work / f"{contender.name.replace(' ', '-')}-{contender.rate:g}-{steps}"
+    result = folder / "result.json"
+    if result.is_file():
+        done: dict[str, Any] = json.loads(result.read_bytes())
+        return done
+    requests = build_requests(TASK_ROWS + TEST_ROWS)
+    job = build_job(contender, base, folder, requests[:TASK_ROWS], pool, steps=steps)
+    borrow_fisher(folder, work)
+    if not (folder / "summary.json").is_file():
+        train(job, note=lambda text: print(f"  {text}", flush=True), env={"OMP_NUM_THREADS": str(job.threads)})
+    summary = json.loads((folder / "summary.json").read_bytes())
+    score = score_task(requests[TASK_ROWS:], base, job)
+    chats = decode_examples(CHATS.read_bytes())
+    template = load_template(base.folder)
+    prepare_rows(chats, template=template, max_length=512, file=folder / "chats.rows.jsonl")
+    prepare_rows(kept, template=template, max_length=512, file=folder / "answers.rows.jsonl")
+    measured = subprocess.run(
+        [sys.executable, __file__, "--measure", str(folder)], check=True, capture_output=True, text=True
+    )
+    figures = {
+        "exact_match": score,
+        **json.loads(measured.stdout.splitlines()[-1]),
+        **{k: summary[k] for k in ("last_loss", "seconds", "steps", "device", "dtype", "threads")},
+    }
+    write_atomic(result, canonical_json(figures))
+    return figures
+
+
+def build_job(
+    contender: Contender,
+    base: Base,
+    folder: Path,
+    requests: tuple[Example, ...],
+    pool: tuple[Example, ...],
+    *,
+    steps: int,
+) -> TrainingJob:
+    """The same steps in each arm: replayed rows take the place of task rows."""
+    template = load_template(base.folder)
+    count = round(TASK_ROWS * contender.share / (1 - contender.share))
+    rows = (*requests, *(select_replay(pool, count=count) if count else ()))
+    prepare_rows(rows, template=template, max_length=512, file=folder / "train.rows.jsonl")
+    (folder / "validation.rows.jsonl").write_bytes(b"")
+    if contender.strength:
+        fisher_rows = tuple(order_general(pool)[:FISHER_ROWS])
+        prepare_rows(fisher_rows, template=template, max_length=512, file=folder / "general.rows.jsonl")
+    section = {
+        "epochs": steps / -(-len(rows) // BATCH) - 1e-9,
+        "learning_rate": contender.rate,
+        "effective_batch": BATCH,
+        "checkpoints": 3,
+    }
+    return TrainingJob(
+        folder=folder,
+        adapter=folder / "adapter",
+        base=base.folder,
+        base_name="base",
+        method=RECIPE.method,
+        training=RECIPE.training.model_copy(update=section),
+        ewc=EwcSection(strength=contender.strength, rows=FISHER_ROWS) if contender.strength else None,
+        micro_batch=BATCH,
+        checkpointing=False,
+        threads=THREADS,
+        fingerprint={"benchmark": "forgetting"},
+    )
+
+
+def borrow_fisher(folder: Path, work: Path) -> None:
+    """The Fisher does not depend on the strength: take the one of an earlier arm; its identity is checked anyway."""
+    for file in sorted(work.glob("ewc-*/fisher.json")):
+        if (folder / "general.rows.jsonl").is_file() and not (folder / "fisher.json").is_file():
+            shutil.copyfile(file.with_suffix(".safetensors"), folder / "fisher.safetensors")
+            shutil.copyfile(file, folder / "fisher.json")
+
+
+def score_task(requests: tuple[Example, ...], base: Base, job: TrainingJob) -> float:
+    """The share of held-out requests that are answered exactly."""
+    template = load_template(base.folder)
+    generation = GenerationJob(
+        folder=job.folder / "task",
+        arms=(Arm("candidate", base.folder, job.adapter, is_prompted=False),),
+        stop_ids=tuple(sorted(template.stop_ids)),
+        max_new_tokens=64,
+        batch=32,
+        precision="auto",
+        threads=job.threads,
+    )
+    prompts = [Prompt(r.id, "candidate", template.encode_prompt(r.prompt)) for r in requests]
+    said = {o.id: o.output.strip() for o in generate(generation, prompts, note=lambda _: None)}
+    return sum(said[r.id] == r.answer for r in requests) / len(requests)
+
+
+def measure_general(folder: Path) -> dict[str, float]:
+    """NLL of base and tuned, and KL(base || tuned), per trained token, on both held-out texts."""
+    import torch
+    from peft import PeftModel
+
+    from appliance.model.weights import load_model
+    from appliance.training.rows import load_rows
+
+    job = TrainingJob.model_validate_json((folder / "job.json").read_bytes())
+    torch.set_num_threads(job.threads or 1)
+    base = load_model(job.base, precision="fp32", device=torch.device("cpu"))
+    model = PeftModel.from_pretrained(base, str(job.adapter)).eval()
+    figures: dict[str, float] = {}
+    for name in ("chats", "answers"):
+        total, tokens = torch.zeros(3, dtype=torch.float64), 0
+        for row in load_rows(folder / f"{name}.rows.jsonl"):
+            kept = torch.tensor([i - 1 for start, end in row.spans for i in range(start, end)])
+            ids = torch.tensor([row.input_ids])
+            with torch.no_grad():
+                tuned = torch.log_softmax(model(input_ids=ids, logits_to_keep=kept).logits[0], -1)
+                with model.disable_adapter():
+                    plain = torch.log_softmax(model(input_ids=ids, logits_to_keep=kept).logits[0], -1)
+            target = ids[0][kept + 1][:, None]
+            drift = (plain.exp() * (plain - tuned)).sum(-1)
+            total += torch.stack([-plain.gather(1, target).sum(), -tuned.gather(1, target).sum(), drift.sum()]).double()
+            tokens += len(kept)
+        parts = (total / tokens).tolist()
+        figures |= {f"{name}_base_nll": parts[0], f"{name}_nll": parts[1], f"{name}_kl": parts[2]}
+    return {k: round(v, 4) for k, v in figures.items()}
+
+
+def report(found: dict[str, dict[str, Any]], *, options: argparse.Namespace) -> None:
+    """The table on standard output and the JSON beside it."""
+    first = next(iter(found.values()))
+    print(f"\n{'':12} {'exact':>6} {'chats NLL':>10} {'answers NLL':>12} {'chats KL':>9} {'answers KL':>11} {'s':>6}")
+    print(f"{'base':12} {'-':>6} {first['chats_base_nll']:10.3f} {first['answers_base_nll']:12.3f}")
+    for name, f in found.items():
+        print(
+            f"{name:12} {f['exact_match']:6.1%} {f['chats_nll']:10.3f} {f['answers_nll']:12.3f} "
+            f"{f['chats_kl']:9.3f} {f['answers_kl']:11.3f} {f['seconds']:6.0f}"
+        )
+    document = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "hardware": f"{read_machine().cores} CPU cores, {_read_processor()}",
+        "versions": read_versions(),
+        "setting": {"steps": options.steps, "rows_a_step": BATCH, "rate": options.rate, "test_rows": TEST_ROWS},
+        "contenders": found,
+    }
+    file = ROOT / "benchmarks" / "results" / "forgetting.json"
+    write_atomic(file, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _read_processor() -> str:
+    names = [x.split(":", 1)[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+    return names[0] if names else platform.machine()
+
+
+if __name__ == "__main__":
+    main()
