@@ -358,7 +358,7 @@ REFUSED: dict[str, tuple[str, Example, str]] = {
         make_example(("user", "a?"), ("assistant", "four")),
         "is 'fou', not the answer",
     ),
-    "stop-in-the-answer": (TEMPLATE, ask(("assistant", "on<|im_end|>e")), "is 'on', not the answer"),
+    "stop-in-the-answer": (TEMPLATE, ask(("assistant", "on<|im_end|>e")), "holds the stop token '<.im_end.>'"),
 }
 
 

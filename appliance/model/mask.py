@@ -96,6 +96,10 @@ def split_thinking(content: str) -> tuple[str, str]:
 
 def _build_turn(example: Example, number: int, template: ChatTemplate) -> _Turn:
     """The tokens of one assistant turn, as inference would meet it."""
+    stops = (template.decode([s]) for s in sorted(template.stop_ids))
+    held = next((s for s in stops if s and s in example.messages[number].content), None)
+    if held is not None:
+        raise _refuse(example, f"the answer of turn {number + 1} holds the stop token {held!r} in its text", template)
     before = template.render(example.messages[:number], prompt=True, tools=example.tools)
     tail = _find_tail(example, number, prompt=before, template=template)
     prompt = list(template.encode(before).ids)
@@ -181,7 +185,7 @@ def _check_said(example: Example, number: int, said: list[int], template: ChatTe
         spoken = tuple(unicodedata.normalize("NFC", t) for t in split_thinking(text))
         if spoken == (reasoning, answer):
             return
-        if spoken[1].startswith(answer) and any(t in template.added_ids for t in said):
+        if answer and spoken[1].startswith(answer) and any(t in template.added_ids for t in said):
             raise _refuse_ending(example, number, said, template)
         raise _refuse(example, f"the trained text of turn {number + 1} is {text[:60]!r}, not the answer", template)
     whole = unicodedata.normalize("NFC", text)
