@@ -15,18 +15,20 @@ from appliance.model import Base, TokenRow, resolve_base
 from appliance.plan import Machine, Plan, build_plan
 from appliance.recipe import Recipe
 from appliance.run import build_run_key
+from appliance.store import Store
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
 
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Where things are: the repository, the cache of bases, the run folders."""
+    """Where things are: the repository, the cache of bases, the run folders, and a store for checkpoints."""
 
     root: Path
     cache: Path
     runs: Path
     note: Callable[[str], None]
+    mirror: Store | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,15 @@ def workspace_options(function: F) -> F:
     return function
 
 
-def build_workspace(*, root: Path, cache: Path, runs: Path | None) -> Workspace:
+mirror_option = click.option(
+    "--mirror-checkpoints",
+    is_flag=True,
+    envvar="APPLIANCE_MIRROR_CHECKPOINTS",
+    help="Keep checkpoints in the store too, and go on from those of a lost host. [env: APPLIANCE_MIRROR_CHECKPOINTS]",
+)
+
+
+def build_workspace(*, root: Path, cache: Path, runs: Path | None, mirror: Store | None = None) -> Workspace:
     """The folders of one invocation, absolute."""
     home = root.resolve()
     return Workspace(
@@ -77,6 +85,7 @@ def build_workspace(*, root: Path, cache: Path, runs: Path | None) -> Workspace:
         cache=cache.expanduser().resolve(),
         runs=runs.expanduser().resolve() if runs else home / ".appliance" / "runs",
         note=say,
+        mirror=mirror,
     )
 
 

@@ -7,6 +7,7 @@ checkpoint that belongs to another run or whose bytes are damaged.
 from __future__ import annotations
 
 from appliance.training.launch import TrainingJob, train
+from appliance.training.mirror import Mirror, delete_checkpoints
 from appliance.training.rows import prepare_rows, show_mask
 
-__all__ = ["TrainingJob", "prepare_rows", "show_mask", "train"]
+__all__ = ["Mirror", "TrainingJob", "delete_checkpoints", "prepare_rows", "show_mask", "train"]
