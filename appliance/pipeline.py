@@ -59,6 +59,7 @@ def run_recipe(
     if store is not None and not force:
         version = registry.find_run(store, recipe.name, prepared.key)
         if version is not None:
+            _forget_checkpoints(prepared.key, workspace)
             return _finish_published(recipe, prepared.key, version, store=store, origin=origin)
     run = open_run(workspace.runs, name=recipe.name, key=prepared.key)
     with run.lock():
@@ -142,6 +143,7 @@ def _prepare_stage(run: Run, prepared: Prepared, *, workspace: Workspace, origin
 def _train_stage(run: Run, prepared: Prepared, *, workspace: Workspace) -> None:
     """The adapter, unless one is there whose bytes are those that training recorded."""
     if run.is_done("train") and _is_intact(run):
+        shutil.rmtree(run.training / "checkpoints", ignore_errors=True)
         return
     record = run.read("prepare")
     plan = record["plan"]
@@ -169,7 +171,9 @@ def _train_stage(run: Run, prepared: Prepared, *, workspace: Workspace) -> None:
         },
     )
     board = workspace.tensorboard / run.folder.name if workspace.tensorboard else None
-    summary = training.train(job, note=workspace.note, env={"OMP_NUM_THREADS": str(record["cores"])}, board=board)
+    mirror = training.Mirror(workspace.mirror, run.key) if workspace.mirror else None
+    env = {"OMP_NUM_THREADS": str(record["cores"])}
+    summary = training.train(job, note=workspace.note, env=env, board=board, mirror=mirror)
     run.finish("train", summary=summary)
     shutil.rmtree(job.checkpoints, ignore_errors=True)
 
@@ -283,8 +287,14 @@ def _publish_stage(run: Run, prepared: Prepared, *, workspace: Workspace, store:
     workspace.note(f"publishing {manifest.name} {manifest.version} to {store.url}")
     version = registry.publish(store, manifest=manifest, folder=folder)
     run.finish("publish", version=version)
+    _forget_checkpoints(run.key, workspace)
     promote_by_verdict(prepared.recipe, version, manifest, store=store, origin=origin)
     return _describe(run, prepared.recipe, version=version)
+
+
+def _forget_checkpoints(key: str, workspace: Workspace) -> None:
+    if workspace.mirror is not None:
+        training.delete_checkpoints(training.Mirror(workspace.mirror, key), note=workspace.note)
 
 
 def _finish_published(recipe: Recipe, key: str, version: str, *, store: Store, origin: Origin) -> Finished:

@@ -25,19 +25,21 @@ from appliance.model import Base, TokenRow, resolve_base
 from appliance.plan import Machine, Plan, build_plan
 from appliance.recipe import ForgettingSection, Recipe
 from appliance.run import build_run_key
+from appliance.store import Store
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
 
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Where things are: the repository, the cache of bases, the run folders, TensorBoard's (one per run)."""
+    """Where things are: repository, bases, run folders, TensorBoard files (a folder per run), mirrored checkpoints."""
 
     root: Path
     cache: Path
     runs: Path
     note: Callable[[str], None]
     tensorboard: Path | None = None
+    mirror: Store | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from warm import Warm, start_warm
 
 from appliance.demo.storage import Storage, start_storage
 from appliance.digest import digest_bytes
@@ -24,6 +25,13 @@ def pytest_configure() -> None:
     if name:
         share = sorted(os.sched_getaffinity(0))[int(name.removeprefix("gw")) :: count]
         os.sched_setaffinity(0, share or os.sched_getaffinity(0))
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """The process that training workers are forked from."""
+    with start_warm() as process:
+        yield process
 
 
 @pytest.fixture(scope="session")

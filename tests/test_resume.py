@@ -18,14 +18,14 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_training import make_job, quiet, write_job
 from tiny import make_recipe, write_base
-from warm import Warm, start_warm
+from warm import Warm
 
 from appliance.digest import digest_folder
 from appliance.errors import InterruptedRunError, TrainingError
@@ -48,17 +48,11 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 CASES = [(method, batch) for method in METHODS for batch in ("packed", "padded")]
 SHORT = {"epochs": 2.5, "checkpoints": 5}  # 10 steps, the last in the middle of an epoch, a checkpoint every 2
+MEDIUM = {"epochs": 10.5, "checkpoints": 14}  # 42 steps, a checkpoint every 3
 LONG = {"epochs": 30.5, "checkpoints": 41}  # 122 steps, a checkpoint every 3
 FACTS = Facts(threads=1, micro_batches=((0, 8),))
 
 Moment = Callable[[TrainingJob, Callable[[], bool]], None]
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    """The process that workers are forked from."""
-    with start_warm() as process:
-        yield process
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +236,7 @@ def test_ctrl_c_to_the_parent_is_answered_with_a_checkpoint(
     warm: Warm, base: Path, tmp_path: Path, uninterrupted: Callable[..., str]
 ) -> None:
     """SIGINT to the process that called `train` becomes a checkpoint in its child, and code 33's error."""
-    job = build_job(base, tmp_path, "lora", **LONG)
+    job = build_job(base, tmp_path, "lora", **MEDIUM)
     journal = job.folder / "metrics.jsonl"
 
     def stop_when_running() -> None:
@@ -256,7 +250,7 @@ def test_ctrl_c_to_the_parent_is_answered_with_a_checkpoint(
         train(job, note=quiet)
     assert not job.adapter.exists(), "an unfinished run leaves no adapter"
     assert list_newest_first(job.checkpoints)
-    assert finish(warm, job) == uninterrupted("lora", **LONG)
+    assert finish(warm, job) == uninterrupted("lora", **MEDIUM)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it_valid(

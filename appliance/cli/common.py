@@ -75,7 +75,17 @@ def workspace_options(function: F) -> F:
     return function
 
 
-def build_workspace(*, root: Path, cache: Path, runs: Path | None, tensorboard: Path | None = None) -> Workspace:
+mirror_option = click.option(
+    "--mirror-checkpoints",
+    is_flag=True,
+    envvar="APPLIANCE_MIRROR_CHECKPOINTS",
+    help="Keep checkpoints in the store too, and go on from those of a lost host. [env: APPLIANCE_MIRROR_CHECKPOINTS]",
+)
+
+
+def build_workspace(
+    *, root: Path, cache: Path, runs: Path | None, tensorboard: Path | None = None, mirror: Store | None = None
+) -> Workspace:
     """The folders of one invocation, absolute."""
     home = root.resolve()
     return Workspace(
@@ -84,6 +94,7 @@ def build_workspace(*, root: Path, cache: Path, runs: Path | None, tensorboard: 
         runs=runs.expanduser().resolve() if runs else home / ".appliance" / "runs",
         note=say,
         tensorboard=tensorboard.expanduser().resolve() if tensorboard else None,
+        mirror=mirror,
     )
 
 

@@ -10,6 +10,7 @@ from appliance.cli.common import (
     REFUSED,
     build_workspace,
     json_option,
+    mirror_option,
     print_json,
     read_actor,
     store_option,
@@ -24,6 +25,7 @@ from appliance.store import open_store
 @store_option(required=True)
 @workspace_options
 @tensorboard_option
+@mirror_option
 @click.option("--only", multiple=True, metavar="RECIPE", help="Only this recipe (file name without .yaml); repeatable.")
 @click.option("--dry-run", is_flag=True, help="Say what would be trained, and why; train nothing.")
 @click.option("--force", is_flag=True, help="Train even what has a version already.")
@@ -36,6 +38,7 @@ def command(
     cache: Path,
     runs: Path | None,
     tensorboard: Path | None,
+    mirror_checkpoints: bool,
     only: tuple[str, ...],
     dry_run: bool,
     force: bool,
@@ -47,9 +50,12 @@ def command(
     A recipe whose recipe, data and base have a version costs nothing. Exit code 1 when a recipe
     failed, 3 when a verdict refused one.
     """
+    store = open_store(store_url)
     outcomes = reconcile(
-        build_workspace(root=root, cache=cache, runs=runs, tensorboard=tensorboard),
-        store=open_store(store_url),
+        build_workspace(
+            root=root, cache=cache, runs=runs, tensorboard=tensorboard, mirror=store if mirror_checkpoints else None
+        ),
+        store=store,
         actor=read_actor(),
         only=only,
         dry_run=dry_run,

@@ -9,6 +9,7 @@ import click
 from appliance.cli.common import (
     build_workspace,
     find_origin,
+    mirror_option,
     open_given_store,
     print_finished,
     recipe_argument,
@@ -25,6 +26,7 @@ from appliance.recipe import load_recipe
 @store_option(required=False)
 @workspace_options
 @tensorboard_option
+@mirror_option
 @click.option(
     "--force", is_flag=True, help="Make a new version even if the registry has one for this recipe, data and base."
 )
@@ -36,16 +38,22 @@ def command(
     cache: Path,
     runs: Path | None,
     tensorboard: Path | None,
+    mirror_checkpoints: bool,
     force: bool,
 ) -> int:
     """Check, train, evaluate, judge and publish one RECIPE; without --store it stops at the card.
 
     Interrupted, the same command goes on where it stopped.
     """
+    store = open_given_store(store_url)
+    if mirror_checkpoints and store is None:
+        raise click.UsageError("--mirror-checkpoints: no store to keep them in; give --store")
     finished = run_recipe(
         load_recipe(recipe),
-        workspace=build_workspace(root=root, cache=cache, runs=runs, tensorboard=tensorboard),
-        store=open_given_store(store_url),
+        workspace=build_workspace(
+            root=root, cache=cache, runs=runs, tensorboard=tensorboard, mirror=store if mirror_checkpoints else None
+        ),
+        store=store,
         origin=find_origin(root),
         force=force,
     )

@@ -7,11 +7,14 @@ checkpoint that belongs to another run or whose bytes are damaged.
 from __future__ import annotations
 
 from appliance.training.launch import TrainingJob, train
+from appliance.training.mirror import Mirror, delete_checkpoints
 from appliance.training.rows import build_rows, describe_rows, prepare_rows, select_masks, show_mask
 
 __all__ = [
+    "Mirror",
     "TrainingJob",
     "build_rows",
+    "delete_checkpoints",
     "describe_rows",
     "prepare_rows",
     "select_masks",

@@ -21,6 +21,7 @@ from appliance.errors import DeviceError, InterruptedRunError, TrainingError
 from appliance.recipe import EwcSection, Method, TrainingSection
 from appliance.training.board import open_board
 from appliance.training.checkpoints import read_facts
+from appliance.training.mirror import Mirror, fetch_checkpoints, follow_checkpoints
 from appliance.training.view import TrainingView
 
 
@@ -52,13 +53,26 @@ def train(
     note: Callable[[str], None],
     env: Mapping[str, str] | None = None,
     board: Path | None = None,
+    mirror: Mirror | None = None,
 ) -> dict[str, Any]:
     """Train until the adapter is in place and return the child's summary; `board` is a folder for TensorBoard.
+
+    With a `mirror`, checkpoints go to the store as they are sealed, and come from there when the
+    folder has none.
 
     Out of memory: again with half the micro-batch. Raises `TrainingError` (refused or worthless),
     `InterruptedRunError` (a signal; the same call resumes) or `DeviceError`.
     """
-    job = _adopt_facts(job)
+    if mirror is None:
+        return _train(_adopt_facts(job), note=note, env=env, board=board)
+    fetch_checkpoints(mirror, job.checkpoints, fingerprint=job.fingerprint, note=note)
+    with follow_checkpoints(mirror, job.checkpoints, note=note):
+        return _train(_adopt_facts(job), note=note, env=env, board=board)
+
+
+def _train(
+    job: TrainingJob, *, note: Callable[[str], None], env: Mapping[str, str] | None, board: Path | None
+) -> dict[str, Any]:
     while True:
         end = _run_child(job, env=env, note=note, board=board)
         if end.code == 0:
