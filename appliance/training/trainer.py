@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, PrinterCallback, set_seed
+from transformers.trainer_utils import align_special_tokens
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
@@ -76,7 +77,9 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
 
         # 5. The steps, unless a run that was killed afterwards had stopped by rule.
         began = time.monotonic()
-        if not watch.seen.is_stopped:
+        if watch.seen.is_stopped:
+            align_special_tokens(model, trainer.processing_class)  # as `train` does; the configuration is saved
+        else:
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         if trainer.state.global_step < rules.max_steps and not watch.seen.is_stopped:
             raise InterruptedRunError(f"at step {trainer.state.global_step} of {rules.max_steps}, checkpoint saved")
