@@ -326,7 +326,7 @@ def test_an_early_stop_is_an_end_and_the_artifact_is_the_best_step(stopped: tupl
     assert summary["kept_validation_loss"] == summary["best_validation_loss"] < summary["last_validation_loss"]
     checkpoint = job.checkpoints / f"checkpoint-{summary['kept_step']}"
     assert checkpoint.is_dir(), "rotation leaves the best checkpoint"
-    assert len(list(job.checkpoints.glob("checkpoint-*"))) <= 2
+    assert len(list(job.checkpoints.glob("checkpoint-*"))) <= 3, "those for resuming, and the best"
     kept, made = (load_file(f / "adapter_model.safetensors") for f in (checkpoint, job.adapter))
     assert kept.keys() == made.keys()
     assert all(kept[k].equal(made[k]) for k in kept)
@@ -346,6 +346,8 @@ def test_full_training_keeps_the_best_weights_too(base: Path, tmp_path: Path) ->
     kept = load_file(job.checkpoints / f"checkpoint-{summary['kept_step']}" / "model.safetensors")
     made = load_file(job.adapter / "model.safetensors")
     assert all(kept[k].to(made[k].dtype).equal(made[k]) for k in made)
+    again = run_in_process(job)  # as after a kill between the stop and the artifact
+    assert again["adapter_sha256"] == summary["adapter_sha256"], "configuration files included"
 
 
 def test_a_run_killed_after_its_early_stop_takes_no_further_step(
@@ -446,7 +448,19 @@ def test_a_killed_run_with_early_stopping_ends_with_the_same_weights(
     notes: list[str] = []
     summary = train(job, note=notes.append)
     assert summary["adapter_sha256"] == stopped[1]["adapter_sha256"]
-    assert any(n.startswith("alert: step") and "stopped early" in n for n in notes)
+    assert any(n.startswith("step ") and "stopped early" in n for n in notes)
+    assert any(n.startswith("alert: step ") and "overfitting" in n for n in notes)
+
+
+def wait_for_step(job: Any, step: int, child: subprocess.Popen[bytes]) -> None:
+    """Until the child's journal reaches `step`, or the child has ended."""
+    journal = job.folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and child.poll() is None:
+        lines = journal.read_text().splitlines() if journal.is_file() else []
+        if any(json.loads(line)["step"] >= step for line in lines if line.endswith("}")):
+            return
+        time.sleep(0.005)
 
 
 def make_event(step: int, **more: Any) -> dict[str, Any]:

@@ -105,7 +105,8 @@ def _run_child(
             if "note" in event:
                 note(event["note"])
             elif "alert" in event:
-                note(f"alert: step {event['alert']['step']}: {event['alert']['words']}")
+                alert = event["alert"]
+                note(f"{'' if alert['kind'] == 'stopped' else 'alert: '}step {alert['step']}: {alert['words']}")
             elif "step" in event:
                 view.show(event)
                 copy()

@@ -178,7 +178,10 @@ def _judge_climb(seen: Watched, step: int, *, start: float) -> Watched:
     gained = start - seen.lowest
     is_high = gained > 0.3 and seen.smoothed - seen.lowest > 0.5 * gained + 2 * seen.noise
     seen = replace(seen, climbed=seen.climbed + 1 if is_high else 0)
-    words = f"training loss climbed from {seen.lowest:.3f} to {seen.smoothed:.3f}; a lower learning rate would hold it"
+    words = (
+        f"divergence: training loss climbed from {seen.lowest:.3f} to {seen.smoothed:.3f}; "
+        "a lower learning rate would hold it"
+    )
     numbers = {"lowest": seen.lowest, "smoothed": seen.smoothed, "start": start}
     return _raise_alert(seen, step, "divergence", words, numbers, holds=seen.climbed >= _SETTLED)
 
@@ -269,9 +272,9 @@ def _judge_patience(seen: Watched, found: Evaluation, rules: Rules) -> Watched:
 
 
 def _refuse(seen: Watched, step: int, what: str, numbers: dict[str, float]) -> Watched:
-    refusal = f"step {step}: {what}; lower training.learning_rate"
-    alert = Alert(step, "divergence", refusal, numbers)
-    return replace(seen, refusal=refusal, alerts=(*seen.alerts, alert))
+    words = f"{what}; lower training.learning_rate"
+    alert = Alert(step, "divergence", words, numbers)
+    return replace(seen, refusal=f"step {step}: {words}", alerts=(*seen.alerts, alert))
 
 
 def _raise_alert(

@@ -59,6 +59,7 @@ class TrainingView:
 
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, at: TracebackType | None) -> None:
         """Show what came last and give the terminal back, whatever happened."""
+        self._status.left = None
         if self._live is not None:
             self._live.stop()
         elif not self._is_current:
