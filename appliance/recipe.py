@@ -139,6 +139,12 @@ class PublishSection(Section):
     alias: str = Field("staging", pattern=r"^[a-z][a-z0-9-]{0,31}$")
 
 
+class NeedsSection(Section):
+    """What the machine must have; it decides where a recipe runs, never what is made."""
+
+    gpu: Literal["required", "optional"] = Field("optional", description="required: refuse a machine without one")
+
+
 class Recipe(Section):
     """One adapter to keep up to date: base x dataset x method, and what it must prove."""
 
@@ -149,11 +155,12 @@ class Recipe(Section):
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
     publish: PublishSection = PublishSection()
+    needs: NeedsSection = NeedsSection()
 
     @property
     def digest(self) -> str:
         """SHA-256 of the recipe's values; comments, order and spelled-out defaults do not count."""
-        return digest_json(self.model_dump(mode="json"))
+        return digest_json(self.model_dump(mode="json", exclude={"needs"}))
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from appliance.data.check import Report, check_dataset
 from appliance.data.findings import Finding
-from appliance.data.pointer import Pointer, digest_dvc_folder, is_current, load_pointer, pull_data
+from appliance.data.pointer import Pointer, check_pushed, digest_dvc_folder, is_current, load_pointer, pull_data
 from appliance.data.rows import Dataset, DatasetCard, Row, load_dataset
 from appliance.data.split import Splits, select_side, split_dataset, summarise_dataset
 
@@ -17,6 +17,7 @@ __all__ = [
     "Row",
     "Splits",
     "check_dataset",
+    "check_pushed",
     "digest_dvc_folder",
     "is_current",
     "load_dataset",

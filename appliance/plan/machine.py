@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from appliance.command import run_command
-from appliance.errors import CommandError
+from appliance.errors import CommandError, DeviceError
+from appliance.recipe import Recipe
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -31,6 +32,15 @@ def read_machine(cgroup: Path = _CGROUP) -> Machine:
     """The limits in force, the smaller of host and cgroup (v2)."""
     gpu, gpu_memory = _read_gpu()
     return Machine(cores=_read_cores(cgroup), memory_bytes=_read_memory(cgroup), gpu=gpu, gpu_memory_bytes=gpu_memory)
+
+
+def check_device(recipe: Recipe, machine: Machine) -> None:
+    """Refuse a recipe that needs a GPU where there is none. Raises `DeviceError`: another machine can do it."""
+    if recipe.needs.gpu == "required" and not machine.gpu:
+        raise DeviceError(
+            f"recipe {recipe.name}: needs.gpu is required, found no GPU on this machine (nvidia-smi names none); "
+            "run it on one with a GPU (a container: --gpus all), or say needs.gpu: optional"
+        )
 
 
 def _read_cores(cgroup: Path) -> int:

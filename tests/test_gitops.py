@@ -1,0 +1,266 @@
+"""Laws of desired state against actual state: why a recipe trains, one at a time, from what may be trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from test_reconcile import TRAINING, Project, base, make_project, wait_for  # noqa: F401 - two are fixtures
+from test_registry import publish_new
+from tiny import make_recipe
+
+from appliance import registry
+from appliance.cli.reconcile import command as reconcile_command
+from appliance.errors import CommandError, DatasetError, DeviceError, RegistryError
+from appliance.plan import Machine, check_device
+from appliance.preparation import Origin, Workspace
+from appliance.recipe import Recipe
+from appliance.reconcile import find_touched, find_unclaimed, plan_from_git, read_origin, reconcile
+from appliance.release import promote_by_verdict
+from appliance.store import Store, open_store
+
+
+def hold(store: Store, folder: Path, **options: Any) -> Any:
+    """A claim on the model `colours` with this folder of runs."""
+    return registry.hold_model(store, "colours", folder=folder, actor="a", **options)
+
+
+def test_one_holder_at_a_time_and_the_next_one_after_it(store: Store, tmp_path: Path) -> None:
+    """On two machines and on one, the second is told who is at work; when the first is done it may."""
+    with hold(store, tmp_path / "one"):
+        with pytest.raises(RegistryError, match=r"leases/model-colours\.json: a is training colours elsewhere"):
+            hold(store, tmp_path / "two").__enter__()
+        with pytest.raises(RegistryError, match="another process on this machine"):
+            hold(store, tmp_path / "one").__enter__()
+    with hold(store, tmp_path / "two"):
+        found = registry.read_lease(store, "colours")
+        assert found is not None
+        assert found[0].until > time.time() + registry.LEASE_S / 2
+
+
+def test_a_lease_lives_as_long_as_its_holder_and_no_longer(store: Store, tmp_path: Path) -> None:
+    """It is renewed while work goes on; a dead holder's is over by itself, and at once on its own machine."""
+    with hold(store, tmp_path / "one", ttl_s=0.6):
+        time.sleep(1.2)
+        with pytest.raises(RegistryError, match="elsewhere"):
+            hold(store, tmp_path / "two").__enter__()
+    left = registry.Lease(name="colours", holder="x", actor="b", place="gone", until=time.time() + 1.0)
+    store.put("leases/model-colours.json", left.encode())
+    with pytest.raises(RegistryError, match="b is training"):
+        hold(store, tmp_path / "two").__enter__()
+    with hold(store, tmp_path / "two", wait_s=30):
+        assert time.time() >= left.until
+    mine = left.model_copy(update={"place": (tmp_path / "one" / "place").read_text(), "until": time.time() + 900})
+    store.put("leases/model-colours.json", mine.encode())
+    with hold(store, tmp_path / "one"):
+        pass
+
+
+def test_a_lost_lease_is_not_fought_for(store: Store, tmp_path: Path) -> None:
+    """Who was declared dead and is not leaves the new holder's lease alone."""
+    with hold(store, tmp_path / "one", ttl_s=0.6):
+        other = registry.Lease(name="colours", holder="x", actor="b", place="other", until=time.time() + 900)
+        store.put("leases/model-colours.json", other.encode())
+        time.sleep(0.5)
+    assert store.get("leases/model-colours.json")[0] == other.encode()
+
+
+def test_a_damaged_lease_is_named(store: Store, tmp_path: Path) -> None:
+    """One message with the key and what to do."""
+    store.put("leases/model-colours.json", b"{")
+    with pytest.raises(RegistryError, match=r"model-colours\.json: damaged.*delete it"):
+        hold(store, tmp_path / "one").__enter__()
+
+
+def test_two_reconciles_at_once_make_one_version(make_project: Callable[[], Project]) -> None:  # noqa: F811
+    """The one that waits looks again and finds nothing left to do; one that does not wait says who is at work."""
+    project = make_project()
+    project.commit_data(rows=120)
+    first = project.start("reconcile")
+    wait_for(lambda: list(project.root.glob(".appliance/runs/*/training/job.json")), first)
+    second = project.start("reconcile")
+    elsewhere = project.start("reconcile", "--wait", "5", "--runs", str(project.root / ".cache" / "elsewhere"))
+    output, _ = second.communicate(timeout=120)
+    assert second.returncode == 1
+    assert "another process on this machine is training colours" in output
+    output, errors = elsewhere.communicate(timeout=250)
+    assert elsewhere.returncode == 0, output + errors
+    assert "was made meanwhile by another reconcile" in output
+    assert first.wait(timeout=10) in (0, 3)
+    assert len(project.versions()) == 1
+    say_why(project)
+
+
+def say_why(project: Project) -> None:
+    """The plan names what differs from the newest version, down to the recipe's key, and `--since` what Git knows."""
+    before = project.run("git", "rev-parse", "HEAD").strip()
+    (version,) = project.versions()
+    (same,) = project.reconcile(dry_run=True)
+    assert (same.action, same.reason) == ("none", f"{version} was made from this recipe, data and base")
+    (forced,) = project.reconcile(dry_run=True, force=True)
+    assert (forced.action, forced.reason) == ("train", "has a version, is made again because of --force")
+    project.write_recipe(training={**TRAINING, "epochs": 3})
+    project.commit("three epochs")
+    (changed,) = project.reconcile(dry_run=True)
+    assert changed.reason == f"the recipe (training.epochs) changed since {version}"
+    project.commit_data(rows=124)
+    (both,) = project.reconcile(dry_run=True)
+    assert both.reason == f"the data and the recipe (training.epochs) changed since {version}"
+    (untouched,) = project.reconcile(dry_run=True, since="HEAD")
+    assert untouched.action == "none"
+    assert "changed since HEAD" in untouched.reason
+    (planned,) = plan_from_git(project.root, since=before)
+    assert planned.reason.startswith("the recipe changed since")
+    assert [o.action for o in plan_from_git(project.root, since="0" * 40)] == ["train"]
+    with pytest.raises(CommandError, match="--since nowhere: no such commit"):
+        find_touched(project.root, [], since="nowhere")
+    with pytest.raises(CommandError, match="--since --output=x: no such commit"):
+        find_touched(project.root, [], since="--output=x")
+    project.run("git", "mv", "recipes/colours.yaml", "recipes/tints.yaml")
+    project.commit("another file, the same model")
+    assert find_unclaimed(project.root, project.store) == ()
+    (renamed,) = project.reconcile(dry_run=True)
+    assert (renamed.recipe, renamed.reason) == ("tints", both.reason), "the file's name means nothing"
+    project.write_recipe("tints", name="tints")
+    project.commit("another model")
+    assert [o.reason for o in project.reconcile(dry_run=True)] == ["has no version yet"]
+    assert find_unclaimed(project.root, project.store) == ("colours",)
+    tell(project, version)
+
+
+def tell(project: Project, version: str) -> None:
+    """Markdown for people, JSON for machines; text from the repository is shown as code and never rendered."""
+    (project.root / "recipes" / "bad.yaml").write_text("na|me: '<b>`@all`'\n")
+    project.commit("bad")
+    summary = project.root / ".cache" / "summary.md"
+    summary.write_text("before\n")
+    child = project.start("reconcile", "--dry-run", "--json", "--summary", str(summary))
+    output, errors = child.communicate(timeout=60)
+    assert child.returncode == 1, errors
+    told = {o["recipe"]: o for o in json.loads(output)}
+    assert {n: (o["action"], o["exit_code"]) for n, o in told.items()} == {"bad": ("failed", 1), "tints": ("train", 0)}
+    text = summary.read_text()
+    assert text.startswith("before\n### Plan\n")
+    assert "| `tints` | would train | `has no version yet` |" in text
+    assert "na\\|me" in text
+    assert "unclaimed" not in text, "with an unreadable recipe nobody knows what is claimed"
+    assert version
+
+
+def test_data_that_others_cannot_pull_is_not_trained_on(make_project: Callable[[], Project]) -> None:  # noqa: F811
+    """Never pushed, lost since, or cut short on the remote: DVC's index says all is well, the remote is asked."""
+    project = make_project()
+    project.commit_data(rows=120)
+    remote = open_store(project.run(sys.executable, "-m", "dvc", "remote", "list").split()[1])
+    objects = sorted(o.key for o in remote.list(""))
+    assert len(objects) == 3
+    content, _ = remote.get(objects[0])
+    remote.delete(objects[0])
+    (lost,) = project.reconcile()
+    assert lost.action == "failed"
+    assert "run `dvc push`" in lost.reason
+    remote.put(objects[0], content[:-1])
+    (cut,) = project.reconcile()
+    assert "not whole there" in cut.reason
+    assert project.versions() == []
+    assert registry.read_lease(project.store, "colours") is None, "nobody was kept from working"
+    (project.root / "datasets" / "colours" / "rows.jsonl").open("a").write("\n")
+    with pytest.raises(DatasetError, match="uncommitted changes"):
+        project.reconcile(dry_run=True)
+    assert [o.action for o in project.reconcile(dry_run=True, allow_dirty=True)] == ["train"]
+
+
+def test_a_cache_that_claims_to_be_up_to_date_is_not_believed(make_project: Callable[[], Project]) -> None:  # noqa: F811
+    """DVC links a damaged cache into place without a word; the bytes are hashed before anything is spent."""
+    project = make_project()
+    project.commit_data(rows=120)
+    (file,) = [f for f in project.root.glob(".dvc/cache/files/md5/*/*") if b"messages" in f.read_bytes()]
+    file.chmod(0o644)
+    file.write_bytes(file.read_bytes().replace(b"thing 0", b"thing 1"))
+    file.chmod(0o444)  # DVC takes a read-only object at its word
+    shutil.rmtree(project.root / "datasets")
+    with pytest.raises(DatasetError, match="the DVC cache is corrupt: delete"):
+        project.reconcile(dry_run=True)
+
+
+def test_a_clone_that_hides_its_history_is_refused(make_project: Callable[[], Project], tmp_path: Path) -> None:  # noqa: F811
+    """Shallow where it matters: refused with the way out; deep enough, detached or on a tag: the same origin."""
+    project = make_project()
+    commit = project.commit_data(rows=120)
+    (project.root / "README").write_text("x")
+    project.commit("later")
+    project.run("git", "tag", "v1")
+    url = project.root.as_uri()
+    project.run("git", "clone", "--quiet", "--depth", "1", url, str(tmp_path / "shallow"))
+    with pytest.raises(CommandError, match="git fetch --unshallow"):
+        read_origin(tmp_path / "shallow", actor="x")
+    for name, options in {"deep": ["--depth", "3"], "tag": ["--branch", "v1"]}.items():
+        project.run("git", "clone", "--quiet", *options, url, str(tmp_path / name))
+        assert read_origin(tmp_path / name, actor="x").commit == commit
+    project.run("git", "checkout", "--quiet", "--detach")
+    said: list[str] = []
+    workspace = Workspace(project.root, project.root / ".cache", project.root / ".appliance" / "runs", note=said.append)
+    (outcome,) = reconcile(workspace, store=project.store, actor="x", dry_run=True)
+    assert outcome.action == "train"
+    assert any("HEAD is detached" in line for line in said)
+
+
+def test_a_machine_without_a_gpu_is_refused_where_one_is_needed(
+    make_project: Callable[[], Project],  # noqa: F811
+) -> None:
+    """The exit code is 34, so that an engine tries another machine; the need takes no part in the run key."""
+    needy = Recipe.model_validate({**make_recipe().model_dump(), "needs": {"gpu": "required"}})
+    assert needy.digest == make_recipe().digest
+    check_device(needy, Machine(cores=1, memory_bytes=1, gpu="a GPU", gpu_memory_bytes=1))
+    with pytest.raises(DeviceError, match=r"colours: needs\.gpu is required, found no GPU"):
+        check_device(needy, Machine(cores=1, memory_bytes=1))
+    project = make_project()
+    with (project.root / "recipes" / "colours.yaml").open("a") as stream:
+        stream.write("needs: {gpu: required}\n")
+    project.commit_data(rows=120)
+    (outcome,) = project.reconcile()
+    assert outcome.error is not None
+    assert outcome.error.exit_code == 34
+
+
+def test_an_older_commit_never_replaces_a_newer_one(tmp_path: Path, store: Store) -> None:
+    """However late it is done: by ancestry, not by clocks, which differ between machines."""
+    project = Project(tmp_path / "repository", store, {})
+    project.root.mkdir()
+    project.run("git", "init", "--quiet", "--initial-branch", "main")
+    commits = []
+    for text in "abc":
+        (project.root / "file").write_text(text)
+        commits.append(project.commit(text))
+    older, middle, newest = (
+        publish_new(store, tmp_path / c, c, git_commit=c, name="colours", created_at=f"2026-01-0{9 - i}T00:00:00Z")
+        for i, c in enumerate(commits)
+    )
+    recipe = make_recipe(publish={"alias": "staging"})
+
+    def promote(version: str) -> str:
+        origin = Origin(commit=None, time="2026-01-01T00:00:00Z", actor="x")
+        manifest = registry.load_manifest(store, "colours", version)
+        return promote_by_verdict(recipe, version, manifest, store=store, origin=origin, root=project.root)
+
+    assert promote(middle) == "staging"
+    assert promote(older) == ""
+    assert promote(newest) == "staging"
+    assert promote(middle) == "", "it was there before"
+    move = registry.read_alias(store, "colours", "staging")
+    assert move is not None
+    assert move.version == newest
+
+
+def test_without_a_store_only_a_plan_can_be_had(tmp_path: Path) -> None:
+    """A usage error, not a failure half-way."""
+    done = CliRunner().invoke(reconcile_command, ["--root", str(tmp_path)], standalone_mode=True)
+    assert done.exit_code == 2
+    assert "give --store" in done.output
