@@ -11,20 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from test_reconcile import TRAINING, Project, base, make_project, wait_for  # noqa: F401 - two are fixtures
 from test_registry import publish_new
-from tiny import make_recipe
+from tiny import make_recipe, write_dataset
 
 from appliance import registry
+from appliance.cli.init import command as init_command
 from appliance.cli.reconcile import command as reconcile_command
+from appliance.digest import digest_bytes
 from appliance.errors import CommandError, DatasetError, DeviceError, RegistryError
 from appliance.plan import Machine, check_device
 from appliance.preparation import Origin, Workspace
-from appliance.recipe import Recipe
+from appliance.recipe import Recipe, load_recipe
 from appliance.reconcile import find_touched, find_unclaimed, plan_from_git, read_origin, reconcile
 from appliance.release import promote_by_verdict
+from appliance.starter import check_files
 from appliance.store import Store, open_store
+
+ROOT = Path(__file__).parent.parent
+CHECKOUT = "actions/checkout@11bd71901bbe5b1630ceea73d27597364c9af683"
 
 
 def hold(store: Store, folder: Path, **options: Any) -> Any:
@@ -222,8 +229,8 @@ def test_a_machine_without_a_gpu_is_refused_where_one_is_needed(
     with pytest.raises(DeviceError, match=r"colours: needs\.gpu is required, found no GPU"):
         check_device(needy, Machine(cores=1, memory_bytes=1))
     project = make_project()
-    with (project.root / "recipes" / "colours.yaml").open("a") as stream:
-        stream.write("needs: {gpu: required}\n")
+    recipe = project.root / "recipes" / "colours.yaml"
+    recipe.write_text(recipe.read_text().replace("gpu: optional", "gpu: required"))
     project.commit_data(rows=120)
     (outcome,) = project.reconcile()
     assert outcome.error is not None
@@ -264,3 +271,137 @@ def test_without_a_store_only_a_plan_can_be_had(tmp_path: Path) -> None:
     done = CliRunner().invoke(reconcile_command, ["--root", str(tmp_path)], standalone_mode=True)
     assert done.exit_code == 2
     assert "give --store" in done.output
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Path:
+    """An empty folder after `appliance init`."""
+    root = tmp_path / "Our Tickets"
+    done = invoke_init(root, "--store", "s3://adapters/registry")
+    assert "wrote recipes/our-tickets.yaml" in done
+    return root
+
+
+def invoke_init(root: Path, *options: str, code: int = 0) -> str:
+    """Run `appliance init` in this process; what it said."""
+    done = CliRunner().invoke(init_command, ["--root", str(root), *options], standalone_mode=False)
+    assert done.exception is None, done.output
+    assert done.return_value == code, done.output
+    return done.output
+
+
+def read_all(root: Path) -> dict[str, bytes]:
+    """Every file but Git's own."""
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file() and ".git" not in p.parts}
+
+
+def test_an_empty_folder_becomes_a_working_repository(started: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC takes it for its own, the recipe is valid, Git leaves data and runs out; again, nothing is done."""
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
+    before = read_all(started)
+    assert load_recipe(started / "recipes" / "our-tickets.yaml").dataset.path == "datasets/our-tickets"
+    write_dataset(started / "datasets" / "our-tickets")
+    project = Project(started, open_store(f"file://{started}/store"), {})
+    assert "s3://adapters/dvc" in project.run(sys.executable, "-m", "dvc", "remote", "list")
+    project.run(sys.executable, "-m", "dvc", "add", "--quiet", "datasets")
+    (started / ".appliance").mkdir()
+    (started / ".appliance" / "x").write_text("x")
+    left_out = project.run("git", "status", "--short", "--untracked-files=all", "--ignored")
+    assert "!! datasets/" in left_out
+    assert "!! .appliance/" in left_out
+    assert "?? datasets.dvc" in left_out
+    assert invoke_init(started).startswith("nothing to do")
+    assert {n: c for n, c in read_all(started).items() if n in before and "datasets" not in n} == {
+        n: c for n, c in before.items() if "datasets" not in n
+    }
+    assert (started / ".github" / "scripts" / "appliance").stat().st_mode & 0o111
+
+
+def test_what_somebody_changed_is_never_overwritten(started: Path) -> None:
+    """A changed workflow stays and is shown by --check; one of an older release is replaced; a lost one comes back."""
+    changed, older, lost = (started / ".github" / "workflows" / f"{n}.yml" for n in ("retrain", "report", "promote"))
+    changed.write_text(changed.read_text().replace("--wait 720", "--wait 5"))
+    older.write_text("name: report of an older release\n")
+    record = started / ".github" / "appliance-files.json"
+    digests = json.loads(record.read_text()) | {".github/workflows/report.yml": digest_bytes(older.read_bytes())}
+    record.write_text(json.dumps(digests))
+    lost.unlink()
+    (started / "prices.yaml").write_text("# ours\n")
+    drift = invoke_init(started, "--check", code=1)
+    assert [
+        f"{n}.yml: {s}" in drift for n, s in (("retrain", "changed"), ("report", "outdated"), ("promote", "missing"))
+    ]
+    assert "-          options=(--wait 720" in drift
+    assert "+          options=(--wait 5 " in drift
+    said = invoke_init(started)
+    assert "left .github/workflows/retrain.yml: somebody changed it" in said
+    assert "--wait 5" in changed.read_text()
+    assert "older release" not in older.read_text()
+    assert (started / "prices.yaml").read_text() == "# ours\n"
+    assert "1 kept files differ" in invoke_init(started, "--check", code=1)
+    record.write_text("{")
+    assert "left .github/workflows/retrain.yml" in invoke_init(started), "a broken record makes it more careful"
+
+
+def test_an_existing_repository_is_added_to(tmp_path: Path) -> None:
+    """Its recipe, ignores, owners and DVC config stay; the owner is found out from the remote's address."""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "ours.yaml").write_text("ours")
+    (tmp_path / ".gitignore").write_text("datasets/\n*.log")
+    project = Project(tmp_path, open_store(f"file://{tmp_path}/store"), {})
+    project.run("git", "init", "--quiet")
+    project.run("git", "remote", "add", "origin", "git@github.com:some-team/models.git")
+    said = invoke_init(tmp_path)
+    assert "has no remote yet; `dvc remote add --default store" in said
+    assert (tmp_path / ".gitignore").read_text() == "datasets/\n*.log\n/.appliance\n"
+    assert [p.name for p in (tmp_path / "recipes").iterdir()] == ["ours.yaml"]
+    assert "\n/datasets.dvc @some-team\n" in (tmp_path / ".github" / "CODEOWNERS").read_text()
+
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def read_triggers(workflow: dict[Any, Any]) -> set[str]:
+    """The events that start it; YAML 1.1 reads the key `on` as true."""
+    return set(workflow[True])
+
+
+def test_this_repository_has_the_files_that_it_ships() -> None:
+    """One source: workflows and scripts here are byte for byte those that `init` writes."""
+    assert [c.path for c in check_files(ROOT) if c.state != "same"] == []
+    assert invoke_init(ROOT, "--check").startswith("0 kept files")
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
+def test_no_event_of_a_stranger_reaches_a_runner_of_ours(path: Path) -> None:
+    """What a fork can start runs on hosted machines, read-only, without secrets; every job is hardened."""
+    text = path.read_text()
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"] == {}
+    assert workflow["concurrency"]["cancel-in-progress"] is (path.stem == "validate")
+    triggers = read_triggers(workflow)
+    assert not triggers & {"pull_request_target", "issue_comment", "issues", "fork", "watch", "discussion"}
+    for job in workflow["jobs"].values():
+        assert job["timeout-minutes"]
+        runner = job["runs-on"]
+        if runner != "ubuntu-24.04":
+            assert triggers <= {"push", "schedule", "workflow_dispatch"}, "started by people with write access only"
+            assert workflow[True].get("push", {"branches": ["main"]})["branches"] == ["main"]
+            assert job["environment"] in ("training", "production")
+        for step in job["steps"]:
+            assert step.get("uses", CHECKOUT) == CHECKOUT
+            assert "${{" not in step.get("run", ""), "values come in through the environment"
+            if "uses" in step:
+                assert step["with"]["persist-credentials"] is False
+        is_ours = "environment" in job
+        assert is_ours or "secrets." not in text, "secrets only in environments"
+    if triggers & {"pull_request"}:
+        (job,) = workflow["jobs"].values()
+        assert job["permissions"] == {"contents": "read"}
+
+
+def test_the_report_never_checks_out_the_pull_request() -> None:
+    """The job with the token that writes has the default branch's script and nothing of the pull request's code."""
+    (job,) = yaml.safe_load((ROOT / ".github" / "workflows" / "report.yml").read_text())["jobs"].values()
+    (checkout,) = (s for s in job["steps"] if "uses" in s)
+    assert checkout["with"]["ref"] == "${{ github.event.repository.default_branch }}"

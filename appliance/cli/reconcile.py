@@ -17,7 +17,8 @@ from appliance.cli.common import (
     store_option,
     workspace_options,
 )
-from appliance.cli.summary import describe_action, render_failure, render_summary
+from appliance.cli.sections import render_sections
+from appliance.cli.summary import describe_action, describe_failure, describe_outcomes
 from appliance.errors import ApplianceError
 from appliance.reconcile import Outcome, find_unclaimed, plan_from_git, reconcile
 from appliance.store import open_store
@@ -82,7 +83,7 @@ def command(
             )
             unclaimed = find_unclaimed(workspace.root, store)
     if summary is not None:
-        _append(summary, render_summary(outcomes, dry_run=dry_run, unclaimed=unclaimed))
+        _append(summary, render_sections([describe_outcomes(outcomes, dry_run=dry_run, unclaimed=unclaimed)]))
     if as_json:
         print_json([_to_json(o) for o in outcomes])
     else:
@@ -100,7 +101,7 @@ def _told_in(summary: Path | None) -> Iterator[None]:
         yield
     except ApplianceError as fault:
         if summary is not None:
-            _append(summary, render_failure(fault))
+            _append(summary, render_sections([describe_failure(fault)]))
         raise
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -88,12 +89,12 @@ def is_current(pointer: Pointer, root: Path) -> bool:
     return folder.is_dir() and digest_dvc_folder(folder) == pointer.md5
 
 
-def pull_data(pointer: Pointer, *, root: Path) -> Literal["here", "pulled"]:
-    """Bring the pointer's data to `root`, and prove it. Raises `DatasetError` with the next action."""
+def pull_data(pointer: Pointer, *, root: Path, env: Mapping[str, str] | None = None) -> Literal["here", "pulled"]:
+    """Bring the pointer's data to `root`, and prove it; `env` is for DVC. Raises `DatasetError`: the next action."""
     if is_current(pointer, root):
         return "here"
     try:
-        run_command([sys.executable, "-m", "dvc", "pull", pointer.file.name], cwd=root, timeout_s=3600.0)
+        run_command([sys.executable, "-m", "dvc", "pull", pointer.file.name], cwd=root, env=env, timeout_s=3600.0)
     except CommandError as fault:
         raise DatasetError(f"{pointer.file}: dvc pull failed: {_explain(fault)}") from fault
     if not is_current(pointer, root):
