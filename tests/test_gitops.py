@@ -89,6 +89,7 @@ def test_a_damaged_lease_is_named(store: Store, tmp_path: Path) -> None:
 def test_two_reconciles_at_once_make_one_version(make_project: Callable[[], Project]) -> None:  # noqa: F811
     """The one that waits looks again and finds nothing left to do; one that does not wait says who is at work."""
     project = make_project()
+    project.write_recipe(training={**TRAINING, "epochs": 1})
     project.commit_data(rows=120)
     first = project.start("reconcile")
     wait_for(lambda: list(project.root.glob(".appliance/runs/*/training/job.json")), first)
