@@ -105,7 +105,7 @@ def test_an_image_runs_as_this_user_and_left_overs_are_stopped(folder: Path) -> 
     summary = folder / "summary.md"
     done = call(
         folder, "reconcile", "--summary", str(summary),
-        APPLIANCE_IMAGE=IMAGE, RUNNER_NAME="gpu-1", GITHUB_STEP_SUMMARY=str(summary), **{"AWS_SECRET_ACCESS_KEY": "secret"},
+        APPLIANCE_IMAGE=IMAGE, RUNNER_NAME="gpu-1", GITHUB_STEP_SUMMARY=str(summary), AWS_SECRET_ACCESS_KEY="secret",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     looked, stopped, ran = (folder / "calls").read_text().splitlines()
@@ -150,7 +150,7 @@ def test_a_role_has_a_fresh_token_however_long_the_training(folder: Path, mint: 
     )
     done = call(
         folder, "reconcile", AWS_ROLE_ARN="arn:x", ACTIONS_ID_TOKEN_REQUEST_URL=url,
-        APPLIANCE_MINT_S="0.5", **{"ACTIONS_ID_TOKEN_REQUEST_TOKEN": "request"},
+        APPLIANCE_MINT_S="0.5", ACTIONS_ID_TOKEN_REQUEST_TOKEN="request",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, last = done.stdout.splitlines()
