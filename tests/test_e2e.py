@@ -189,6 +189,8 @@ def test_a_push_becomes_a_version_that_others_pull(make_forge: Callable[..., For
     assert (tmp_path / "pulled" / "card" / "card.md").is_file()
     assert "trained" in read_summary(forge, log) or "colours: trained: has no version yet" in log
 
+    move_by_hand(forge, first.version)
+
     began = time.monotonic()
     forge.push("Nothing new")
     ((code, log),) = forge.retrain()
@@ -213,6 +215,20 @@ def test_a_push_becomes_a_version_that_others_pull(make_forge: Callable[..., For
     assert len(forge.versions()) == 3, "what was held is there for people to look at"
     assert forge.versions()[-1].verdict != "ship"
     assert forge.staging() == kept
+
+
+def move_by_hand(forge: Forge, version: str) -> None:
+    """The promote workflow moves an alias that is where the person expects it, and no other."""
+    asked = {"reference": f"colours@{version}", "alias": "production", "reason": "looks good"}
+    commit = forge.run("git", "rev-parse", "origin/main").strip()
+    for expected, ends in (("20260101000000-a-aaaaaaaaaaaa", 1), ("nothing", 0)):
+        payload = {"inputs": {**asked, "expected": expected}}
+        code, log = finish(forge.start("promote", "workflow_dispatch", payload, commit=commit))
+        assert code == ends, log
+    move = registry.read_alias(forge.store, "colours", "production")
+    assert move is not None
+    assert move.version == version
+    assert move.reason.startswith("looks good (")
 
 
 def read_summary(forge: Forge, log: str) -> str:
