@@ -24,12 +24,12 @@ test: .venv/ready  ## The fast tests, two at a time
 	@$(PYTHON) -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 .PHONY: test-slow
-test-slow: .venv/ready  ## The tests that train the real base model
+test-slow: .venv/ready .cache/act/bin/act  ## The tests that train the real base model
 	@$(PYTHON) -m pytest -m slow --timeout 1800 $(ARGS)
 
 .PHONY: e2e
 e2e: .venv/ready .cache/act/bin/act  ## The loop for real: git push, act runs the workflows, a consumer pulls the adapter
-	@$(PYTHON) -m pytest -m e2e --timeout 3000 tests/test_e2e.py $(ARGS)
+	@$(PYTHON) -m pytest -m 'e2e and not slow' --timeout 3000 tests/test_e2e.py $(ARGS)
 
 .cache/act/bin/act:
 	@python3 -m venv --clear .cache/act

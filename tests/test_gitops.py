@@ -6,20 +6,22 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from click.testing import CliRunner
-from test_reconcile import TRAINING, Project, base, make_project, wait_for  # noqa: F401 - two are fixtures
+from test_reconcile import TRAINING, Project, base, build_project, wait_for  # noqa: F401 - one is a fixture
 from test_registry import publish_new
 from tiny import make_recipe, write_dataset
 
 from appliance import registry
 from appliance.cli.init import command as init_command
 from appliance.cli.reconcile import command as reconcile_command
+from appliance.cli.review import review
+from appliance.data import load_pointer
+from appliance.demo.storage import Storage
 from appliance.digest import digest_bytes
 from appliance.errors import CommandError, DatasetError, DeviceError, RegistryError
 from appliance.plan import Machine, check_device
@@ -32,6 +34,25 @@ from appliance.store import Store, open_store
 
 ROOT = Path(__file__).parent.parent
 CHECKOUT = "actions/checkout@11bd71901bbe5b1630ceea73d27597364c9af683"
+
+
+@pytest.fixture(scope="module")
+def template(base: Path, storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Project:  # noqa: F811
+    """A project with 120 rows, committed and pushed; made once, copied by each test."""
+    project = build_project(tmp_path_factory.mktemp("template") / "repository", base=base, storage=storage)
+    project.write_recipe(training={**TRAINING, "epochs": 1})
+    project.commit_data(rows=120)
+    return project
+
+
+@pytest.fixture
+def project(template: Project, s3: Storage, tmp_path: Path) -> Project:
+    """A copy of the template with a registry of its own; the DVC remote is shared."""
+    root = tmp_path / "repository"
+    shutil.copytree(template.root, root)
+    url = f"s3://registry/{digest_bytes(str(root).encode())[:12]}"
+    environment = {**template.environment, "APPLIANCE_STORE": url, "APPLIANCE_CACHE": str(root / ".cache")}
+    return Project(root, open_store(url), environment)
 
 
 def hold(store: Store, folder: Path, **options: Any) -> Any:
@@ -86,11 +107,8 @@ def test_a_damaged_lease_is_named(store: Store, tmp_path: Path) -> None:
         hold(store, tmp_path / "one").__enter__()
 
 
-def test_two_reconciles_at_once_make_one_version(make_project: Callable[[], Project]) -> None:  # noqa: F811
+def test_two_reconciles_at_once_make_one_version(project: Project) -> None:
     """The one that waits looks again and finds nothing left to do; one that does not wait says who is at work."""
-    project = make_project()
-    project.write_recipe(training={**TRAINING, "epochs": 1})
-    project.commit_data(rows=120)
     first = project.start("reconcile")
     wait_for(lambda: list(project.root.glob(".appliance/runs/*/training/job.json")), first)
     second = project.start("reconcile")
@@ -140,10 +158,10 @@ def say_why(project: Project) -> None:
     project.commit("another model")
     assert [o.reason for o in project.reconcile(dry_run=True)] == ["has no version yet"]
     assert find_unclaimed(project.root, project.store) == ("colours",)
-    tell(project, version)
+    tell(project)
 
 
-def tell(project: Project, version: str) -> None:
+def tell(project: Project) -> None:
     """Markdown for people, JSON for machines; text from the repository is shown as code and never rendered."""
     (project.root / "recipes" / "bad.yaml").write_text("na|me: '<b>`@all`'\n")
     project.commit("bad")
@@ -156,27 +174,25 @@ def tell(project: Project, version: str) -> None:
     assert {n: (o["action"], o["exit_code"]) for n, o in told.items()} == {"bad": ("failed", 1), "tints": ("train", 0)}
     text = summary.read_text()
     assert text.startswith("before\n### Plan\n")
-    assert "| `tints` | would train | `has no version yet` |" in text
+    assert "| `tints` | `would train` | `has no version yet` |" in text
     assert "na\\|me" in text
-    assert "unclaimed" not in text, "with an unreadable recipe nobody knows what is claimed"
-    assert version
+    assert "has versions but no recipe" not in text, "with an unreadable recipe nobody knows what is claimed"
 
 
-def test_data_that_others_cannot_pull_is_not_trained_on(make_project: Callable[[], Project]) -> None:  # noqa: F811
+def test_data_that_others_cannot_pull_is_not_trained_on(project: Project) -> None:
     """Never pushed, lost since, or cut short on the remote: DVC's index says all is well, the remote is asked."""
-    project = make_project()
-    project.commit_data(rows=120)
     remote = open_store(project.run(sys.executable, "-m", "dvc", "remote", "list").split()[1])
-    objects = sorted(o.key for o in remote.list(""))
-    assert len(objects) == 3
-    content, _ = remote.get(objects[0])
-    remote.delete(objects[0])
+    md5 = load_pointer(project.root / "datasets.dvc").md5
+    key = f"files/md5/{md5[:2]}/{md5[2:]}"
+    content, _ = remote.get(key)
+    remote.delete(key)
     (lost,) = project.reconcile()
     assert lost.action == "failed"
     assert "run `dvc push`" in lost.reason
-    remote.put(objects[0], content[:-1])
+    remote.put(key, content[:-1])
     (cut,) = project.reconcile()
     assert "not whole there" in cut.reason
+    remote.put(key, content)
     assert project.versions() == []
     assert registry.read_lease(project.store, "colours") is None, "nobody was kept from working"
     (project.root / "datasets" / "colours" / "rows.jsonl").open("a").write("\n")
@@ -185,10 +201,8 @@ def test_data_that_others_cannot_pull_is_not_trained_on(make_project: Callable[[
     assert [o.action for o in project.reconcile(dry_run=True, allow_dirty=True)] == ["train"]
 
 
-def test_a_cache_that_claims_to_be_up_to_date_is_not_believed(make_project: Callable[[], Project]) -> None:  # noqa: F811
+def test_a_cache_that_claims_to_be_up_to_date_is_not_believed(project: Project) -> None:
     """DVC links a damaged cache into place without a word; the bytes are hashed before anything is spent."""
-    project = make_project()
-    project.commit_data(rows=120)
     (file,) = [f for f in project.root.glob(".dvc/cache/files/md5/*/*") if b"messages" in f.read_bytes()]
     file.chmod(0o644)
     file.write_bytes(file.read_bytes().replace(b"thing 0", b"thing 1"))
@@ -198,10 +212,45 @@ def test_a_cache_that_claims_to_be_up_to_date_is_not_believed(make_project: Call
         project.reconcile(dry_run=True)
 
 
-def test_a_clone_that_hides_its_history_is_refused(make_project: Callable[[], Project], tmp_path: Path) -> None:  # noqa: F811
+def test_a_review_reports_what_can_be_known(project: Project) -> None:
+    """Rows by what happened to them, findings with their place, a plan; without the data, what Git knows."""
+    since = project.run("git", "rev-parse", "HEAD").strip()
+    rows = project.root / "datasets" / "colours" / "rows.jsonl"
+    lines = rows.read_text().splitlines()
+    rows.write_text("\n".join([*lines[1:], lines[0].replace("r0", "x0").replace("thing 0", "thing 500")]) + "\n")
+    project.run(sys.executable, "-m", "dvc", "add", "--quiet", "datasets")
+    project.commit("a row for another")
+    workspace = Workspace(
+        project.root, project.root / ".cache", project.root / ".appliance" / "runs", note=lambda _: None
+    )
+    sections, faults = review(workspace, since=since, store=project.store)
+    told = {s.title: s for s in sections}
+    assert faults == 0
+    assert told["Plan"].rows[0][:2] == ("colours", "would train")
+    assert {(r[0], r[1], r[2]) for r in told["Data: colours"].rows} == {
+        ("added", "x0", "rows.jsonl:120"), ("removed", "r0", "rows.jsonl:1"),
+    }  # fmt: skip
+    assert "1 added, 1 removed" in told["Data: colours"].lines
+    (cost,) = told["Cost"].rows
+    assert cost[0] == "colours"
+    assert cost[4] == "hours unknown until this model has a version"
+    rows.write_text(rows.read_text().replace('"content": "blue"}', '"content": "bleu"}', 1))
+    project.run(sys.executable, "-m", "dvc", "add", "--quiet", "datasets")
+    sections, faults = review(workspace, since=since, store=None)
+    assert faults == 1
+    (finding,) = (r for s in sections if s.title == "Findings: colours" for r in s.rows if r[0] == "error")
+    assert finding[1].startswith("datasets/colours/rows.jsonl:1: [contract]")
+    shutil.rmtree(project.root / "datasets")
+    shutil.rmtree(project.root / ".dvc" / "cache")
+    sections, faults = review(workspace, since=since, store=None)
+    assert faults == 0
+    assert "cannot be read from here" in sections[-1].lines[0]
+    assert "dvc push" in sections[-1].lines[0]
+
+
+def test_a_clone_that_hides_its_history_is_refused(project: Project, tmp_path: Path) -> None:
     """Shallow where it matters: refused with the way out; deep enough, detached or on a tag: the same origin."""
-    project = make_project()
-    commit = project.commit_data(rows=120)
+    commit = project.run("git", "rev-parse", "HEAD").strip()
     (project.root / "README").write_text("x")
     project.commit("later")
     project.run("git", "tag", "v1")
@@ -220,19 +269,16 @@ def test_a_clone_that_hides_its_history_is_refused(make_project: Callable[[], Pr
     assert any("HEAD is detached" in line for line in said)
 
 
-def test_a_machine_without_a_gpu_is_refused_where_one_is_needed(
-    make_project: Callable[[], Project],  # noqa: F811
-) -> None:
+def test_a_machine_without_a_gpu_is_refused_where_one_is_needed(project: Project) -> None:
     """The exit code is 34, so that an engine tries another machine; the need takes no part in the run key."""
     needy = Recipe.model_validate({**make_recipe().model_dump(), "needs": {"gpu": "required"}})
     assert needy.digest == make_recipe().digest
     check_device(needy, Machine(cores=1, memory_bytes=1, gpu="a GPU", gpu_memory_bytes=1))
     with pytest.raises(DeviceError, match=r"colours: needs\.gpu is required, found no GPU"):
         check_device(needy, Machine(cores=1, memory_bytes=1))
-    project = make_project()
     recipe = project.root / "recipes" / "colours.yaml"
     recipe.write_text(recipe.read_text().replace("gpu: optional", "gpu: required"))
-    project.commit_data(rows=120)
+    project.commit("needs a GPU")
     (outcome,) = project.reconcile()
     assert outcome.error is not None
     assert outcome.error.exit_code == 34
