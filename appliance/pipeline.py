@@ -20,7 +20,7 @@ from appliance.errors import DatasetError
 from appliance.example import decode_examples, encode_examples
 from appliance.general import choose_general
 from appliance.model import fit_template, load_template
-from appliance.plan import read_machine
+from appliance.plan import check_device, read_machine
 from appliance.preparation import Origin, Prepared, Workspace, plan_run, prepare, read_versions
 from appliance.recipe import FullMethod, Recipe
 from appliance.release import build_manifest, collect_files, promote_by_verdict
@@ -56,11 +56,26 @@ def run_recipe(
 ) -> Finished:
     """Do the main job for one recipe, or as much of it as is not done yet."""
     prepared = prepare(recipe, workspace=workspace)
+    return run_prepared(prepared, workspace=workspace, store=store, origin=origin, until=until, force=force)
+
+
+def run_prepared(
+    prepared: Prepared,
+    *,
+    workspace: Workspace,
+    store: Store | None,
+    origin: Origin,
+    until: Until = "publish",
+    force: bool = False,
+) -> Finished:
+    """`run_recipe` from the point where data and base are checked."""
+    recipe = prepared.recipe
     if store is not None and not force:
         version = registry.find_run(store, recipe.name, prepared.key)
         if version is not None:
             _forget_checkpoints(prepared.key, workspace)
-            return _finish_published(recipe, prepared.key, version, store=store, origin=origin)
+            return _finish_published(prepared, version, workspace=workspace, store=store, origin=origin)
+    check_device(recipe, read_machine())
     run = open_run(workspace.runs, name=recipe.name, key=prepared.key)
     with run.lock():
         if force and run.is_done("publish"):
@@ -288,8 +303,8 @@ def _publish_stage(run: Run, prepared: Prepared, *, workspace: Workspace, store:
     version = registry.publish(store, manifest=manifest, folder=folder)
     run.finish("publish", version=version)
     _forget_checkpoints(run.key, workspace)
-    promote_by_verdict(prepared.recipe, version, manifest, store=store, origin=origin)
-    return _describe(run, prepared.recipe, version=version)
+    alias = promote_by_verdict(prepared.recipe, version, manifest, store=store, origin=origin, root=workspace.root)
+    return _describe(run, prepared.recipe, version=version, alias=alias)
 
 
 def _forget_checkpoints(key: str, workspace: Workspace) -> None:
@@ -297,25 +312,27 @@ def _forget_checkpoints(key: str, workspace: Workspace) -> None:
         training.delete_checkpoints(training.Mirror(workspace.mirror, key), note=workspace.note)
 
 
-def _finish_published(recipe: Recipe, key: str, version: str, *, store: Store, origin: Origin) -> Finished:
+def _finish_published(
+    prepared: Prepared, version: str, *, workspace: Workspace, store: Store, origin: Origin
+) -> Finished:
     """The version is there; make sure that its promotion was not lost between two steps."""
+    recipe = prepared.recipe
     manifest = registry.load_manifest(store, recipe.name, version)
-    promote_by_verdict(recipe, version, manifest, store=store, origin=origin)
+    alias = promote_by_verdict(recipe, version, manifest, store=store, origin=origin, root=workspace.root)
     return Finished(
         name=recipe.name,
-        key=key,
+        key=prepared.key,
         folder=None,
         outcome=manifest.verdict,
         reasons=(),
         version=version,
-        alias=recipe.publish.alias if manifest.verdict == "ship" else "",
+        alias=alias,
         was_done=True,
     )
 
 
-def _describe(run: Run, recipe: Recipe, *, version: str) -> Finished:
+def _describe(run: Run, recipe: Recipe, *, version: str, alias: str = "") -> Finished:
     verdict: dict[str, Any] = run.read("judge")["verdict"] if run.is_done("judge") else {"outcome": "", "reasons": []}
-    ships = verdict["outcome"] == "ship" and version
     return Finished(
         name=recipe.name,
         key=run.key,
@@ -323,6 +340,6 @@ def _describe(run: Run, recipe: Recipe, *, version: str) -> Finished:
         outcome=verdict["outcome"],
         reasons=tuple(verdict["reasons"]),
         version=version,
-        alias=recipe.publish.alias if ships else "",
+        alias=alias,
         was_done=False,
     )

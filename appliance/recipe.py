@@ -201,6 +201,12 @@ class PublishSection(Section):
     alias: str = Field("staging", pattern=r"^[a-z][a-z0-9-]{0,31}$")
 
 
+class NeedsSection(Section):
+    """What the machine must have; it decides where a recipe runs, never what is made."""
+
+    gpu: Literal["required", "optional"] = Field("optional", description="required: refuse a machine without one")
+
+
 class Recipe(Section):
     """One adapter to keep up to date: base x dataset x method, and what it must prove."""
 
@@ -212,6 +218,7 @@ class Recipe(Section):
     forgetting: ForgettingSection | None = None
     evaluation: EvaluationSection = EvaluationSection()
     publish: PublishSection = PublishSection()
+    needs: NeedsSection = NeedsSection()
 
     @model_validator(mode="after")
     def _check_combination(self) -> Recipe:
@@ -250,12 +257,10 @@ class Recipe(Section):
     def digest(self) -> str:
         """SHA-256 of the recipe's values; comments, order and spelled-out defaults do not count.
 
-        `forgetting` counts only where it is given, so that older recipes keep their runs.
+        Neither does `needs`, which says where and not what; `forgetting` counts only where it is given.
         """
-        values = self.model_dump(mode="json")
-        if self.forgetting is None:
-            del values["forgetting"]
-        return digest_json(values)
+        unsaid = {"needs", "forgetting"} if self.forgetting is None else {"needs"}
+        return digest_json(self.model_dump(mode="json", exclude=unsaid))
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -1,25 +1,29 @@
 """Desired state (recipes x dataset commit) against actual state (the registry), and the difference made.
 
 Level-triggered and idempotent: a push, a schedule and a person all call this, and it trains only
-what has no version yet. A recipe that fails does not stop the others.
+what has no version yet. A recipe that fails does not stop the others, and each says why it trains or
+does not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from appliance import registry
 from appliance.command import run_command
-from appliance.data import load_pointer, pull_data
+from appliance.data import Pointer, check_pushed, is_current, load_pointer, pull_data
 from appliance.errors import ApplianceError, CommandError, InterruptedRunError, RecipeError
-from appliance.pipeline import Finished, run_recipe
-from appliance.preparation import Origin, Workspace, prepare
+from appliance.pipeline import Finished, run_prepared
+from appliance.preparation import Origin, Prepared, Workspace, prepare
 from appliance.recipe import Recipe, load_recipe
+from appliance.run import STAGES, open_run
 from appliance.store import Store
 
 POINTER = "datasets.dvc"
+_NOWHERE = "0" * 40  # what a push event calls the commit before the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +31,33 @@ class Outcome:
     """What reconcile did, or would do, for one recipe, and why."""
 
     recipe: str
-    action: str  # "none" | "train" | "failed"
+    action: Literal["none", "train", "failed"]
     reason: str
     finished: Finished | None = None
     error: ApplianceError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which recipes are looked at, and how. `since`: only those that changed after that commit."""
+
+    only: tuple[str, ...] = ()
+    since: str | None = None
+    force: bool = False
+    allow_dirty: bool = False
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Desire:
+    """The repository's side: what every recipe of one reconcile shares."""
+
+    workspace: Workspace
+    store: Store
+    origin: Origin
+    choice: Choice
+    pointer: Pointer
+    unproven: bool  # the data was on this disk already, so nothing shows that others can pull it
 
 
 def reconcile(
@@ -39,15 +66,18 @@ def reconcile(
     store: Store,
     actor: str,
     only: Sequence[str] = (),
+    since: str | None = None,
     dry_run: bool = False,
     force: bool = False,
     allow_dirty: bool = False,
+    wait_s: float = 0.0,
 ) -> tuple[Outcome, ...]:
     """Bring the registry to what the repository's HEAD asks for; one outcome per recipe.
 
     Raises `ApplianceError` when the repository itself cannot be read, and `InterruptedRunError` at
     once when a signal stops a run.
     """
+    choice = Choice(only=tuple(only), since=since, force=force, allow_dirty=allow_dirty, wait_s=wait_s)
     origin = read_origin(workspace.root, actor=actor)
     if not allow_dirty and origin.commit is None:
         names = ", ".join(find_changes(workspace.root)[:5])
@@ -55,18 +85,42 @@ def reconcile(
             f"{workspace.root}: not committed: {names}; commit it, or give --allow-dirty to train on it as it is"
         )
     recipes = find_recipes(workspace.root, only=only)
-    pull_data(load_pointer(workspace.root / POINTER), root=workspace.root)
+    reasons = find_touched(workspace.root, recipes, since=since)
+    if not any(reasons.values()):
+        return tuple(_skip(path, since) for path in recipes)
+    _note_detached(workspace)
+    desire = _bring_data(workspace, store=store, origin=origin, choice=choice)
     return tuple(
-        _reconcile_one(path, workspace=workspace, store=store, origin=origin, dry_run=dry_run, force=force)
+        _reconcile_one(path, desire=desire, dry_run=dry_run) if reasons[path] else _skip(path, since)
         for path in recipes
     )
+
+
+def plan_from_git(root: Path, *, only: Sequence[str] = (), since: str | None = None) -> tuple[Outcome, ...]:
+    """What a reconcile would look at, from Git alone: neither data nor registry is asked."""
+    recipes = find_recipes(root, only=only)
+    load_pointer(root / POINTER)
+    return tuple(
+        _plan_from_git(path, touched, since=since) for path, touched in find_touched(root, recipes, since=since).items()
+    )
+
+
+def find_unclaimed(root: Path, store: Store) -> tuple[str, ...]:
+    """Models of the registry that no readable recipe names: a recipe was renamed or deleted, or is elsewhere."""
+    claimed = set()
+    for path in (root / "recipes").glob("*.yaml"):
+        try:
+            claimed.add(load_recipe(path).name)
+        except RecipeError:
+            return ()  # it may be the one that claims; its own outcome says what is wrong
+    return tuple(name for name in registry.list_names(store) if name not in claimed)
 
 
 def read_origin(root: Path, *, actor: str) -> Origin:
     """The last commit that touched a recipe or the data pointer.
 
     It is not named as the origin when one of them has changed since. Raises `CommandError` outside
-    a repository.
+    a repository, and where a shallow clone hides which commit it was.
     """
     command = [
         "git",
@@ -86,6 +140,11 @@ def read_origin(root: Path, *, actor: str) -> Origin:
     if not line:
         raise CommandError(f"{root}: no commit touches recipes/ or {POINTER}; commit a recipe and a dataset first")
     commit, _, time = line.partition(" ")
+    if commit in _read_cut_commits(root):
+        raise CommandError(
+            f"{root}: a shallow clone whose history ends at {commit[:12]}, so the commit that made recipes and data "
+            "what they are is not known; `git fetch --unshallow` (in a workflow: fetch-depth: 0)"
+        )
     return Origin(commit=None if find_changes(root) else commit, time=time, actor=actor)
 
 
@@ -96,7 +155,7 @@ def find_changes(root: Path) -> list[str]:
 
 
 def find_recipes(root: Path, *, only: Sequence[str] = ()) -> list[Path]:
-    """`recipes/*.yaml`, or those whose file or model name is in `only`; two with one model name are refused."""
+    """`recipes/*.yaml`, or those whose file name is in `only`; two with one model name are refused."""
     paths = sorted((root / "recipes").glob("*.yaml"))
     if not paths:
         raise RecipeError(f"{root / 'recipes'}: no *.yaml here; add a recipe (see recipes/examples)")
@@ -106,31 +165,141 @@ def find_recipes(root: Path, *, only: Sequence[str] = ()) -> list[Path]:
     return [p for p in paths if not only or p.stem in only]
 
 
-def _reconcile_one(
-    path: Path, *, workspace: Workspace, store: Store, origin: Origin, dry_run: bool, force: bool
-) -> Outcome:
+def find_touched(root: Path, recipes: Sequence[Path], *, since: str | None) -> dict[Path, str]:
+    """What changed for each recipe after the commit `since`, in words; empty when nothing did.
+
+    Without a commit to compare with (`None`, or the zeros of a first push) every recipe counts. Raises
+    `CommandError` for one that this clone does not have.
+    """
+    if since is None or since == _NOWHERE:
+        return dict.fromkeys(recipes, "every recipe is looked at")
+    try:
+        run_command(["git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{since}^{{commit}}"], cwd=root)
+    except CommandError as fault:
+        raise CommandError(
+            f"--since {since}: no such commit in {root}; give one of its history (`git log`), "
+            "and fetch all of it (in a workflow: fetch-depth: 0)"
+        ) from fault
+    command = ["git", "diff", "--name-only", "--no-renames", "-z", since, "HEAD", "--", "recipes", POINTER]
+    changed = set(run_command(command, cwd=root).split("\0"))
+    data = f"{POINTER} changed since {since[:12]}" if POINTER in changed else ""
+    return {p: f"the recipe changed since {since[:12]}" if f"recipes/{p.name}" in changed else data for p in recipes}
+
+
+def _read_cut_commits(root: Path) -> set[str]:
+    """The commits at which a shallow clone's history ends."""
+    file = root / run_command(["git", "rev-parse", "--git-path", "shallow"], cwd=root).strip()
+    return set(file.read_text("ascii").split()) if file.is_file() else set()
+
+
+def _note_detached(workspace: Workspace) -> None:
+    head = run_command(["git", "rev-parse", "--abbrev-ref", "HEAD"], cwd=workspace.root).strip()
+    if head == "HEAD":
+        workspace.note("HEAD is detached: this commit is what is asked for; it never replaces a newer one's version")
+
+
+def _bring_data(workspace: Workspace, *, store: Store, origin: Origin, choice: Choice) -> _Desire:
+    """The data of the pointer, proven; with `allow_dirty`, what is there as it is, and then without an origin."""
+    pointer = load_pointer(workspace.root / POINTER)
+    if choice.allow_dirty and (workspace.root / pointer.out).is_dir():
+        if not is_current(pointer, workspace.root):
+            origin = replace(origin, commit=None)
+        return _Desire(workspace, store, origin, choice, pointer, unproven=False)
+    unproven = pull_data(pointer, root=workspace.root) == "here"
+    return _Desire(workspace, store, origin, choice, pointer, unproven=unproven and not choice.allow_dirty)
+
+
+def _skip(path: Path, since: str | None) -> Outcome:
+    reason = f"neither it nor {POINTER} changed since {str(since)[:12]}"
+    return Outcome(recipe=path.stem, action="none", reason=reason)
+
+
+def _plan_from_git(path: Path, touched: str, *, since: str | None) -> Outcome:
+    try:
+        _check_unique(load_recipe(path), path)
+    except RecipeError as fault:
+        return Outcome(recipe=path.stem, action="failed", reason=str(fault), error=fault)
+    if not touched:
+        return _skip(path, since)
+    return Outcome(recipe=path.stem, action="train", reason=f"{touched}; the registry was not asked for a version")
+
+
+def _reconcile_one(path: Path, *, desire: _Desire, dry_run: bool) -> Outcome:
     try:
         recipe = load_recipe(path)
         _check_unique(recipe, path)
+        prepared = prepare(recipe, workspace=desire.workspace)
+        version = registry.find_run(desire.store, recipe.name, prepared.key)
+        if version is not None and not desire.choice.force:
+            return _keep(path, prepared, version, desire=desire, dry_run=dry_run)
+        reason = explain(prepared, desire.store, workspace=desire.workspace, is_forced=version is not None)
         if dry_run:
-            return _plan_one(path, recipe, workspace=workspace, store=store, force=force)
-        finished = run_recipe(recipe, workspace=workspace, store=store, origin=origin, force=force)
+            return Outcome(recipe=path.stem, action="train", reason=reason)
+        desire.workspace.note(f"{path.stem}: {reason}")
+        return _make(path, prepared, reason, desire=desire)
     except InterruptedRunError:
         raise
     except ApplianceError as fault:
         return Outcome(recipe=path.stem, action="failed", reason=str(fault), error=fault)
+
+
+def _keep(path: Path, prepared: Prepared, version: str, *, desire: _Desire, dry_run: bool) -> Outcome:
+    """Nothing to train; a promotion that was lost between two steps is made up for."""
+    finished = None
+    if not dry_run:
+        finished = run_prepared(prepared, workspace=desire.workspace, store=desire.store, origin=desire.origin)
+    reason = f"{version} was made from this recipe, data and base"
+    return Outcome(recipe=path.stem, action="none", reason=reason, finished=finished)
+
+
+def _make(path: Path, prepared: Prepared, reason: str, *, desire: _Desire) -> Outcome:
+    """Train as the only one; whoever had to wait looks again whether it is still needed."""
+    workspace, choice = desire.workspace, desire.choice
+    if desire.unproven:
+        check_pushed(desire.pointer, root=workspace.root)
+    name, actor = prepared.recipe.name, desire.origin.actor
+    with registry.hold_model(desire.store, name, folder=workspace.runs, actor=actor, wait_s=choice.wait_s):
+        finished = run_prepared(
+            prepared, workspace=workspace, store=desire.store, origin=desire.origin, force=choice.force
+        )
     if finished.was_done:
-        reason = f"{finished.version} was made from this recipe, data and base"
-        return Outcome(recipe=path.stem, action="none", reason=reason, finished=finished)
-    return Outcome(recipe=path.stem, action="train", reason="had no version for this commit", finished=finished)
+        reason = f"{finished.version} was made meanwhile by another reconcile"
+    return Outcome(recipe=path.stem, action="none" if finished.was_done else "train", reason=reason, finished=finished)
 
 
-def _plan_one(path: Path, recipe: Recipe, *, workspace: Workspace, store: Store, force: bool) -> Outcome:
-    prepared = prepare(recipe, workspace=workspace)
-    version = registry.find_run(store, recipe.name, prepared.key)
-    if version is not None and not force:
-        return Outcome(recipe=path.stem, action="none", reason=f"{version} was made from this recipe, data and base")
-    return Outcome(recipe=path.stem, action="train", reason=f"no version for run {prepared.key[:12]}")
+def explain(prepared: Prepared, store: Store, *, workspace: Workspace, is_forced: bool) -> str:
+    """Why a recipe trains: what differs from its newest version, and how far an interrupted run came."""
+    run = open_run(workspace.runs, name=prepared.recipe.name, key=prepared.key)
+    done = [] if is_forced else [s for s in STAGES if run.is_done(s)]
+    going_on = f"; goes on after the stage {done[-1]} of an interrupted run" if done else ""
+    if is_forced:
+        return "has a version, is made again because of --force"
+    versions = registry.list_versions(store, prepared.recipe.name)
+    if not versions:
+        return f"has no version yet{going_on}"
+    last = versions[-1]
+    changes = []
+    if last.manifest.data_digest != prepared.dataset.digest:
+        changes.append("the data")
+    if last.manifest.recipe_digest != prepared.recipe.digest:
+        changes.append(f"the recipe ({', '.join(_differ(last.manifest.recipe, prepared.recipe)) or 'its format'})")
+    if last.manifest.base.get("revision") != prepared.base.revision:
+        changes.append("the base model")
+    what = " and ".join(changes) or "the base model's files"
+    return f"{what} changed since {last.version}{going_on}"
+
+
+def _differ(before: dict[str, Any], recipe: Recipe) -> list[str]:
+    """The dotted keys in which two recipes differ."""
+    old, new = _flatten(before), _flatten(recipe.model_dump(mode="json", exclude={"needs"}))
+    return sorted(k for k in {*old, *new} if old.get(k) != new.get(k) and not k.startswith("needs."))
+
+
+def _flatten(values: dict[str, Any], lead: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{lead}{key}.") if isinstance(value, dict) else {f"{lead}{key}": value}
+    return flat
 
 
 def _check_unique(recipe: Recipe, path: Path) -> None:

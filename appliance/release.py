@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 from appliance import registry
+from appliance.command import run_command
 from appliance.digest import digest_file, list_files
+from appliance.errors import CommandError
 from appliance.manifest import FileEntry, Manifest
 from appliance.preparation import Origin, Prepared, read_versions
 from appliance.recipe import FullMethod, Recipe
@@ -54,15 +56,19 @@ def build_manifest(run: Run, prepared: Prepared, *, folder: Path) -> Manifest:
     )
 
 
-def promote_by_verdict(recipe: Recipe, version: str, manifest: Manifest, *, store: Store, origin: Origin) -> None:
-    """Move the recipe's alias to a version that ships and has never been behind it.
+def promote_by_verdict(
+    recipe: Recipe, version: str, manifest: Manifest, *, store: Store, origin: Origin, root: Path
+) -> str:
+    """Move the recipe's alias to a version that ships and has never been behind it; the alias if it is there now.
 
-    A version that was there and is not any more was rolled back by a person: it stays so.
+    A version that was there and is not any more was rolled back by a person: it stays so. A version
+    from an older commit than the one behind the alias does not replace it, however late it is done.
     """
     alias = recipe.publish.alias
     seen = {entry.version for entry in registry.read_reflog(store, recipe.name) if entry.alias == alias}
-    if manifest.verdict == "ship" and version not in seen:
-        registry.promote(
+    current = registry.read_alias(store, recipe.name, alias)
+    if manifest.verdict == "ship" and version not in seen and not _is_behind(manifest, current, store=store, root=root):
+        current = registry.promote(
             store,
             name=recipe.name,
             version=version,
@@ -70,4 +76,20 @@ def promote_by_verdict(recipe: Recipe, version: str, manifest: Manifest, *, stor
             actor=origin.actor,
             reason="verdict ship",
             at=origin.time,
+            expected=current.version if current else "nothing",
         )
+    return alias if current is not None and current.version == version else ""
+
+
+def _is_behind(manifest: Manifest, current: registry.AliasMove | None, *, store: Store, root: Path) -> bool:
+    """Whether the version's commit is a true ancestor of the one behind the alias; no if history does not tell."""
+    if current is None or manifest.git_commit is None:
+        return False
+    newer = registry.load_manifest(store, manifest.name, current.version).git_commit
+    if newer in (None, manifest.git_commit):
+        return False
+    try:
+        run_command(["git", "merge-base", "--is-ancestor", manifest.git_commit, str(newer)], cwd=root)
+    except CommandError:
+        return False
+    return True

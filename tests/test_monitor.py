@@ -25,7 +25,7 @@ from tiny import make_recipe, write_base
 from appliance.digest import digest_folder
 from appliance.errors import InterruptedRunError, RecipeError, TrainingError
 from appliance.recipe import parse_recipe
-from appliance.training import TrainingJob, prepare_rows, train
+from appliance.training import prepare_rows, train
 from appliance.training.board import crc32c, frame_record, open_board
 from appliance.training.monitor import (
     Rules,
@@ -39,18 +39,6 @@ from appliance.training.view import Status, draw_sparkline, render_line, render_
 
 RULES = Rules(keep="best_loss", patience=3, max_steps=1000)
 FIXTURES = Path(__file__).parent / "fixtures"
-
-
-def wait_for_step(job: TrainingJob, step: int, child: subprocess.Popen[bytes]) -> None:
-    """Until the child's journal reaches `step`."""
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and child.poll() is None:
-        journal = job.folder / "metrics.jsonl"
-        if journal.is_file() and any(
-            json.loads(x)["step"] >= step for x in journal.read_text().splitlines() if x.endswith("}")
-        ):
-            return
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="session")

@@ -106,22 +106,29 @@ def make_project(base: Path, storage: Storage, s3: Storage, tmp_path: Path) -> C
     """A builder of fresh projects; `s3` points this process at the server."""
 
     def build(name: str = "repository") -> Project:
-        root = tmp_path / name
-        (root / "recipes").mkdir(parents=True)
-        prefix = digest_bytes(str(root).encode())[:12]
-        url = f"s3://registry/{prefix}"
-        environment = {**storage.environment, "APPLIANCE_STORE": url, "APPLIANCE_CACHE": str(root / ".cache")}
-        project = Project(root, open_store(url), environment)
-        shutil.copytree(base, root / "base")
-        (root / ".gitignore").write_text("/base\n/datasets\n/.appliance\n/.cache\n")
-        project.run("git", "init", "--quiet", "--initial-branch", "main")
-        project.run(sys.executable, "-m", "dvc", "init", "--quiet")
-        project.run(sys.executable, "-m", "dvc", "remote", "add", "--default", "store", f"s3://datasets/{prefix}")
-        project.run(sys.executable, "-m", "dvc", "remote", "modify", "store", "endpointurl", storage.endpoint)
-        project.write_recipe()
-        return project
+        return build_project(tmp_path / name, base=base, storage=storage)
 
     return build
+
+
+def build_project(root: Path, *, base: Path, storage: Storage) -> Project:
+    """A team's repository with a recipe, its DVC remote and registry on SeaweedFS; no data yet."""
+    (root / "recipes").mkdir(parents=True)
+    prefix = digest_bytes(str(root).encode())[:12]
+    url = f"s3://registry/{prefix}"
+    environment = {**storage.environment, "APPLIANCE_STORE": url, "APPLIANCE_CACHE": str(root / ".cache")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in storage.environment.items():
+            patch.setenv(name, value)
+        project = Project(root, open_store(url), environment)
+    shutil.copytree(base, root / "base")
+    (root / ".gitignore").write_text("/base\n/datasets\n/.appliance\n/.cache\n")
+    project.run("git", "init", "--quiet", "--initial-branch", "main")
+    project.run(sys.executable, "-m", "dvc", "init", "--quiet")
+    project.run(sys.executable, "-m", "dvc", "remote", "add", "--default", "store", f"s3://datasets/{prefix}")
+    project.run(sys.executable, "-m", "dvc", "remote", "modify", "store", "endpointurl", storage.endpoint)
+    project.write_recipe()
+    return project
 
 
 def test_a_dataset_commit_becomes_a_version_once(make_project: Callable[[], Project]) -> None:

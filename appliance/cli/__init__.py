@@ -16,9 +16,11 @@ from appliance import __version__
 
 VERBS: dict[str, str] = {
     "demo": "Run the main job end to end on this machine, all parts included.",
+    "init": "Turn a repository into one that is retrained by its commits.",
     "reconcile": "Train, evaluate and publish what the repository asks for and the registry lacks.",
     "run": "Run the main job for one recipe.",
     "data": "Check datasets.",
+    "review": "Report what a change means: recipes, rows, plan, cost.",
     "plan": "Show what a recipe would do and need; trains nothing.",
     "train": "Run a recipe up to the trained adapter.",
     "evaluate": "Run a recipe up to the verdict and its card.",

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import click
 
+from appliance.cli.changes import describe_diff, diff_revisions
 from appliance.cli.common import json_option, print_json, say
+from appliance.cli.sections import print_section
 from appliance.data import Report, check_dataset
 from appliance.example import Example
 from appliance.model import load_template, resolve_base
@@ -66,6 +68,26 @@ def check(*, folder: Path | None, recipe_path: Path | None, root: Path, cache: P
     else:
         _print_report(report)
     return 1 if report.errors else 0
+
+
+@command.command("diff")
+@click.argument("revisions", metavar="REV..REV")
+@click.option("--root", type=click.Path(path_type=Path), default=".", show_default=True, help="The repository.")
+@json_option
+def diff(*, revisions: str, root: Path, as_json: bool) -> int:
+    """Show by row what changed between two commits: added, edited, removed, and the effect on the splits.
+
+    Left out, the first revision is HEAD~1 and the second what is on this disk. Exit code 0 whatever changed.
+    """
+    before, _, after = revisions.partition("..")
+    diffs = diff_revisions(root.resolve(), before or "HEAD~1", after or None)
+    if as_json:
+        print_json([d.to_json() for d in diffs])
+        return 0
+    for each in diffs:
+        for section in describe_diff(each, limit=None):
+            print_section(section)
+    return 0
 
 
 def _build_counter(recipe: Recipe, *, root: Path, cache: Path) -> Callable[[Example], int]:

@@ -16,8 +16,11 @@ from appliance.store import open_store
 @click.argument("alias")
 @store_option(required=True)
 @click.option("--reason", default="by hand", show_default=True, help="Why, for the alias's history.")
+@click.option(
+    "--expected", metavar="VERSION", help="Refuse unless ALIAS points at this version now (`nothing`: at none)."
+)
 @click.option("--force", is_flag=True, help="Also a version whose verdict is not `ship`.")
-def command(*, reference: str, alias: str, store_url: str, reason: str, force: bool) -> None:
+def command(*, reference: str, alias: str, store_url: str, reason: str, expected: str | None, force: bool) -> None:
     """Point ALIAS at a version; going back to an older version is the same command."""
     store = open_store(store_url)
     version, manifest = registry.resolve(store, reference)
@@ -30,5 +33,6 @@ def command(*, reference: str, alias: str, store_url: str, reason: str, force: b
         reason=reason,
         at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         force=force,
+        expected=expected,
     )
     click.echo(f"{manifest.name}@{alias} is now {version}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -17,62 +19,107 @@ from appliance.cli.common import (
     tensorboard_option,
     workspace_options,
 )
-from appliance.reconcile import Outcome, reconcile
+from appliance.cli.sections import render_sections
+from appliance.cli.summary import describe_action, describe_failure, describe_outcomes
+from appliance.errors import ApplianceError
+from appliance.reconcile import Outcome, find_unclaimed, plan_from_git, reconcile
 from appliance.store import open_store
 
 
 @click.command("reconcile")
-@store_option(required=True)
+@store_option(required=False)
 @workspace_options
 @tensorboard_option
 @mirror_option
 @click.option("--only", multiple=True, metavar="RECIPE", help="Only this recipe (file name without .yaml); repeatable.")
+@click.option("--since", metavar="REV", help="Only recipes that changed after this commit, or whose data did.")
 @click.option("--dry-run", is_flag=True, help="Say what would be trained, and why; train nothing.")
 @click.option("--force", is_flag=True, help="Train even what has a version already.")
-@click.option("--allow-dirty", is_flag=True, help="Train on recipes or data that are not committed.")
+@click.option("--allow-dirty", is_flag=True, help="Train on recipes or data that are not committed or not pushed.")
+@click.option(
+    "--wait",
+    "wait_minutes",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Minutes to wait for another reconcile that trains the same model.",
+)
+@click.option("--summary", type=click.Path(path_type=Path), help="Append the outcomes to this file, as Markdown.")
 @json_option
 def command(
     *,
-    store_url: str,
+    store_url: str | None,
     root: Path,
     cache: Path,
     runs: Path | None,
     tensorboard: Path | None,
     mirror_checkpoints: bool,
     only: tuple[str, ...],
+    since: str | None,
     dry_run: bool,
     force: bool,
     allow_dirty: bool,
+    wait_minutes: float,
+    summary: Path | None,
     as_json: bool,
 ) -> int:
     """Compare the repository's recipes and dataset commit with the registry, and make what is missing.
 
     A recipe whose recipe, data and base have a version costs nothing. Exit code 1 when a recipe
-    failed, 3 when a verdict refused one.
+    failed, 3 when a verdict refused one. With --dry-run and no --store, Git alone is asked.
     """
-    store = open_store(store_url)
-    outcomes = reconcile(
-        build_workspace(
-            root=root, cache=cache, runs=runs, tensorboard=tensorboard, mirror=store if mirror_checkpoints else None
-        ),
-        store=store,
-        actor=read_actor(),
-        only=only,
-        dry_run=dry_run,
-        force=force,
-        allow_dirty=allow_dirty,
-    )
+    unclaimed: tuple[str, ...] = ()
+    with _told_in(summary):
+        if store_url is None:
+            if not dry_run:
+                raise click.UsageError("give --store (or APPLIANCE_STORE); only a --dry-run does without")
+            outcomes = plan_from_git(root.resolve(), only=only, since=since)
+        else:
+            store = open_store(store_url)
+            mirror = store if mirror_checkpoints else None
+            workspace = build_workspace(root=root, cache=cache, runs=runs, tensorboard=tensorboard, mirror=mirror)
+            outcomes = reconcile(
+                workspace,
+                store=store,
+                actor=read_actor(),
+                only=only,
+                since=since,
+                dry_run=dry_run,
+                force=force,
+                allow_dirty=allow_dirty,
+                wait_s=wait_minutes * 60,
+            )
+            unclaimed = find_unclaimed(workspace.root, store)
+    if summary is not None:
+        _append(summary, render_sections([describe_outcomes(outcomes, dry_run=dry_run, unclaimed=unclaimed)]))
     if as_json:
         print_json([_to_json(o) for o in outcomes])
     else:
         for outcome in outcomes:
             _print_outcome(outcome, dry_run=dry_run)
+        for name in unclaimed:
+            click.echo(f"{name}: in the registry, but no recipe here has this name (renamed or deleted?); it stays")
     return _exit_code(outcomes)
 
 
+@contextlib.contextmanager
+def _told_in(summary: Path | None) -> Iterator[None]:
+    """A failure of the whole reconcile is told in the summary too."""
+    try:
+        yield
+    except ApplianceError as fault:
+        if summary is not None:
+            _append(summary, render_sections([describe_failure(fault)]))
+        raise
+
+
+def _append(file: Path, text: str) -> None:
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(text)
+
+
 def _print_outcome(outcome: Outcome, *, dry_run: bool) -> None:
-    words = {"none": "nothing to do", "train": "would train" if dry_run else "trained", "failed": "failed"}
-    click.echo(f"{outcome.recipe}: {words[outcome.action]}: {outcome.reason}")
+    click.echo(f"{outcome.recipe}: {describe_action(outcome, dry_run=dry_run)}: {outcome.reason}")
     finished = outcome.finished
     if finished is None or finished.was_done:
         return
@@ -92,6 +139,7 @@ def _to_json(outcome: Outcome) -> dict[str, object]:
         "recipe": outcome.recipe,
         "action": outcome.action,
         "reason": outcome.reason,
+        "exit_code": outcome.error.exit_code if outcome.error else 0,
         "version": finished.version if finished else None,
         "verdict": finished.outcome if finished else None,
         "alias": finished.alias if finished else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from appliance.data.check import Report, check_dataset
+from appliance.data.diff import DatasetDiff, RowChange, diff_folders
 from appliance.data.findings import Finding
 from appliance.data.general import (
     OWN_ANSWER_TOKENS,
@@ -15,7 +16,8 @@ from appliance.data.general import (
     load_prompts,
     order_general,
 )
-from appliance.data.pointer import Pointer, digest_dvc_folder, is_current, load_pointer, pull_data
+from appliance.data.pointer import Pointer, check_pushed, digest_dvc_folder, is_current, load_pointer, pull_data
+from appliance.data.revision import fetch_revision
 from appliance.data.rows import Dataset, DatasetCard, Row, load_dataset
 from appliance.data.split import Splits, select_side, split_dataset, summarise_dataset
 
@@ -23,17 +25,22 @@ __all__ = [
     "OWN_ANSWER_TOKENS",
     "Dataset",
     "DatasetCard",
+    "DatasetDiff",
     "Finding",
     "GeneralRows",
     "Pointer",
     "Report",
     "Row",
+    "RowChange",
     "Splits",
     "check_apart",
     "check_dataset",
+    "check_pushed",
     "count_replayed",
+    "diff_folders",
     "digest_dvc_folder",
     "digest_general",
+    "fetch_revision",
     "find_shared",
     "is_current",
     "load_dataset",

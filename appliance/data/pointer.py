@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
@@ -22,6 +24,7 @@ _REASONS = (
     ("Missing cache", "the remote lacks the data of this commit; its author has to run `dvc push`"),
     ("unsaved files", "its folder has uncommitted changes, which are kept; `dvc add` and commit, or move them away"),
     ("No remote", "no DVC remote is configured; `dvc remote add --default store s3://bucket/prefix`"),
+    ("no remote", "no DVC remote is configured; `dvc remote add --default store s3://bucket/prefix`"),
     (
         "Unable to locate credentials",
         "no credentials for the DVC remote; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
@@ -65,9 +68,19 @@ def load_pointer(file: Path) -> Pointer:
 
 def digest_dvc_folder(folder: Path) -> str:
     """DVC's hash of a folder: the MD5 of its sorted listing of file MD5s (dvc_data/hashfile/tree.py)."""
+    return hashlib.md5(_list_dvc_folder(folder), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def list_objects(pointer: Pointer, root: Path) -> list[tuple[str, str, int]]:
+    """What a remote has to hold of the data on this disk: (name, DVC object id, bytes), the listing first."""
+    folder = root / pointer.out
+    files = [(n, _digest_md5(folder / n), (folder / n).stat().st_size) for n in list_files(folder)]
+    return [(pointer.out, pointer.md5, len(_list_dvc_folder(folder))), *files]
+
+
+def _list_dvc_folder(folder: Path) -> bytes:
     listing = [{"md5": _digest_md5(folder / name), "relpath": name} for name in list_files(folder)]
-    encoded = json.dumps(listing, sort_keys=True).encode()
-    return hashlib.md5(encoded, usedforsecurity=False).hexdigest() + ".dir"
+    return json.dumps(listing, sort_keys=True).encode()
 
 
 def is_current(pointer: Pointer, root: Path) -> bool:
@@ -76,20 +89,38 @@ def is_current(pointer: Pointer, root: Path) -> bool:
     return folder.is_dir() and digest_dvc_folder(folder) == pointer.md5
 
 
-def pull_data(pointer: Pointer, *, root: Path) -> None:
-    """Bring the pointer's data to `root`, and prove it. Raises `DatasetError` with the next action."""
+def pull_data(pointer: Pointer, *, root: Path, env: Mapping[str, str] | None = None) -> Literal["here", "pulled"]:
+    """Bring the pointer's data to `root`, and prove it; `env` is for DVC. Raises `DatasetError`: the next action."""
     if is_current(pointer, root):
-        return
+        return "here"
     try:
-        run_command([sys.executable, "-m", "dvc", "pull", pointer.file.name], cwd=root, timeout_s=3600.0)
+        run_command([sys.executable, "-m", "dvc", "pull", pointer.file.name], cwd=root, env=env, timeout_s=3600.0)
     except CommandError as fault:
-        reason = next((text for mark, text in _REASONS if mark in str(fault)), str(fault).splitlines()[-1])
-        raise DatasetError(f"{pointer.file}: dvc pull failed: {reason}") from fault
+        raise DatasetError(f"{pointer.file}: dvc pull failed: {_explain(fault)}") from fault
     if not is_current(pointer, root):
         raise DatasetError(
             f"{pointer.file}: after dvc pull, {root / pointer.out} is not {pointer.md5}; the DVC cache is corrupt: "
             "delete .dvc/cache and run it again"
         )
+    return "pulled"
+
+
+def check_pushed(pointer: Pointer, *, root: Path) -> None:
+    """Ask the DVC remote for every object of the data on this disk. Raises `DatasetError` when one is not there."""
+    argv = [sys.executable, "-m", "appliance.data.remote", str(root), pointer.file.name]
+    try:
+        missing = json.loads(run_command(argv, cwd=root))
+    except CommandError as fault:
+        raise DatasetError(f"{pointer.file}: the DVC remote did not answer: {_explain(fault)}") from fault
+    if missing:
+        raise DatasetError(
+            f"{pointer.file}: not on the DVC remote, or not whole there: {', '.join(missing[:3])} "
+            f"({len(missing)} in all); run `dvc push`, so that others can make this version again"
+        )
+
+
+def _explain(fault: CommandError) -> str:
+    return next((text for mark, text in _REASONS if mark in str(fault)), str(fault).splitlines()[-1])
 
 
 def _digest_md5(file: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from appliance.plan.machine import Machine, read_machine
+from appliance.plan.machine import Machine, check_device, read_machine
 from appliance.plan.plan import Plan, build_plan
 
-__all__ = ["Machine", "Plan", "build_plan", "read_machine"]
+__all__ = ["Machine", "Plan", "build_plan", "check_device", "read_machine"]

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from appliance.command import run_command
-from appliance.errors import CommandError
+from appliance.errors import CommandError, DeviceError
 from appliance.model.processor import has_cpu_bf16
+from appliance.recipe import Recipe
 
 _CGROUP = Path("/sys/fs/cgroup")
 _AMPERE = 8.0
@@ -43,6 +44,15 @@ def read_machine(cgroup: Path = _CGROUP) -> Machine:
         gpu_memory_bytes=gpu_memory,
         has_bf16=(not capability or capability >= _AMPERE) if gpu else has_cpu_bf16(Path("/proc/cpuinfo")),
     )
+
+
+def check_device(recipe: Recipe, machine: Machine) -> None:
+    """Refuse a recipe that needs a GPU where there is none. Raises `DeviceError`: another machine can do it."""
+    if recipe.needs.gpu == "required" and not machine.gpu:
+        raise DeviceError(
+            f"recipe {recipe.name}: needs.gpu is required, found no GPU on this machine (nvidia-smi names none); "
+            "run it on one with a GPU (a container: --gpus all), or say needs.gpu: optional"
+        )
 
 
 def _read_cores(cgroup: Path) -> int:

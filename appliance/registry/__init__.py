@@ -7,22 +7,28 @@ on the way in and on the way out, and concurrent writers cannot lose each other'
 from __future__ import annotations
 
 from appliance.registry.folder import verify_folder
-from appliance.registry.listing import VersionInfo, find_run, list_versions, load_manifest
+from appliance.registry.leases import LEASE_S, Lease, hold_model, read_lease
+from appliance.registry.listing import VersionInfo, find_run, list_names, list_versions, load_manifest
 from appliance.registry.moves import AliasMove, read_alias, read_reflog
 from appliance.registry.publish import publish
 from appliance.registry.pull import pull
 from appliance.registry.refs import promote, resolve
 
 __all__ = [
+    "LEASE_S",
     "AliasMove",
+    "Lease",
     "VersionInfo",
     "find_run",
+    "hold_model",
+    "list_names",
     "list_versions",
     "load_manifest",
     "promote",
     "publish",
     "pull",
     "read_alias",
+    "read_lease",
     "read_reflog",
     "resolve",
     "verify_folder",

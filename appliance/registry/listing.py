@@ -70,6 +70,12 @@ def _group(moves: Iterable[AliasMove]) -> dict[tuple[str, str], tuple[str, ...]]
     return aliases
 
 
+def list_names(store: Store) -> tuple[str, ...]:
+    """Every model that has a version, by name."""
+    keys = (o.key for o in store.list(MODELS))
+    return tuple(sorted({pair[0] for pair in map(split_version_key, keys) if pair}))
+
+
 def find_run(store: Store, name: str, run_key: str) -> str | None:
     """The newest version that was made by this run key, `None` when there is nothing yet."""
     found = [v.version for v in list_versions(store, name) if v.manifest.run_key == run_key]

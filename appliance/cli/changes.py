@@ -1,0 +1,80 @@
+"""`data diff` for two commits, and its words."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+
+from appliance.cli.sections import Section
+from appliance.data import DatasetDiff, diff_folders, fetch_revision, load_pointer
+from appliance.data.diff import KINDS
+from appliance.errors import DatasetError, RecipeError
+from appliance.recipe import SplitSection, load_recipe
+from appliance.reconcile import POINTER
+
+
+def diff_revisions(root: Path, before: str, after: str | None) -> tuple[DatasetDiff, ...]:
+    """The changes of every dataset between two commits; `None` is what is on this disk.
+
+    A commit that had no data pointer yet counts as empty.
+    """
+    with tempfile.TemporaryDirectory() as home:
+        old = Path(home, "before", "none")
+        with contextlib.suppress(_NoPointerError):
+            old = _fetch(root, before, Path(home, "before"))
+        new = _fetch(root, after, Path(home, "after")) if after else root / load_pointer(root / POINTER).out
+        names = sorted({p.parent.name for folder in (old, new) for p in folder.glob("*/*.jsonl")})
+        splits = _read_splits(root)
+        return tuple(diff_folders(old / name, new / name, split=splits.get(name, SplitSection())) for name in names)
+
+
+class _NoPointerError(DatasetError):
+    """The commit is older than the data pointer."""
+
+
+def _fetch(root: Path, revision: str, folder: Path) -> Path:
+    try:
+        return fetch_revision(root, revision, pointer=POINTER, folder=folder)
+    except DatasetError as fault:
+        if "not in the commit" in str(fault):
+            raise _NoPointerError(str(fault)) from fault
+        raise
+
+
+def _read_splits(root: Path) -> dict[str, SplitSection]:
+    """The split of each dataset by the first recipe that reads it."""
+    splits: dict[str, SplitSection] = {}
+    for path in sorted((root / "recipes").glob("*.yaml")):
+        with contextlib.suppress(RecipeError):  # the review tells it
+            section = load_recipe(path).dataset
+            splits.setdefault(section.name, section.split)
+    return splits
+
+
+def describe_diff(diff: DatasetDiff, *, limit: int | None) -> tuple[Section, ...]:
+    """Counts, then at most `limit` rows one by one, leaks first."""
+    counts = ", ".join(f"{diff.count(k)} {k}" for k in KINDS if diff.count(k)) or "no row changed"
+    lines = [counts]
+    lines += [f"{side}: {old} -> {new} rows" for side, (old, new) in diff.sides.items() if old != new]
+    lines += [f"category {c}: {old} -> {new} rows" for c, (old, new) in diff.categories.items() if old != new]
+    leaks = sum(c.is_leak for c in diff.changes)
+    if leaks:
+        lines.append(f"{leaks} rows that were trained on are in the test now: it flatters every older version")
+    ordered = sorted(diff.changes, key=lambda c: not c.is_leak)
+    shown = ordered if limit is None else ordered[:limit]
+    if len(ordered) > len(shown):
+        lines.append(f"... {len(ordered) - len(shown)} more rows: `appliance data diff`")
+    rows = tuple((c.kind, c.id, c.where, ", ".join(c.fields), _describe_side(c.before, c.after)) for c in shown)
+    return (
+        Section(
+            title=f"Data: {diff.name}",
+            columns=("Change", "Row", "Place", "What", "Side"),
+            rows=rows,
+            lines=tuple(lines),
+        ),
+    )
+
+
+def _describe_side(before: str, after: str) -> str:
+    return before if before == after else f"{before or 'new'} -> {after or 'gone'}"

@@ -1,0 +1,47 @@
+"""What a GPU costs: the team's own file, with its day and source. No price is known to the code."""
+
+from __future__ import annotations
+
+from datetime import date
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from appliance.errors import RecipeError
+
+PRICES = "prices.yaml"
+
+
+class Prices(BaseModel):
+    """`prices.yaml`: the price of one hour of one GPU, when it was looked up and where."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    as_of: date
+    source: str = Field(min_length=1)
+    currency: str = Field(min_length=1)
+    gpu_hour: float = Field(gt=0.0)
+
+
+def load_prices(root: Path) -> Prices | None:
+    """The team's prices, `None` without the file or with an empty one. Raises `RecipeError`."""
+    file = root / PRICES
+    try:
+        values = yaml.safe_load(file.read_text("utf-8")) if file.is_file() else None
+        return Prices.model_validate(values) if values is not None else None
+    except (OSError, yaml.YAMLError, ValidationError) as fault:
+        raise RecipeError(
+            f"{file}: expected as_of (a date), source, currency and gpu_hour; {str(fault).splitlines()[0]}"
+        ) from fault
+
+
+def describe_cost(*, hours: float | None, prices: Prices | None) -> str:
+    """Hours and money, or only what is known of them."""
+    if hours is None:
+        return "hours unknown until this model has a version"
+    if prices is None:
+        return f"about {hours:.2f} hours"
+    return (
+        f"about {hours:.2f} hours, {prices.gpu_hour * hours:.2f} {prices.currency} "
+        f"({prices.gpu_hour:g} an hour, {prices.source}, {prices.as_of})"
+    )

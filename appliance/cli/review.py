@@ -1,0 +1,136 @@
+"""`appliance review`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from appliance import registry
+from appliance.cli.changes import describe_diff, diff_revisions
+from appliance.cli.common import build_workspace, json_option, print_json, store_option, workspace_options
+from appliance.cli.prices import Prices, describe_cost, load_prices
+from appliance.cli.sections import Section, print_section, render_sections
+from appliance.cli.summary import describe_outcomes
+from appliance.data import load_pointer, pull_data
+from appliance.errors import ApplianceError, RegistryError, StoreError
+from appliance.model import load_template, render_row
+from appliance.plan import read_machine
+from appliance.preparation import Workspace, check_data, plan_run, prepare
+from appliance.recipe import Recipe, load_recipe
+from appliance.reconcile import POINTER, Outcome, plan_from_git
+from appliance.store import Store, open_store
+
+_ROWS, _FINDINGS = 50, 50
+_UNREADABLE = "cannot be read from here; the same checks stop a training before anything is spent: "
+
+
+@click.command("review")
+@click.option("--since", metavar="REV", help="The commit to compare with; everything counts as new when left out.")
+@store_option(required=False)
+@workspace_options
+@click.option("--summary", type=click.Path(path_type=Path), help="Append the report to this file, as Markdown.")
+@json_option
+def command(
+    *,
+    since: str | None,
+    store_url: str | None,
+    root: Path,
+    cache: Path,
+    runs: Path | None,
+    summary: Path | None,
+    as_json: bool,
+) -> int:
+    """Report what a change means before it is merged: recipes, rows, findings, plan and cost.
+
+    Trains nothing and writes nothing to a store. Exit code 1 when a recipe or a row has an error. Where
+    the data cannot be read (a pull request has no credentials), it says so and reports the rest.
+    """
+    workspace = build_workspace(root=root, cache=cache, runs=runs)
+    store = open_store(store_url) if store_url else None
+    sections, faults = review(workspace, since=since if since and since.strip("0") else None, store=store)
+    if summary is not None:
+        with summary.open("a", encoding="utf-8") as stream:
+            stream.write(render_sections(sections))
+    if as_json:
+        print_json({"sections": [s.to_json() for s in sections], "faults": faults})
+    else:
+        for section in sections:
+            print_section(section)
+    return 1 if faults else 0
+
+
+def review(workspace: Workspace, *, since: str | None, store: Store | None) -> tuple[list[Section], int]:
+    """The sections of the report and the number of errors."""
+    try:
+        outcomes = plan_from_git(workspace.root, since=since)
+    except ApplianceError as fault:
+        return [Section(title="Recipes", lines=(str(fault),))], 1
+    sections, faults = [describe_outcomes(outcomes, dry_run=True)], sum(o.action == "failed" for o in outcomes)
+    try:
+        pull_data(load_pointer(workspace.root / POINTER), root=workspace.root)
+    except ApplianceError as fault:
+        return [*sections, Section(title="Data", lines=(_UNREADABLE + str(fault),))], faults
+    sections += _describe_changes(workspace.root, since)
+    valid = [o for o in outcomes if o.action != "failed"]
+    for outcome in valid:
+        found, errors = _check(outcome, workspace=workspace)
+        faults += errors
+        sections += found
+    try:
+        prices = load_prices(workspace.root)
+    except ApplianceError as fault:
+        return [*sections, Section(title="Cost", lines=(str(fault),))], faults + 1
+    rows = tuple(_estimate(o, workspace=workspace, store=store, prices=prices) for o in valid if o.action == "train")
+    columns = ("Recipe", "Rows", "Steps", "Tokens", "GPU time")
+    return [*sections, *([Section(title="Cost", columns=columns, rows=rows)] if rows else [])], faults
+
+
+def _describe_changes(root: Path, since: str | None) -> list[Section]:
+    if since is None:
+        return []
+    try:
+        return [s for d in diff_revisions(root, since, None) for s in describe_diff(d, limit=_ROWS)]
+    except ApplianceError as fault:  # the older data is gone; the newer is checked all the same
+        return [Section(title="Data", lines=(f"no comparison: {fault}",))]
+
+
+def _check(outcome: Outcome, *, workspace: Workspace) -> tuple[list[Section], int]:
+    """The findings for one recipe's dataset, each with its place."""
+    report = check_data(_load(outcome, workspace), root=workspace.root)
+    rows = [(f.severity, str(f).replace(f"{workspace.root}/", "")) for f in (*report.errors, *report.warnings)]
+    more = (f"... and {len(rows) - _FINDINGS} more: `appliance data check`",) if len(rows) > _FINDINGS else ()
+    section = Section(f"Findings: {outcome.recipe}", ("Severity", "Finding"), tuple(rows[:_FINDINGS]), more)
+    return [section] if rows else [], len(report.errors)
+
+
+def _load(outcome: Outcome, workspace: Workspace) -> Recipe:
+    return load_recipe(workspace.root / "recipes" / f"{outcome.recipe}.yaml")
+
+
+def _estimate(outcome: Outcome, *, workspace: Workspace, store: Store | None, prices: Prices | None) -> tuple[str, ...]:
+    """Rows, steps, tokens, and the time by the speed that the model's newest version was trained with."""
+    recipe = _load(outcome, workspace)
+    try:
+        prepared = prepare(recipe, workspace=workspace)
+        template = load_template(prepared.base.folder)
+        rows = [render_row(e, template) for e in prepared.splits.train]
+        plan = plan_run(prepared, rows=rows, machine=read_machine())
+    except ApplianceError as fault:
+        return (outcome.recipe, "", "", "", f"no plan from here: {str(fault).splitlines()[0]}")
+    speed = _read_speed(store, recipe.name)
+    hours = plan.tokens / speed / 3600 if speed else None
+    cost = describe_cost(hours=hours, prices=prices)
+    return (outcome.recipe, str(plan.rows), str(plan.steps), f"{plan.tokens:,}", cost)
+
+
+def _read_speed(store: Store | None, name: str) -> float | None:
+    """Tokens a second of the newest version, where the registry can be read."""
+    if store is None:
+        return None
+    try:
+        versions = registry.list_versions(store, name)
+    except (StoreError, RegistryError):
+        return None
+    speeds = [v.manifest.training.get("tokens_per_second") for v in versions]
+    return next((float(s) for s in reversed(speeds) if s), None)

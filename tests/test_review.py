@@ -1,0 +1,271 @@
+"""Laws of a pull request's report: rows not lines, cost from the team's own file, one comment, nothing rendered."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import write_dataset
+
+from appliance.cli.changes import describe_diff
+from appliance.cli.prices import describe_cost, load_prices
+from appliance.cli.sections import Section, render_sections
+from appliance.data import diff_folders, select_side
+from appliance.errors import RecipeError
+from appliance.example import decode_examples
+from appliance.recipe import SplitSection
+
+SCRIPT = Path(__file__).parent.parent / ".github" / "scripts" / "comment.py"
+HEAD = "b" * 40
+
+
+def edit_rows(folder: Path, edit: Any) -> Path:
+    """Apply `edit` to the list of rows."""
+    file = folder / "rows.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(r) + "\n" for r in edit(rows)))
+    return folder
+
+
+def test_a_diff_tells_rows_whatever_happens_to_lines(tmp_path: Path) -> None:
+    """Order means nothing; an id finds its row, a content its new id; each with place, fields and side."""
+    before = write_dataset(tmp_path / "before", rows=40)
+    after = write_dataset(tmp_path / "after" / "colours", rows=42)
+
+    def edit(rows: list[Any]) -> list[Any]:
+        rows[3]["messages"][1]["content"] = "red"
+        rows[4]["category"] = "x"
+        rows[5]["id"] = "another"
+        return list(reversed([r for i, r in enumerate(rows) if i != 6]))
+
+    split = SplitSection(validation=0.1, test=0.3)
+    diff = diff_folders(before, edit_rows(after, edit), split=split)
+    told = {(c.kind, c.id): c for c in diff.changes}
+    assert set(told) == {
+        ("added", "r40"), ("added", "r41"), ("edited", "r3"), ("edited", "r4"),
+        ("renamed", "another"), ("removed", "r6"),
+    }  # fmt: skip
+    assert told["edited", "r3"].fields == ("answer",)
+    assert told["edited", "r4"].fields == ("category",)
+    assert told["edited", "r3"].where == "rows.jsonl:38"
+    assert sum(new for _, new in diff.sides.values()) == 41
+    assert diff.categories == {"-": (40, 40), "x": (0, 1)}
+    (section,) = describe_diff(diff, limit=2)
+    assert len(section.rows) == 2
+    assert "2 added, 2 edited, 1 removed, 1 renamed" in section.lines
+    assert any("4 more rows" in line for line in section.lines)
+    assert diff_folders(before, before, split=split).changes == ()
+
+
+def test_a_trained_row_that_moves_to_the_test_is_told_first(tmp_path: Path) -> None:
+    """An edited prompt may change its side: then the new test flatters the older versions."""
+    before = write_dataset(tmp_path / "before", rows=40)
+    after = write_dataset(tmp_path / "after", rows=40)
+    split = SplitSection(validation=0.0, test=0.3)
+    examples = decode_examples((before / "rows.jsonl").read_bytes())
+    victim = next(i for i, e in enumerate(examples) if select_side(e.group_key, split) == "train")
+    text = next(t for t in (f"moved {n}" for n in range(99)) if select_side(f"prompt:{t}", split) == "test")
+
+    def edit(rows: list[Any]) -> list[Any]:
+        rows[victim]["messages"][0]["content"] = text
+        rows.insert(
+            0, {**rows[0], "id": "first", "messages": [{"role": "user", "content": "n"}, rows[0]["messages"][1]]}
+        )
+        return rows
+
+    diff = diff_folders(before, edit_rows(after, edit), split=split)
+    (section,) = describe_diff(diff, limit=1)
+    assert section.rows[0][1] == f"r{victim}"
+    assert section.rows[0][4] == "train -> test"
+    assert any("1 rows that were trained on are in the test now" in line for line in section.lines)
+
+
+def test_a_price_is_the_teams_and_has_a_day_and_a_source(tmp_path: Path) -> None:
+    """Without the file, hours only; without a version, not even hours; a broken file is an error."""
+    assert load_prices(tmp_path) is None
+    assert describe_cost(hours=1.5, prices=None) == "about 1.50 hours"
+    assert "unknown" in describe_cost(hours=None, prices=None)
+    file = tmp_path / "prices.yaml"
+    file.write_text("as_of: 2026-01-31\nsource: our contract\ncurrency: EUR\ngpu_hour: 2\n")
+    assert describe_cost(hours=1.5, prices=load_prices(tmp_path)) == (
+        "about 1.50 hours, 3.00 EUR (2 an hour, our contract, 2026-01-31)"
+    )
+    file.write_text("gpu_hour: 2\n")
+    with pytest.raises(RecipeError, match=r"prices\.yaml: expected as_of"):
+        load_prices(tmp_path)
+    file.write_text("# as_of: later\n")
+    assert load_prices(tmp_path) is None
+
+
+def test_nothing_of_a_dataset_is_rendered_in_a_summary() -> None:
+    """Tables stay tables, and tags, mentions and links stay text."""
+    text = render_sections([Section("T", ("A",), (("<img src=x>|@team `x`\n[a](http://b)",),))])
+    assert "| `<img src=x>\\|@team 'x'`<br>`[a](http://b)` |" in text
+
+
+@dataclass
+class Api:
+    """The part of the API that the script uses, over a pull request with comments."""
+
+    url: str = ""
+    log: str = ""
+    comments: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[tuple[str, str, bool]] = field(default_factory=list)
+
+    def answer(self, method: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        """Status and content of one call; a status of 302 redirects to the content."""
+        root = "/repos/team/models"
+        if path.startswith(f"{root}/actions/runs/7/jobs"):
+            return 200, {"jobs": [{"id": 70}]}
+        if path == f"{root}/actions/jobs/70/logs":
+            return 302, f"{self.url}/elsewhere"
+        if path == "/elsewhere":
+            return 200, self.log
+        if path.startswith(f"{root}/pulls?"):
+            assert "head=stranger%3Atopic" in path
+            return 200, [{"number": 5, "head": {"sha": HEAD}}]
+        if method == "GET" and path.startswith(f"{root}/issues/5/comments"):
+            page = int(path.rpartition("=")[2])
+            return 200, self.comments[(page - 1) * 100 : page * 100]
+        user = {"login": "github-actions[bot]"}
+        if method == "POST" and path == f"{root}/issues/5/comments":
+            self.comments.append({"id": len(self.comments), "user": user, **body})
+            return 201, {}
+        if method == "PATCH" and path.startswith(f"{root}/issues/comments/"):
+            self.comments[int(path.rpartition("/")[2])]["body"] = body["body"]
+            return 200, {}
+        return 404, {}
+
+
+@pytest.fixture
+def api() -> Iterator[Api]:
+    """A server on this machine."""
+    fake = Api()
+
+    class Answers(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
+            fake.calls.append((self.command, self.path, "Authorization" in self.headers))
+            status, content = fake.answer(self.command, self.path, body)
+            self.send_response(status)
+            if status == 302:
+                self.send_header("Location", content)
+            data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_POST = do_PATCH = answer  # noqa: N815 - the names that http.server calls
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        fake.url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield fake
+        server.shutdown()
+
+
+def encode_report(report: Any) -> str:
+    """A log as GitHub serves it, with the report as `validate` writes it."""
+    text = base64.b64encode(gzip.compress(json.dumps(report).encode())).decode()
+    lines = [text[i : i + 100] for i in range(0, len(text), 100)]
+    return "".join(f"2026-01-31T12:00:00.0000000Z appliance-report: {line}\r\n" for line in lines)
+
+
+def post(api: Api, **overrides: str) -> subprocess.CompletedProcess[str]:
+    """Run the script as `report.yml` does."""
+    env = {
+        "GITHUB_API_URL": api.url, "GITHUB_TOKEN": "t", "GITHUB_REPOSITORY": "team/models", "RUN_ID": "7",
+        "RUN_URL": "https://example.com/run", "HEAD_SHA": HEAD, "HEAD_OWNER": "stranger", "HEAD_BRANCH": "topic",
+    }  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-I", str(SCRIPT)],
+        env=env | overrides,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_one_comment_is_updated_in_place(api: Api) -> None:
+    """Found by marker and author beyond the first page; somebody's copy of the marker is left alone."""
+    marker = "<!-- appliance-report -->"
+    api.comments += [{"id": i, "user": {"login": "x"}, "body": f"{marker} mine"} for i in range(120)]
+    api.log = encode_report({"sections": [{"title": "Plan", "columns": ["Recipe"], "rows": [["colours"]]}]})
+    first = post(api)
+    assert (first.returncode, first.stdout) == (0, "comment on #5 made\n"), first.stderr
+    assert "| `colours` |" in api.comments[120]["body"]
+    api.log = encode_report({"sections": [{"title": "Plan", "lines": ["nothing to do"]}]})
+    assert post(api).stdout == "comment on #5 updated\n"
+    assert len(api.comments) == 121
+    assert "- `nothing to do`" in api.comments[120]["body"]
+    assert all(c["body"] == f"{marker} mine" for c in api.comments[:120])
+    assert {sent for _, path, sent in api.calls if path == "/elsewhere"} == {False}, "the token stays with the API"
+    assert all(sent for _, path, sent in api.calls if path != "/elsewhere")
+
+
+BOMB = base64.b64encode(gzip.compress(b'{"a": "' + b"x" * (64 << 20) + b'"}')).decode()
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        "no report at all",
+        "appliance-report: !!!!",
+        "appliance-report: QUJD",
+        encode_report([1, 2]),
+        encode_report({"sections": 5}),
+        encode_report({"sections": [{"rows": 5, "columns": ["x"], "title": None}]}),
+        f"appliance-report: {BOMB}",
+    ],
+    ids=["none", "no base64", "no gzip", "a list", "a number", "odd types", "a bomb"],
+)
+def test_a_broken_report_is_said_and_nothing_else(api: Api, log: str) -> None:
+    """What comes from a pull request cannot make the job with the token fail in a way of its own."""
+    api.log = log
+    assert post(api).returncode == 0
+    assert "The run left no report" in api.comments[0]["body"]
+
+
+def test_a_report_is_text_however_it_tries(api: Api) -> None:
+    """Mentions, images, tags and fences stay code, and a long report is cut at the limit."""
+    evil = "` @team ![x](http://evil/?) <img src=http://evil> | ```\n\n# Approved"
+    api.log = encode_report(
+        {"sections": [{"title": evil, "columns": ["a"], "rows": [[evil]] * 90, "lines": [evil] * 90}] * 20}
+    )
+    assert post(api).returncode == 0
+    body = api.comments[0]["body"]
+    assert len(body) <= 65_536
+    for line in body.splitlines()[4:]:
+        outside = "".join(line.split("`")[::2])
+        assert not set(outside) & set("@!<[#") - set("<#") or outside.startswith("### "), line
+        assert "Approved" not in outside
+        assert "img" not in outside
+
+
+def test_an_outdated_run_says_nothing(api: Api) -> None:
+    """A newer commit of the branch has a run of its own."""
+    done = post(api, HEAD_SHA="c" * 40)
+    assert (done.returncode, api.comments) == (0, [])
+    assert "nothing to say" in done.stdout
+
+
+def test_a_refusal_of_the_api_is_one_line(api: Api) -> None:
+    """A token without the right: status and address, no traceback."""
+    done = post(api, GITHUB_REPOSITORY="team/other")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: http://127.0.0.1")
+    assert "HTTP 404" in done.stderr
