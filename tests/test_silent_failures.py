@@ -206,15 +206,15 @@ def test_an_adapter_that_is_not_finite_or_changes_nothing_is_not_saved(base: Pat
     device = torch.device("cpu")
     model, job, row = train_live(base, tmp_path)
     with pytest.raises(TrainingError, match="the adapter changes no logit"):
-        check_trained(model, job, row, device=device)
+        check_trained(model, job, row, start={}, device=device)
     weights = [p for n, p in model.named_parameters() if "lora_B" in n]
     with torch.no_grad():
         weights[0].fill_(0.01)
-    check_trained(model, job, row, device=device)
+    check_trained(model, job, row, start={}, device=device)
     with torch.no_grad():
         weights[-1][0, 0] = float("inf")
     with pytest.raises(TrainingError, match=r"lora_B.*not finite"):
-        check_trained(model, job, row, device=device)
+        check_trained(model, job, row, start={}, device=device)
 
 
 def test_packed_rows_that_see_each_other_are_refused(

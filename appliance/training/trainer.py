@@ -66,7 +66,7 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
         # 3. The model, with the method's trainable weights on it.
         emit(note=f"loading {job.base_name} in {precision} on {device.type}")
         levers = select_levers(job.training, method=job.method, on_cuda=device.type == "cuda")
-        model = build_model(job, levers, precision=precision, device=device)
+        model = build_model(job, precision=precision, device=device)
         make_repeatable(model)
         check_base(model, train_rows[0], device=device)
         if is_packed(job.training, job.method):
