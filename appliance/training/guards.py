@@ -20,10 +20,14 @@ _LEAK = {"bf16": 1e-2, "fp32": 1e-5}
 
 
 def check_base(model: Any, row: TokenRow, *, device: torch.device) -> None:
-    """The base's weights are finite, and so is its loss on a row: what starts as NaN can only stay NaN."""
+    """The base's weights are finite, and so is its loss on a row: what starts as NaN can only stay NaN.
+
+    Weights in 4 bit are bytes, whatever type they are stored under; a NaN in them shows in the loss.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     for name, weight in base.named_parameters():
-        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+        is_number = weight.is_floating_point() and getattr(weight, "quant_state", None) is None
+        if is_number and not bool(torch.isfinite(weight).all()):
             raise TrainingError(f"base model: {name} holds a value that is not finite; fetch the model again")
     base.eval()
     loss = _mean_loss(base, build_records([row]), device=device, alone=True)
