@@ -64,9 +64,9 @@ def build_rows(
 def _advise(kept: Sequence[TokenRow], overlong: Overlong) -> str:
     """What to do about rows that are too long."""
     if overlong == "drop" and not kept:
-        return "\nevery row is too long, none would be left: raise training.max_length or shorten the rows"
+        return "; every row is too long, none would be left: raise training.max_length or shorten the rows"
     return (
-        "\nnothing is cut: raise training.max_length, shorten the rows, or drop them whole with training.overlong: drop"
+        "; nothing is cut: raise training.max_length, shorten the rows, or drop them whole with training.overlong: drop"
     )
 
 
