@@ -102,7 +102,7 @@ def check_method(method: Method, linears: Mapping[str, Shape], *, base: Path) ->
             name, shape = min(small.items(), key=lambda item: min(item[1]))
             raise TrainingError(
                 f"method.rank: {method.rank} is more than {name} can use, whose weight is {shape[0]} x {shape[1]}; "
-                f"set it to {min(shape)} or less"
+                f"set it to {min(shape)} or less, or name other method.targets"
             )
 
 
