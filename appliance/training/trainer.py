@@ -30,7 +30,12 @@ from appliance.training.arguments import build_training_arguments
 from appliance.training.artifact import build_summary, save_artifact
 from appliance.training.batches import build_records, collate_packed, collate_padded
 from appliance.training.checkpoints import Facts, count_steps_done, decode_facts, find_checkpoint, read_seal
-from appliance.training.fingerprint import build_fingerprint, make_deterministic, make_repeatable
+from appliance.training.fingerprint import (
+    build_fingerprint,
+    describe_device,
+    make_deterministic,
+    make_repeatable,
+)
 from appliance.training.guards import check_packing, check_trained
 from appliance.training.journal import Journal
 from appliance.training.launch import TrainingJob
@@ -88,7 +93,8 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
         check_trained(model, job, train_rows[0], device=device)
         save_artifact(model, job, precision=precision)
         summary = build_summary(job, model, journal, trainer, precision=precision, device=device)
-        summary["micro_batches"] = facts.micro_batches
+        summary |= {"micro_batches": facts.micro_batches, "checkpointing": job.checkpointing}
+        summary["device_kind"] = describe_device(device)
         seconds = trainer.save_seconds + watch.seal_seconds
         summary["checkpoints"] = {"count": trainer.saves, "seconds": round(seconds, 3)}
         summary["child_seconds"] = round(time.monotonic() - began, 1)
