@@ -36,6 +36,7 @@ from appliance.training import TrainingJob, launch, prepare_rows, train
 from appliance.training.checkpoints import (
     SEAL,
     Facts,
+    count_steps_done,
     find_checkpoint,
     list_newest_first,
     prune_checkpoints,
@@ -122,6 +123,12 @@ def inside_a_save(delay: float) -> Moment:
         time.sleep(delay)
 
     return wait
+
+
+def after_a_seal(job: TrainingJob, is_running: Callable[[], bool]) -> None:
+    """When there is one more sealed checkpoint, or a newer one, than before."""
+    before = set(job.checkpoints.glob(f"*/{SEAL}"))
+    wait_until(lambda: set(job.checkpoints.glob(f"*/{SEAL}")) - before, is_running)
 
 
 def after_steps(count: int, delay: float) -> Moment:
@@ -334,7 +341,7 @@ def test_checkpoints_can_be_read_by_others_and_hold_their_journal(warm: Warm, ba
 def test_another_recipe_is_refused_by_the_names_of_its_keys(warm: Warm, base: Path, tmp_path: Path) -> None:
     """A resume with another rate and rank says so, with both values and no digest."""
     job = build_job(base, tmp_path, "lora", **SHORT)
-    kill(warm, job, inside_a_save(0.3))
+    kill(warm, job, after_a_seal)
     other = make_recipe(method={**METHODS["lora"], "rank": 8}, training={**SHORT, "learning_rate": 0.02})
     changed = {"method": other.method, "training": other.training, "fingerprint": {"run_key": "0" * 64}}
     write_job(job.model_copy(update=changed))
@@ -475,8 +482,8 @@ def test_out_of_memory_goes_on_with_half_the_micro_batch(
     assert summary["adapter_sha256"] == digest_folder(tmp_path / "whole-8" / "adapter"), "as if planned so"
 
     shrunk = build_hungry_job(base, tmp_path / "shrunk")
-    kill(warm, shrunk, inside_a_save(0.3))
-    step = int(list_newest_first(shrunk.checkpoints)[0].name.rpartition("-")[2])
+    kill(warm, shrunk, after_a_seal)
+    step = max(count_steps_done(f.parent) for f in shrunk.checkpoints.glob(f"*/{SEAL}"))
     shutil.copytree(shrunk.folder, tmp_path / "again")
     summary, said = train_warm(warm, shrunk, monkeypatch, address_space=limit)
     assert len(said) == 1
@@ -484,7 +491,7 @@ def test_out_of_memory_goes_on_with_half_the_micro_batch(
 
     again = shrunk.model_copy(update={"folder": tmp_path / "again", "adapter": tmp_path / "again" / "adapter"})
     write_job(again.model_copy(update={"micro_batch": 8}))
-    kill(warm, again, inside_a_save(0.3))
+    kill(warm, again, after_a_seal)
     assert read_facts(again.checkpoints) == Facts(threads=1, micro_batches=((0, 16), (step, 8)))
     second, said = train_warm(warm, again, monkeypatch, address_space=limit)
     assert said == [], "what fitted last time is taken from the checkpoint, not what the plan says"

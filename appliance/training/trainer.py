@@ -43,6 +43,17 @@ from appliance.training.methods import build_model
 from appliance.training.rows import load_rows
 from appliance.training.watch import Watch
 
+_NO_MEMORY = (
+    "can't allocate memory",  # torch's allocator
+    "not enough memory",
+    "Cannot allocate memory",  # the kernel, ENOMEM
+    "failed to map segment",  # the same while a library is loaded
+    "bad_alloc",
+    "could not create a memory",  # oneDNN
+    "could not create a primitive",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
 
 def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
     """Train as `job` says and put the artifact at `job.adapter`. Raises `ApplianceError`s only."""
@@ -198,7 +209,7 @@ def _out_of_memory_as_device_error() -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, MemoryError) as fault:
         raise DeviceError(str(fault).splitlines()[0] if str(fault) else "out of memory") from fault
-    except RuntimeError as fault:
-        if "can't allocate memory" in str(fault) or "not enough memory" in str(fault):
+    except (RuntimeError, OSError, ImportError) as fault:
+        if any(words in str(fault) for words in _NO_MEMORY):
             raise DeviceError(str(fault).splitlines()[0]) from fault
         raise
