@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -92,6 +93,18 @@ def run_prepared(
         return _publish_stage(run, prepared, workspace=workspace, store=store, origin=origin)
 
 
+def train_alone(prepared: Prepared, *, workspace: Workspace, origin: Origin, choices: Mapping[str, Any]) -> Run:
+    """Train in a run folder of its own, with the given `choices` instead of this machine's; the finished run."""
+    run = open_run(workspace.runs, name=prepared.recipe.name, key=prepared.key)
+    with run.lock():
+        _prepare_stage(run, prepared, workspace=workspace, origin=origin)
+        record = run.read("prepare")
+        plan = {**record["plan"], **{k: choices[k] for k in ("micro_batch", "checkpointing") if k in choices}}
+        run.amend("prepare", plan=plan, cores=choices.get("threads", record["cores"]))
+        _train_stage(run, prepared, workspace=workspace, precision=choices.get("precision"))
+    return run
+
+
 def publish_run(prepared: Prepared, *, workspace: Workspace, store: Store, origin: Origin) -> Finished:
     """Publish a run whose card is done. Raises `DatasetError` when it is not."""
     run = open_run(workspace.runs, name=prepared.recipe.name, key=prepared.key)
@@ -155,7 +168,7 @@ def _prepare_stage(run: Run, prepared: Prepared, *, workspace: Workspace, origin
     )
 
 
-def _train_stage(run: Run, prepared: Prepared, *, workspace: Workspace) -> None:
+def _train_stage(run: Run, prepared: Prepared, *, workspace: Workspace, precision: str | None = None) -> None:
     """The adapter, unless one is there whose bytes are those that training recorded."""
     if run.is_done("train") and _is_intact(run):
         shutil.rmtree(run.training / "checkpoints", ignore_errors=True)
@@ -172,7 +185,7 @@ def _train_stage(run: Run, prepared: Prepared, *, workspace: Workspace) -> None:
         base=prepared.base.folder,
         base_name=prepared.base.model,
         method=prepared.recipe.method,
-        training=prepared.recipe.training,
+        training=prepared.recipe.training.model_copy(update={"precision": precision} if precision else {}),
         ewc=prepared.recipe.forgetting.ewc if prepared.recipe.forgetting else None,
         micro_batch=plan["micro_batch"],
         checkpointing=plan["checkpointing"],

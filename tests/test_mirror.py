@@ -17,6 +17,7 @@ from test_resume import MEDIUM, build_job, finish, flip_a_bit, make_checkpoint, 
 from tiny import write_base
 from warm import Warm
 
+from appliance.cli import main
 from appliance.digest import digest_bytes
 from appliance.errors import InterruptedRunError, StoreError
 from appliance.store import Store, StoredObject
@@ -181,6 +182,13 @@ def test_what_is_here_is_not_fetched(tmp_path: Path) -> None:
     flip_a_bit(held / "weights")
     fetch(mirror, tmp_path / "second")
     assert is_sound(tmp_path / "second" / "checkpoint-9")
+
+
+def test_the_flag_needs_a_store(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Asked to mirror to nowhere, `run` says what is missing and does nothing."""
+    monkeypatch.delenv("APPLIANCE_STORE", raising=False)
+    assert main(["run", "nowhere.yaml", "--mirror-checkpoints"]) == 2
+    assert "give --store" in capsys.readouterr().err
 
 
 class Refusing(LocalStore):

@@ -27,12 +27,16 @@ from test_training import make_job, quiet, write_job
 from tiny import make_recipe, write_base
 from warm import Warm
 
+from appliance.command import WorkerEnd
 from appliance.digest import digest_folder
 from appliance.errors import InterruptedRunError, TrainingError
-from appliance.training import TrainingJob, train
+from appliance.example import Example, Message
+from appliance.model import load_template
+from appliance.training import TrainingJob, launch, prepare_rows, train
 from appliance.training.checkpoints import (
     SEAL,
     Facts,
+    count_steps_done,
     find_checkpoint,
     list_newest_first,
     prune_checkpoints,
@@ -47,6 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"type": "full"},
 }
 CASES = [(method, batch) for method in METHODS for batch in ("packed", "padded")]
+EACH = [("lora", "packed"), ("dora", "padded"), ("qlora", "packed"), ("qlora", "padded"), ("full", "packed")]
 SHORT = {"epochs": 2.5, "checkpoints": 5}  # 10 steps, the last in the middle of an epoch, a checkpoint every 2
 MEDIUM = {"epochs": 10.5, "checkpoints": 14}  # 42 steps, a checkpoint every 3
 LONG = {"epochs": 30.5, "checkpoints": 41}  # 122 steps, a checkpoint every 3
@@ -120,6 +125,12 @@ def inside_a_save(delay: float) -> Moment:
     return wait
 
 
+def after_a_seal(job: TrainingJob, is_running: Callable[[], bool]) -> None:
+    """When there is one more sealed checkpoint, or a newer one, than before."""
+    before = set(job.checkpoints.glob(f"*/{SEAL}"))
+    wait_until(lambda: set(job.checkpoints.glob(f"*/{SEAL}")) - before, is_running)
+
+
 def after_steps(count: int, delay: float) -> Moment:
     """When the journal has grown by `count` lines, and `delay` seconds later."""
 
@@ -170,7 +181,7 @@ def describe_wound(job: TrainingJob) -> str:
     return "between saves" if list_newest_first(job.checkpoints) else "before the first save"
 
 
-@pytest.mark.parametrize("case", CASES, ids=" ".join)
+@pytest.mark.parametrize("case", EACH, ids=" ".join)
 def test_a_kill_inside_a_save_changes_no_byte(
     warm: Warm, base: Path, tmp_path: Path, uninterrupted: Callable[..., str], case: tuple[str, str]
 ) -> None:
@@ -330,7 +341,7 @@ def test_checkpoints_can_be_read_by_others_and_hold_their_journal(warm: Warm, ba
 def test_another_recipe_is_refused_by_the_names_of_its_keys(warm: Warm, base: Path, tmp_path: Path) -> None:
     """A resume with another rate and rank says so, with both values and no digest."""
     job = build_job(base, tmp_path, "lora", **SHORT)
-    kill(warm, job, inside_a_save(0.3))
+    kill(warm, job, after_a_seal)
     other = make_recipe(method={**METHODS["lora"], "rank": 8}, training={**SHORT, "learning_rate": 0.02})
     changed = {"method": other.method, "training": other.training, "fingerprint": {"run_key": "0" * 64}}
     write_job(job.model_copy(update=changed))
@@ -416,3 +427,72 @@ def is_alive(stat: Path) -> bool:
     with contextlib.suppress(OSError):
         return stat.read_text().rpartition(")")[2].split()[0] != "Z"
     return False
+
+
+def build_hungry_job(base: Path, folder: Path) -> TrainingJob:
+    """Three steps of sixteen rows of about a thousand tokens: the micro-batch decides how much memory is needed."""
+    recipe = make_recipe(
+        training={"epochs": 1, "effective_batch": 16, "max_length": 2048, "packing": False, "checkpoints": 3}
+    )
+    job = make_job(base, folder, recipe, micro_batch=16)
+    talks = [(Message("user", f"{i} " + "word " * 200), Message("assistant", "red")) for i in range(48)]
+    rows = [Example(f"r{i}", talk, provenance="program") for i, talk in enumerate(talks)]
+    prepare_rows(rows, template=load_template(base), max_length=2048, file=folder / "train.rows.jsonl")
+    prepare_rows([], template=load_template(base), max_length=2048, file=folder / "validation.rows.jsonl")
+    write_job(job)
+    return job
+
+
+def train_warm(warm: Warm, job: TrainingJob, patch: pytest.MonkeyPatch, *, address_space: int) -> tuple[Any, list[str]]:
+    """`train` with children forked from the warm process, under a limit of the allocator; summary and notes."""
+    said: list[str] = []
+
+    def run_child(job: TrainingJob, **_rest: object) -> WorkerEnd:
+        write_job(job)
+        code = warm.run(job.folder, address_space=address_space)
+        lines = (job.folder / "worker.log").read_text().splitlines()
+        failures = [json.loads(x)["failure"] for x in lines if x.startswith('{"failure"')]
+        return WorkerEnd(code, failures[-1] if failures else "")
+
+    patch.setattr(launch, "_run_child", run_child)
+    return train(job, note=said.append), said
+
+
+def test_out_of_memory_goes_on_with_half_the_micro_batch(
+    warm: Warm, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit of the allocator (RLIMIT_AS): the child is restarted smaller, from its checkpoint, and that is recorded.
+
+    After the change the law holds as before: killed and resumed, such a run ends with the same bytes.
+    """
+    peaks = {}
+    for micro in (16, 8):
+        whole = build_hungry_job(base, tmp_path / f"whole-{micro}").model_copy(update={"micro_batch": micro})
+        write_job(whole)
+        finish(warm, whole)
+        peaks[micro] = int((whole.folder / "peak").read_text())
+    assert peaks[16] - peaks[8] > 64 << 20, "what the one needs more is more than noise"
+    limit = peaks[8] + (peaks[16] - peaks[8]) // 4
+
+    fresh = build_hungry_job(base, tmp_path / "fresh")
+    summary, said = train_warm(warm, fresh, monkeypatch, address_space=limit)
+    assert said == ["out of memory; again with micro-batch 8, the effective batch stays"]
+    assert (summary["micro_batch"], summary["effective_batch"], summary["steps"]) == (8, 16, 3)
+    assert summary["micro_batches"] == [[0, 8]]
+    assert summary["adapter_sha256"] == digest_folder(tmp_path / "whole-8" / "adapter"), "as if planned so"
+
+    shrunk = build_hungry_job(base, tmp_path / "shrunk")
+    kill(warm, shrunk, after_a_seal)
+    step = max(count_steps_done(f.parent) for f in shrunk.checkpoints.glob(f"*/{SEAL}"))
+    shutil.copytree(shrunk.folder, tmp_path / "again")
+    summary, said = train_warm(warm, shrunk, monkeypatch, address_space=limit)
+    assert len(said) == 1
+    assert summary["micro_batches"] == [[0, 16], [step, 8]]
+
+    again = shrunk.model_copy(update={"folder": tmp_path / "again", "adapter": tmp_path / "again" / "adapter"})
+    write_job(again.model_copy(update={"micro_batch": 8}))
+    kill(warm, again, after_a_seal)
+    assert read_facts(again.checkpoints) == Facts(threads=1, micro_batches=((0, 16), (step, 8)))
+    second, said = train_warm(warm, again, monkeypatch, address_space=limit)
+    assert said == [], "what fitted last time is taken from the checkpoint, not what the plan says"
+    assert second["adapter_sha256"] == summary["adapter_sha256"]

@@ -28,7 +28,7 @@ def build_fingerprint(job: TrainingJob, *, precision: Precision, device: torch.d
         "gradient checkpointing": "on" if job.checkpointing else "off",
         "device": describe_device(device),
         "devices": str(torch.distributed.get_world_size() if is_spread else 1),
-        "torch": torch.__version__,
+        "torch build": torch.__version__,  # CPU or which CUDA; the package's version does not always say
     }
 
 

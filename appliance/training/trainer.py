@@ -33,7 +33,7 @@ from appliance.training.checkpoints import (
     read_seal,
 )
 from appliance.training.ewc import Penalty, build_penalty
-from appliance.training.fingerprint import build_fingerprint, make_deterministic, make_repeatable
+from appliance.training.fingerprint import build_fingerprint, describe_device, make_deterministic, make_repeatable
 from appliance.training.guards import check_base, check_packing, check_trained
 from appliance.training.journal import Journal
 from appliance.training.launch import TrainingJob
@@ -44,6 +44,17 @@ from appliance.training.monitor import Rules, build_rules, select_kept_step, wat
 from appliance.training.proof import prove_worst_step
 from appliance.training.rows import load_rows
 from appliance.training.watch import Watch
+
+_NO_MEMORY = (
+    "can't allocate memory",  # torch's allocator
+    "not enough memory",
+    "Cannot allocate memory",  # the kernel, ENOMEM
+    "failed to map segment",  # the same while a library is loaded
+    "bad_alloc",
+    "could not create a memory",  # oneDNN
+    "could not create a primitive",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
@@ -110,6 +121,8 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
         summary |= {
             "levers": levers.to_json(),
             "micro_batches": facts.micro_batches,
+            "checkpointing": job.checkpointing,
+            "device_kind": describe_device(device),
             "checkpoints": {"count": trainer.saves, "seconds": round(trainer.save_seconds + watch.seal_seconds, 3)},
             "child_seconds": round(time.monotonic() - began, 1),
         }
@@ -153,7 +166,7 @@ def _out_of_memory_as_device_error() -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, MemoryError) as fault:
         raise DeviceError(str(fault).splitlines()[0] if str(fault) else "out of memory") from fault
-    except RuntimeError as fault:
-        if "can't allocate memory" in str(fault) or "not enough memory" in str(fault):
+    except (RuntimeError, OSError, ImportError) as fault:
+        if any(words in str(fault) for words in _NO_MEMORY):
             raise DeviceError(str(fault).splitlines()[0]) from fault
         raise
