@@ -193,6 +193,7 @@ def test_sameness_is_one_for_one_answer_and_small_for_right_ones() -> None:
     assert measure_sameness([(5,)] * 10) == 1.0
     assert measure_sameness([(5, 6, 1), (5,), (5,), (5, 6)]) == 1.0
     assert measure_sameness([(1, 9), (2, 9), (3, 9), (4, 9)]) == 0.25
+    assert measure_sameness([(1, 2), (1, 2, 3), (1, 2, 4), (1, 2, 4), (7,)]) == 0.6
     assert measure_sameness([]) == 0.0
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import struct
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,6 +17,7 @@ import yaml
 from test_verdict import make_results, pairs
 from tiny import make_recipe
 
+from appliance.errors import ApplianceError
 from appliance.evaluation import judge
 from appliance.recipe import GateSection
 from appliance.report import build_card, render_html, render_markdown, write_card
@@ -187,6 +189,13 @@ def test_each_plot_is_a_png_too_and_equal_plots_have_equal_bytes(tmp_path: Path)
         assert data == (tmp_path / "b" / image.name).read_bytes()
     plot = Plot("p", "Loss", {"training": [(1.0, 1.0), (2.0, 2.0)]})
     assert render_png(plot) != render_png(replace(plot, label="Lost")), "text is drawn without system fonts"
+
+
+def test_a_missing_renderer_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment from before the renderer gets a message, not a traceback."""
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(ApplianceError, match=r"pip install 'appliance\[train\]'"):
+        render_png(Plot("p", "Loss", {"training": [(1.0, 1.0)]}))
 
 
 def test_the_page_tells_the_kept_step_and_the_alerts() -> None:

@@ -12,6 +12,8 @@ from html import escape
 from importlib import resources
 from typing import Any, Literal
 
+from appliance.errors import ApplianceError
+
 Points = Sequence[tuple[float, float]]
 Scale = Literal["linear", "log", "share"]
 _FONT = "Appliance Plot Sans"
@@ -88,8 +90,12 @@ def draw_image(plot: Plot) -> str:
 
 def render_png(plot: Plot) -> bytes:
     """A plot as PNG, 960 pixels wide, with the font that lies beside this file: equal plots, equal bytes."""
-    import resvg_py
-
+    try:
+        import resvg_py
+    except ModuleNotFoundError as fault:
+        raise ApplianceError(
+            "resvg_py, which makes the card's PNG, is missing; pip install 'appliance[train]'"
+        ) from fault
     font = resources.files("appliance.report").joinpath("plot.ttf")
     with resources.as_file(font) as file:
         png: bytes = resvg_py.svg_to_bytes(

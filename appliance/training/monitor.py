@@ -9,6 +9,7 @@ for `patience` of them) or only speak (overfitting, a climbing loss, a plateau, 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
@@ -118,11 +119,15 @@ def measure_sameness(answers: Sequence[Sequence[int]]) -> float:
     An answer is known up to and with its first wrong token. Rows agree with the answer whose
     beginnings they are, so this is an upper bound: 1.0 for one answer whatever the input.
     """
-    counts: dict[tuple[int, ...], int] = {}
-    for answer in answers:
-        counts[tuple(answer)] = counts.get(tuple(answer), 0) + 1
-    shares = (sum(counts.get(known[:n], 0) for n in range(1, len(known) + 1)) for known in counts)
-    return max(shares, default=0) / max(1, len(answers))
+    chain: list[tuple[tuple[int, ...], int]] = []  # beginnings of the answer at hand, each with its rows so far
+    largest = 0
+    for known, rows in sorted(Counter(map(tuple, answers)).items()):
+        while chain and known[: len(chain[-1][0])] != chain[-1][0]:
+            chain.pop()
+        total = rows + (chain[-1][1] if chain else 0)
+        chain.append((known, total))
+        largest = max(largest, total)
+    return largest / max(1, len(answers))
 
 
 def _watch_step(seen: Watched, record: Record) -> Watched:
