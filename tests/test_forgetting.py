@@ -316,13 +316,10 @@ def test_a_fisher_that_protects_nothing_is_refused() -> None:
 
 
 def test_a_layer_whose_update_is_not_low_rank_is_refused(base: Path, tmp_path: Path) -> None:
-    """DoRA's magnitude and adapted embeddings are outside the formula; both name the way out."""
-    for method in (
-        {"type": "lora", "rank": 4, "variant": "dora"},
-        {"type": "lora", "rank": 4, "targets": ["embed_tokens"]},
-    ):
-        with pytest.raises(TrainingError, match=r"is not B A of a linear layer; use another method\.variant"):
-            build(make_job(base, tmp_path, strength=1.0, method=method))
+    """DoRA's magnitude is outside the formula; the message names the way out."""
+    method = {"type": "lora", "rank": 4, "variant": "dora"}
+    with pytest.raises(TrainingError, match=r"is not B A of a linear layer; use another method\.variant"):
+        build(make_job(base, tmp_path, strength=1.0, method=method))
 
 
 def write_general(folder: Path, *, rows: int = 12, words: str = "why", **changes: Any) -> Path:

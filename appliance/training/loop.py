@@ -18,6 +18,7 @@ from appliance.training.arguments import build_training_arguments, is_packed
 from appliance.training.batches import build_records, collate_packed, collate_padded, spread_labels
 from appliance.training.checkpoints import count_steps_done
 from appliance.training.ewc import Penalty
+from appliance.training.fused import fuse_lora
 from appliance.training.launch import TrainingJob
 from appliance.training.levers import Levers
 from appliance.training.methods import keep_dtypes, load_encoder, save_encoder
@@ -52,6 +53,8 @@ def build_trainer(
         output=job.checkpoints,
     )
     packed = is_packed(job.training, job.method)
+    if levers.lora == "fused":
+        fuse_lora(model)
     with keep_dtypes(model):
         trainer = _Trainer(
             model=model,

@@ -32,7 +32,6 @@ from appliance.model.shapes import check_method
 from appliance.model.weights import Precision, check_finite, load_model, read_weights
 from appliance.training import attention
 from appliance.training.arguments import CHANGING_THE_BASE, build_adapter_arguments
-from appliance.training.fused import fuse_lora
 from appliance.training.launch import TrainingJob
 from appliance.training.levers import select_levers
 
@@ -79,8 +78,6 @@ def build_model(job: TrainingJob, *, precision: Precision, device: torch.device)
         raise TrainingError(f"method: this model cannot be trained with {method.type} ({fault})") from fault
     if isinstance(method, QloraMethod) and method.variant == "loftq":
         _start_from_rounding_error(adapted, job.base)
-    if levers.lora == "fused":
-        fuse_lora(adapted)
     return adapted
 
 
