@@ -158,7 +158,7 @@ class EwcSection(Section):
     )
     rows: int = Field(128, ge=1, le=10_000, description="general rows that the Fisher is estimated on, at most")
     strength: float = Field(
-        100.0, gt=0.0, le=1e9, description="weight of the estimated drift on general rows (nats per token) in the loss"
+        300.0, gt=0.0, le=1e9, description="weight of the estimated drift on general rows (nats per token) in the loss"
     )
 
 
