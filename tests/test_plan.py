@@ -59,8 +59,38 @@ def test_steps_are_those_of_training(base: Path) -> None:
 @pytest.mark.parametrize(("effective", "longest", "micro"), [(8, 100, 8), (8, 1000, 4), (16, 4096, 1), (6, 1500, 2)])
 def test_the_micro_batch_divides_the_effective_batch(effective: int, longest: int, micro: int) -> None:
     """Accumulation is whole, and the worst case is bounded."""
-    assert select_micro_batch(effective, longest=longest) == micro
+    plenty = select_micro_batch(effective, longest=longest, most=4096, wanted="auto", fits=lambda _m, _c: True)
+    assert plenty == (micro, False)
     assert effective % micro == 0
+
+
+@pytest.mark.parametrize(
+    ("wanted", "free", "chosen"),
+    [
+        ("auto", 4, (4, False)),  # half the rows without recomputing
+        ("auto", 1, (8, True)),  # one row of 500 tokens would leave the device idle
+        ("off", 1, (1, False)),
+        ("on", 8, (8, True)),
+    ],
+)
+def test_memory_decides_between_fewer_rows_and_recomputing(wanted: str, free: int, chosen: tuple[int, bool]) -> None:
+    """The micro-batch is the largest that fits; activations are recomputed only where too few rows would fit."""
+    found = select_micro_batch(8, longest=500, most=4096, wanted=wanted, fits=lambda m, c: c or m <= free)
+    assert found == chosen
+
+
+def test_a_gpu_takes_more_tokens_and_never_holds_the_logits(base: Path) -> None:
+    """The same rows: a larger micro-batch, and no memory for the logits of packed rows."""
+    gpu = Machine(cores=2, memory_bytes=8 << 30, gpu="NVIDIA H100", gpu_memory_bytes=80 << 30)
+    recipe = make_recipe(training={"effective_batch": 16, "max_length": 1000})
+    assert plan(recipe, base, length=1000).micro_batch == 4
+    assert plan(recipe, base, length=1000, machine=gpu).micro_batch == 16
+    padded = make_recipe(training={"effective_batch": 16, "max_length": 1000, "packing": False})
+    held = (
+        plan(padded, base, length=1000, machine=gpu).peak_bytes
+        - plan(recipe, base, length=1000, machine=gpu).peak_bytes
+    )
+    assert held == pytest.approx(1.07 * (12.3 * 16_000 * read_sizes(base).vocabulary - 2**28), rel=0.01)
 
 
 def test_checkpointing_is_off_where_it_fits_and_on_where_it_does_not(base: Path) -> None:

@@ -7,10 +7,10 @@ estimate; the first step proves it, and out of memory is answered with half the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from appliance.method import (
     VIRTUAL_TOKENS,
@@ -48,7 +48,8 @@ RANGES = {
 }
 _EPOCHS = (2, 5)
 _EPOCHS_OF_PROMPTS = (2, 50)
-_MICRO_TOKENS = 4096
+_MICRO_TOKENS = {"cpu": 4096, "gpu": 16384}  # more does not make a step faster a token
+_FEW_TOKENS = 1024  # fewer leave the device idle: recomputing activations is cheaper
 _FITS = 0.8
 
 
@@ -88,27 +89,34 @@ def build_plan(
     """The plan for training rows of these token `lengths` on `machine`; tokens are over all epochs."""
     section = recipe.training
     longest = max(lengths)
-    micro = select_micro_batch(section.effective_batch, longest=longest + _count_virtual(recipe.method))
     weights = read_weight_shapes(base)
     check_method(recipe.method, list_linears(weights), base=base)
     parameters = sum(math.prod(s) for s in weights.values())
     sizes = read_sizes(base)
     trainable = count_trainable(recipe.method, weights, sizes)
-    peaks = {
-        c: _estimate_peak(
+    static = _estimate_static(recipe.method, weights=weights, trainable=trainable)
+    keeps_logits = not (machine.gpu and _is_head_fused(recipe))
+
+    def estimate(micro_batch: int, *, checkpointing: bool) -> int:
+        moving = _estimate_moving(
             recipe.method,
-            parameters=parameters,
-            trainable=trainable,
             sizes=sizes,
-            rows=micro,
+            rows=micro_batch,
             longest=longest,
-            checkpointing=c,
+            checkpointing=checkpointing,
+            keeps_logits=keeps_logits,
         )
-        for c in (False, True)
-    }
-    fits = peaks[False] <= _FITS * machine.budget_bytes
-    wanted = section.gradient_checkpointing == "on" or (section.gradient_checkpointing == "auto" and not fits)
-    checkpointing = wanted and not isinstance(recipe.method, PrefixTuningMethod)
+        return round(1.07 * (static + moving) + _OVERHEAD)
+
+    is_prefix = isinstance(recipe.method, PrefixTuningMethod)  # checkpointing would drop its keys and values
+    micro, checkpointing = select_micro_batch(
+        section.effective_batch,
+        longest=longest + _count_virtual(recipe.method),
+        most=_MICRO_TOKENS["gpu" if machine.gpu else "cpu"],
+        wanted="off" if is_prefix else section.gradient_checkpointing,
+        fits=lambda m, c: estimate(m, checkpointing=c) <= _FITS * machine.budget_bytes,
+    )
+    peak = estimate(micro, checkpointing=checkpointing)
     steps = max(1, math.ceil(math.ceil(len(lengths) / section.effective_batch) * section.epochs))
     return Plan(
         rows=len(lengths),
@@ -122,15 +130,26 @@ def build_plan(
         checkpointing=checkpointing,
         parameters=parameters,
         trainable_parameters=trainable,
-        peak_bytes=peaks[checkpointing],
+        peak_bytes=peak,
         budget_bytes=machine.budget_bytes,
-        warnings=tuple(_warn(recipe, rows=len(lengths), peak=peaks[checkpointing], machine=machine)),
+        warnings=tuple(_warn(recipe, rows=len(lengths), peak=peak, machine=machine)),
     )
 
 
-def select_micro_batch(effective: int, *, longest: int) -> int:
-    """The largest divisor of the effective batch whose worst case is at most 4,096 tokens."""
-    return next(m for m in range(effective, 0, -1) if effective % m == 0 and (m * longest <= _MICRO_TOKENS or m == 1))
+def select_micro_batch(
+    effective: int, *, longest: int, most: int, wanted: Literal["auto", "on", "off"], fits: Callable[[int, bool], bool]
+) -> tuple[int, bool]:
+    """Rows a micro-batch, and whether activations are recomputed (gradient checkpointing).
+
+    The largest divisor of the effective batch whose worst case has at most `most` tokens and fits
+    without checkpointing; with it, where that leaves too few tokens to keep the device busy.
+    """
+    sizes = [m for m in range(effective, 0, -1) if effective % m == 0 and (m * longest <= most or m == 1)]
+    least = 0 if wanted == "off" else min(_FEW_TOKENS, sizes[0] * longest)
+    plain = [m for m in sizes if m * longest >= least and fits(m, False)] if wanted != "on" else []
+    if plain or wanted == "off":
+        return (plain or [1])[0], False
+    return next((m for m in sizes if fits(m, True)), 1), True
 
 
 def count_trainable(method: Method, weights: Mapping[str, Shape], sizes: ModelSizes) -> int:
@@ -180,27 +199,38 @@ def _count_virtual(method: Method) -> int:
     return method.tokens if isinstance(method, PromptTuningMethod | PTuningMethod) else 0
 
 
-def _estimate_peak(
-    method: Method, *, parameters: int, trainable: int, sizes: ModelSizes, rows: int, longest: int, checkpointing: bool
-) -> int:
-    """Peak bytes of `rows` rows; activation and head factors for a Llama layer in bf16.
+def _is_head_fused(recipe: Recipe) -> bool:
+    """Whether, on a GPU, the logits are never held: packed batches and nothing else asked for."""
+    is_packed = recipe.training.packing is not False and not isinstance(recipe.method, VIRTUAL_TOKENS)
+    return is_packed and recipe.training.speed.head in ("auto", "fused")
+
+
+def _estimate_static(method: Method, *, weights: Mapping[str, Shape], trainable: int) -> float:
+    """Bytes of weights, gradients and optimizer: bf16 bases, fp32 master weights and moments for what is trained.
+
+    4-bit matrices take 0.516 bytes a weight with their doubly quantised scales (arXiv 2305.14314).
+    """
+    parameters = sum(math.prod(s) for s in weights.values())
+    if isinstance(method, FullMethod):
+        return 16.0 * parameters
+    linear = sum(math.prod(s) for s in list_linears(weights).values())
+    matrices = (0.516 if isinstance(method, QloraMethod) else 2.0) * linear
+    return matrices + 2.0 * (parameters - linear) + 16.0 * trainable
+
+
+def _estimate_moving(
+    method: Method, *, sizes: ModelSizes, rows: int, longest: int, checkpointing: bool, keeps_logits: bool
+) -> float:
+    """Bytes of activations and head for `rows` rows; factors for a Llama layer in bf16.
 
     Virtual tokens before the embeddings cost what tokens cost; a prefix costs its keys and values.
     """
-    hidden, layers, vocabulary = sizes.hidden, sizes.layers, sizes.vocabulary
-    embedding = vocabulary * hidden
+    hidden, layers = sizes.hidden, sizes.layers
     tokens = rows * (longest + _count_virtual(method))
-    if isinstance(method, QloraMethod):
-        weights = 0.516 * (parameters - embedding) + 2.0 * embedding + 16.0 * trainable
-    elif isinstance(method, FullMethod):
-        weights = 16.0 * parameters
-    else:
-        weights = 2.0 * parameters + 16.0 * trainable
     activations = tokens * hidden * ((2.0 * layers + 56.0) if checkpointing else 56.0 * layers)
     if isinstance(method, PrefixTuningMethod):  # in bf16, once as made and once with each layer's own keys behind it
         activations += 2.0 * 4.0 * rows * layers * sizes.keys * (longest + method.tokens)
-    head = 12.3 * tokens * vocabulary
-    return round(1.07 * (weights + activations + head) + _OVERHEAD)
+    return activations + (12.3 * tokens * sizes.vocabulary if keeps_logits else float(1 << 28))
 
 
 def _warn(recipe: Recipe, *, rows: int, peak: int, machine: Machine) -> list[str]:
