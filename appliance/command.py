@@ -21,9 +21,6 @@ from typing import Any
 from appliance.errors import CommandError
 
 _GRACE_S = 120.0
-# glibc gives large blocks back to the kernel when they are freed and has new pages zeroed for the
-# next step, which is a fifth of a training step's time on a CPU. A worker keeps them (mallopt(3)).
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 def run_command(
@@ -94,7 +91,7 @@ def run_worker(
             stdin=subprocess.DEVNULL,
             text=True,
             errors="replace",
-            env={**os.environ, **_ALLOCATOR, **(env or {})},
+            env={**os.environ, **(env or {})},
             start_new_session=True,
             preexec_fn=_die_with_parent(signal.SIGKILL),  # noqa: PLW1509 - as in start_server
         )
