@@ -8,7 +8,7 @@ the rounds of the ratios within a round. `--jobs` times whole processes instead:
 
 Run it with `make bench`; `ARGS="--rounds 1 --rows 64"` for a look, `ARGS="--only trl --rounds 1"` for
 one peer. It prints a table and writes `benchmarks/results/train_cpu.json` and `train_cpu.svg`, the
-loss of every contender over equal real tokens.
+losses of the appliance and of the first peer over equal real tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from appliance.model import load_template
 from appliance.model.base import resolve_base
 from appliance.plan import read_machine
 from appliance.recipe import Recipe, load_recipe
-from appliance.report.plots import draw_lines
+from appliance.report.plots import Plot, draw_image
 from appliance.training import TrainingJob, prepare_rows, train
 
 ROOT = Path(__file__).parent.parent
@@ -119,8 +119,10 @@ def write_results(figures: Figures, *, rows: int) -> None:
         "last_loss": {n: round(statistics.median(f["loss"] for f in runs), 3) for n, runs in figures.items()},
     }
     (RESULTS / "train_cpu.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
-    curves = {n: [(float(x), float(y)) for x, y in runs[-1]["curve"]] for n, runs in figures.items()}
-    (RESULTS / "train_cpu.svg").write_text(standalone(draw_lines(curves, label="loss over real tokens", is_log=True)))
+    names = list(figures)[:2]  # a figure has two colours
+    curves = {n: [(float(x), float(y)) for x, y in figures[n][-1]["curve"]] for n in names}
+    plot = Plot("parity", "Loss over real tokens", curves, scale="log")
+    (RESULTS / "train_cpu.svg").write_text(draw_image(plot))
 
 
 def describe_machine() -> dict[str, Any]:
@@ -133,24 +135,6 @@ def describe_machine() -> dict[str, Any]:
         "cores": read_machine().cores,
         "versions": {p: metadata.version(p) for p in packages},
     }
-
-
-def standalone(figure: str) -> str:
-    """The card's figure as an SVG file of its own."""
-    colours = ("#0a7", "#c33", "#36c", "#a60", "#939")
-    style = "".join(f".s{i}{{stroke:{c};fill:none}}circle.s{i}{{fill:{c}}}" for i, c in enumerate(colours))
-    svg = figure[figure.index("<svg") : figure.index("</svg>")].replace(
-        "<svg", '<svg xmlns="http://www.w3.org/2000/svg"'
-    )
-    head, _, body = svg.partition(">")
-    names = figure.count('class="k s')
-    labels = [figure.split(f'class="k s{i}">')[1].split("<", maxsplit=1)[0] for i in range(names)]
-    legend = "".join(
-        f'<text x="200" y="{22 + 13 * i}" style="fill:{c}">{n}</text>'
-        for i, (c, n) in enumerate(zip(colours, labels, strict=False))
-    )
-    plain = "text{font:10px sans-serif;fill:#555}.grid{stroke:#ddd}svg{background:#fff}"
-    return f"{head}><style>{plain}{style}</style>{body}{legend}</svg>\n"
 
 
 def measure(name: str, *, rows: int) -> dict[str, Any]:
