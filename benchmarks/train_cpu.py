@@ -225,7 +225,7 @@ TRL: dict[str, dict[str, Any]] = {
         "train_sampling_strategy": "group_by_length",
     },
     "trl-packed": {**_EXPERT, "per_device_train_batch_size": 1, "packing": True, "max_length": 640},
-    "trl-flat": {**_EXPERT, "per_device_train_batch_size": BATCH, "padding_free": True},
+    "trl-flat": {**_EXPERT, "per_device_train_batch_size": BATCH, "padding_free": True, "max_length": None},
 }
 
 
