@@ -120,6 +120,27 @@ def test_a_smaller_micro_batch_keeps_the_effective_batch(base: Path, tmp_path: P
     assert summary["first_loss"] == pytest.approx(reference["first_loss"], rel=0.01)
 
 
+def test_the_worst_step_before_the_first_leaves_no_trace(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is proven by the longest rows together; with the proof and without, dropout and all, the same bytes."""
+    from appliance.training import proof, trainer
+
+    recipe = make_recipe(method={"type": "lora", "rank": 4, "dropout": 0.1})
+    proven: list[int] = []
+
+    def prove(*arguments: Any, micro_batch: int) -> None:
+        proof.prove_worst_step(*arguments, micro_batch=micro_batch)
+        proven.append(micro_batch)
+
+    monkeypatch.setattr(trainer, "prove_worst_step", prove)
+    with_proof = run_in_process(make_job(base, tmp_path / "with", recipe, micro_batch=4))
+    monkeypatch.setattr(trainer, "prove_worst_step", lambda *_a, **_k: None)
+    without = run_in_process(make_job(base, tmp_path / "without", recipe, micro_batch=4))
+    assert proven == [4]
+    assert with_proof["adapter_sha256"] == without["adapter_sha256"]
+
+
 def test_packed_rows_do_not_see_each_other(base: Path) -> None:
     """The logits of a row in a packed batch are those of the row alone, under standard attention."""
     import torch
