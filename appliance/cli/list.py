@@ -15,7 +15,8 @@ from appliance.store import open_store
 @json_option
 def command(*, name: str | None, store_url: str, as_json: bool) -> None:
     """List the versions of NAME, or of every model, oldest first, with verdicts and aliases."""
-    versions = registry.list_versions(open_store(store_url), name)
+    store = open_store(store_url)
+    versions = registry.list_versions(store, name)
     if as_json:
         rows = [
             {"name": v.name, "version": v.version, "verdict": v.verdict, "aliases": list(v.aliases)} for v in versions
@@ -23,6 +24,6 @@ def command(*, name: str | None, store_url: str, as_json: bool) -> None:
         print_json(rows)
         return
     if not versions:
-        click.echo("no versions yet; `appliance reconcile` makes them")
+        click.echo(f"no versions in {store.url} yet; `appliance reconcile` makes them")
     for v in versions:
         click.echo(f"{v.name}@{v.version}  {v.verdict:12}  {' '.join(v.aliases)}".rstrip())
