@@ -84,18 +84,21 @@ def run_worker(
     failure = ""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as errors:
-        child = subprocess.Popen(
-            list(argv),
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            errors="replace",
-            env={**os.environ, **(env or {})},
-            start_new_session=True,
-            preexec_fn=_die_with_parent(signal.SIGKILL),  # noqa: PLW1509 - as in start_server
-        )
+        with _hold_signals() as early:
+            child = subprocess.Popen(
+                list(argv),
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                stdin=subprocess.DEVNULL,
+                text=True,
+                errors="replace",
+                env={**os.environ, **(env or {})},
+                start_new_session=True,
+                preexec_fn=_die_with_parent(signal.SIGKILL),  # noqa: PLW1509 - as in start_server
+            )
         with forward_signals(child) as received, child:
+            for number in early:
+                signal.raise_signal(number)
             try:
                 for event in _read_events(child.stdout or ()):
                     failure = event.get("failure", failure)
@@ -151,6 +154,25 @@ def _end(child: subprocess.Popen[str], received: Sequence[int]) -> int:
 
 
 @contextlib.contextmanager
+def _hold_signals() -> Iterator[list[int]]:
+    """While a child is being made, note SIGINT and SIGTERM for the caller to answer.
+
+    A handler that raises inside the hooks that Python runs around a fork is ignored: the stop would be lost.
+    """
+    early: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield early
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.signal(n, lambda number, _frame: early.append(number)) for n in numbers}
+    try:
+        yield early
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def forward_signals(child: subprocess.Popen[str]) -> Iterator[list[int]]:
     """While active, SIGINT and SIGTERM to this process ask the child to stop; yields those received."""
     received: list[int] = []
@@ -194,19 +216,24 @@ def start_server(
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         try:
-            return subprocess.Popen(
-                list(argv),
-                stdout=output,
-                stderr=output,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, **(env or {})},
-                start_new_session=True,
-                pass_fds=tuple(pass_fds),
-                preexec_fn=_die_with_parent(signal.SIGTERM),  # noqa: PLW1509 - one prepared system call, no locks, no allocation
-            )
+            with _hold_signals() as early:
+                child = subprocess.Popen(
+                    list(argv),
+                    stdout=output,
+                    stderr=output,
+                    stdin=subprocess.DEVNULL,
+                    env={**os.environ, **(env or {})},
+                    start_new_session=True,
+                    pass_fds=tuple(pass_fds),
+                    preexec_fn=_die_with_parent(signal.SIGTERM),  # noqa: PLW1509 - one prepared system call, no locks, no allocation
+                )
         except FileNotFoundError as fault:
             message = f"{argv[0]}: program not found; install it or use the image, which has it"
             raise CommandError(message) from fault
+    for number in early:
+        child.terminate()
+        signal.raise_signal(number)
+    return child
 
 
 def _die_with_parent(number: signal.Signals) -> Callable[[], None] | None:

@@ -423,6 +423,29 @@ def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
     assert not is_alive(worker)
 
 
+INTERRUPTED_FORK = """
+import os, signal, sys
+from pathlib import Path
+from appliance.command import run_worker
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGTERM, stop)
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))
+try:
+    run_worker([sys.executable, "-c", "import time; time.sleep(60)"], log=Path(sys.argv[1]), on_event=print)
+except KeyboardInterrupt:
+    sys.exit(33)
+"""
+
+
+def test_a_stop_while_a_child_is_made_is_not_lost(tmp_path: Path) -> None:
+    """A signal within the fork, where a handler that raises would be ignored, stops child and parent."""
+    argv = [sys.executable, "-c", INTERRUPTED_FORK, str(tmp_path / "log")]
+    assert subprocess.run(argv, timeout=40, check=False).returncode == 33
+
+
 def is_alive(stat: Path) -> bool:
     """Whether the process of a `/proc/N/stat` is neither gone nor a zombie."""
     with contextlib.suppress(OSError):
