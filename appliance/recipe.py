@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -41,6 +42,8 @@ __all__ = [
     "QloraMethod",
     "Recipe",
     "Section",
+    "count_steps",
+    "is_packed",
     "load_recipe",
     "parse_recipe",
 ]
@@ -261,6 +264,16 @@ class Recipe(Section):
         """
         unsaid = {"needs", "forgetting"} if self.forgetting is None else {"needs"}
         return digest_json(self.model_dump(mode="json", exclude=unsaid))
+
+
+def is_packed(section: TrainingSection, method: Method) -> bool:
+    """Whether rows share flat batches: as the recipe says, else wherever the method has no virtual tokens."""
+    return not isinstance(method, VIRTUAL_TOKENS) if section.packing == "auto" else section.packing
+
+
+def count_steps(section: TrainingSection, *, rows: int) -> int:
+    """Optimizer steps of the whole run; the last batch of an epoch may be smaller."""
+    return max(1, math.ceil(math.ceil(rows / section.effective_batch) * section.epochs))
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -27,9 +27,9 @@ from appliance.model import load_template
 from appliance.model.shapes import read_sizes, read_weight_shapes
 from appliance.plan import Machine, build_plan
 from appliance.plan.plan import RANGES, count_trainable
-from appliance.recipe import parse_recipe
+from appliance.recipe import is_packed, parse_recipe
 from appliance.training import TrainingJob
-from appliance.training.arguments import CHANGING_THE_BASE, build_adapter_arguments, is_packed
+from appliance.training.arguments import CHANGING_THE_BASE, build_adapter_arguments
 from appliance.training.arguments import RATES as RATES_BY_DEFAULT
 from appliance.training.batches import build_records, collate_packed, collate_padded
 from appliance.training.rows import load_rows

@@ -18,9 +18,9 @@ from appliance.digest import digest_folder
 from appliance.errors import DeviceError, TrainingError
 from appliance.example import Example, Message
 from appliance.model import load_template
-from appliance.recipe import Recipe
+from appliance.recipe import Recipe, count_steps
 from appliance.training import TrainingJob, prepare_rows, train
-from appliance.training.arguments import build_adapter_arguments, build_training_arguments, count_steps
+from appliance.training.arguments import build_adapter_arguments, build_training_arguments
 from appliance.training.batches import build_records, collate_packed, collate_padded
 from appliance.training.launch import _halve
 from appliance.training.rows import load_rows

@@ -33,7 +33,7 @@ from appliance.model.shapes import (
     select_targets,
 )
 from appliance.plan.machine import Machine
-from appliance.recipe import Recipe
+from appliance.recipe import Recipe, count_steps, is_packed
 
 _OVERHEAD = 1 << 30
 # Usual rates, by the papers and by PEFT's own examples (docs/methods.md).
@@ -117,11 +117,10 @@ def build_plan(
         fits=lambda m, c: estimate(m, checkpointing=c) <= _FITS * machine.budget_bytes,
     )
     peak = estimate(micro, checkpointing=checkpointing)
-    steps = max(1, math.ceil(math.ceil(len(lengths) / section.effective_batch) * section.epochs))
     return Plan(
         rows=len(lengths),
         validation_rows=validation_rows,
-        steps=steps,
+        steps=count_steps(section, rows=len(lengths)),
         tokens=round(sum(lengths) * section.epochs),
         trained_tokens=round(trained_tokens * section.epochs),
         longest=longest,
@@ -201,8 +200,7 @@ def _count_virtual(method: Method) -> int:
 
 def _is_head_fused(recipe: Recipe) -> bool:
     """Whether, on a GPU, the logits are never held: packed batches and nothing else asked for."""
-    is_packed = recipe.training.packing is not False and not isinstance(recipe.method, VIRTUAL_TOKENS)
-    return is_packed and recipe.training.speed.head in ("auto", "fused")
+    return is_packed(recipe.training, recipe.method) and recipe.training.speed.head in ("auto", "fused")
 
 
 def _estimate_static(method: Method, *, weights: Mapping[str, Shape], trainable: int) -> float:

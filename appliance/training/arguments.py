@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from appliance.method import (
-    VIRTUAL_TOKENS,
     FullMethod,
     Ia3Method,
     LoraMethod,
@@ -20,7 +19,7 @@ from appliance.method import (
     PromptTuningMethod,
     QloraMethod,
 )
-from appliance.recipe import TrainingSection
+from appliance.recipe import TrainingSection, count_steps
 
 RATES = {
     "full": 2e-5,
@@ -39,16 +38,6 @@ _PROMPT_STARTS = {"vocabulary": "SAMPLE_VOCAB", "text": "TEXT", "random": "RANDO
 def select_learning_rate(section: TrainingSection, method: Method) -> float:
     """The recipe's rate, or the usual one of the method (docs/methods.md has the sources)."""
     return section.learning_rate if section.learning_rate is not None else RATES[method.type]
-
-
-def is_packed(section: TrainingSection, method: Method) -> bool:
-    """Whether rows share flat batches: as the recipe says, else wherever the method has no virtual tokens."""
-    return not isinstance(method, VIRTUAL_TOKENS) if section.packing == "auto" else section.packing
-
-
-def count_steps(section: TrainingSection, *, rows: int) -> int:
-    """Optimizer steps of the whole run; the last batch of an epoch may be smaller."""
-    return max(1, math.ceil(math.ceil(rows / section.effective_batch) * section.epochs))
 
 
 def build_adapter_arguments(method: Method) -> dict[str, Any]:

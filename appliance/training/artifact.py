@@ -18,12 +18,13 @@ from transformers import AutoTokenizer
 from appliance.digest import digest_folder, fsync_folder
 from appliance.errors import TrainingError
 from appliance.model.weights import Precision, load_model
-from appliance.recipe import FullMethod
+from appliance.recipe import FullMethod, is_packed
 from appliance.training import attention
-from appliance.training.arguments import is_packed, select_learning_rate
+from appliance.training.arguments import select_learning_rate
 from appliance.training.checkpoints import is_sound, name_checkpoint
 from appliance.training.journal import Journal
 from appliance.training.launch import TrainingJob
+from appliance.training.levers import select_levers
 from appliance.training.methods import Weights, load_encoder, subtract_start
 from appliance.training.monitor import Rules, Watched
 
@@ -99,6 +100,7 @@ def build_summary(
     last = max((r for r in journal.records if "loss" in r), key=lambda r: r["step"])
     kept = next((e for e in seen.evaluations if e.step == kept_step), None)
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    levers = select_levers(job.training, method=job.method, on_cuda=device.type == "cuda")
     gc.collect()
     return {
         "steps": last["step"],
@@ -125,7 +127,7 @@ def build_summary(
         "dtype": precision,
         "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
-        "attention": attention.NAME if is_packed(job.training, job.method) else "sdpa",
+        "attention": attention.NAME if levers.attention == "packed" else "sdpa",
         "packing": is_packed(job.training, job.method),
         "peak_memory_bytes": measure_peak_memory(device),
         "adapter_sha256": digest_folder(job.adapter),

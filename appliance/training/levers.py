@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from appliance.method import LoraMethod, Method, QloraMethod
-from appliance.recipe import TrainingSection
-from appliance.training.arguments import is_packed
+from appliance.recipe import TrainingSection, is_packed
 
 
 @dataclass(frozen=True, slots=True)

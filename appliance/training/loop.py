@@ -14,7 +14,8 @@ from trl import SFTConfig, SFTTrainer
 
 from appliance.model import TokenRow
 from appliance.model.weights import Precision
-from appliance.training.arguments import build_training_arguments, is_packed
+from appliance.recipe import is_packed
+from appliance.training.arguments import build_training_arguments
 from appliance.training.batches import build_records, collate_packed, collate_padded, spread_labels
 from appliance.training.checkpoints import count_steps_done
 from appliance.training.ewc import Penalty

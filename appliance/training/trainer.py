@@ -21,7 +21,7 @@ from appliance.child import Emit, StopFlag
 from appliance.digest import canonical_json, write_atomic
 from appliance.errors import DeviceError, InterruptedRunError
 from appliance.model.weights import select_device, select_precision
-from appliance.training.arguments import count_steps, is_packed
+from appliance.recipe import count_steps, is_packed
 from appliance.training.artifact import build_summary, load_kept_weights, save_artifact
 from appliance.training.checkpoints import (
     Facts,
