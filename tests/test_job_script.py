@@ -96,7 +96,7 @@ def test_what_is_missing_is_one_message(folder: Path, variables: dict[str, str],
 
 
 def test_an_image_runs_as_this_user_and_left_overs_are_stopped(folder: Path) -> None:
-    """By digest, under an init, with a label by which the next job finds what a cancelled one left on the GPU."""
+    """By digest, with a label by which the next job finds what a cancelled one left on the GPU."""
     write_program(
         folder,
         "docker",
@@ -113,7 +113,7 @@ def test_an_image_runs_as_this_user_and_left_overs_are_stopped(folder: Path) -> 
     assert stopped == "stop|-t|120|left|"
     assert ran.endswith(f"|{IMAGE}|reconcile|--summary|/summary.md|")
     assert f"|--user|{os.getuid()}:{os.getgid()}|" in ran
-    assert "run|--init|--rm|" in ran
+    assert "run|--rm|" in ran
     assert "|--env|AWS_SECRET_ACCESS_KEY|" in ran
     assert "=secret" not in ran, "values never stand on a command line"
     assert f"|--volume|{folder}:/workspace|" in ran

@@ -284,6 +284,20 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_valid(
     assert finish(warm, job) == uninterrupted("lora", **SHORT)
 
 
+@pytest.mark.parametrize("limit", [64, 4096, 20_000])
+def test_whatever_torch_says_of_a_full_disk_is_understood(limit: int, tmp_path: Path) -> None:
+    """Its writer loses the errno, and its words depend on where in the file the room ends."""
+    script = (
+        "import signal, torch; from resource import RLIMIT_FSIZE, setrlimit\n"
+        "from appliance.errors import is_disk_full\n"
+        f"signal.signal(signal.SIGXFSZ, signal.SIG_IGN); setrlimit(RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        f"try: torch.save(torch.zeros(20000), {str(tmp_path / 'optimizer.pt')!r})\n"
+        "except Exception as fault: print(is_disk_full(fault), fault)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], text=True, capture_output=True, check=False, timeout=120)
+    assert done.stdout.startswith("True"), done.stdout + done.stderr
+
+
 def flip_a_bit(file: Path) -> None:
     """One bit in the middle of a file."""
     content = bytearray(file.read_bytes())

@@ -72,7 +72,7 @@ def make_recipe(**overrides: Any) -> Recipe:
         "publish": {"alias": "production"},
     }
     for key, value in overrides.items():
-        values[key] = {**values[key], **value} if isinstance(value, dict) and key != "method" else value
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) and key != "method" else value
     return Recipe.model_validate(values)
 
 

@@ -16,6 +16,7 @@ from appliance import __version__
 
 VERBS: dict[str, str] = {
     "demo": "Run the main job end to end on this machine, all parts included.",
+    "doctor": "Look whether this machine can do the work.",
     "init": "Turn a repository into one that is retrained by its commits.",
     "reconcile": "Train, evaluate and publish what the repository asks for and the registry lacks.",
     "run": "Run the main job for one recipe.",

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from appliance.plan.machine import Machine, check_device, read_machine
 from appliance.plan.plan import Plan, build_plan
+from appliance.plan.preflight import Check, examine_machine
 
-__all__ = ["Machine", "Plan", "build_plan", "check_device", "read_machine"]
+__all__ = ["Check", "Machine", "Plan", "build_plan", "check_device", "examine_machine", "read_machine"]

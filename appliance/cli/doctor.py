@@ -1,0 +1,56 @@
+"""`appliance doctor`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from appliance.cli.common import (
+    build_workspace,
+    json_option,
+    open_given_store,
+    print_json,
+    store_option,
+    workspace_options,
+)
+from appliance.errors import DeviceError
+from appliance.plan import Check, examine_machine, read_machine
+
+_MARKS = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "fault": ("fault", "red")}
+
+
+@click.command("doctor")
+@workspace_options
+@store_option(required=False)
+@click.option("--gpu", "needs_gpu", is_flag=True, help="Fail with exit code 34 where there is no usable GPU.")
+@json_option
+def command(
+    *, root: Path, cache: Path, runs: Path | None, store_url: str | None, needs_gpu: bool, as_json: bool
+) -> int:
+    """Look whether this machine can do the work: GPU, driver, torch, memory, disk, git, dvc, store.
+
+    Nothing is trained and nothing is left behind. Exit code 1 when a line is a fault.
+    """
+    workspace = build_workspace(root=root, cache=cache, runs=runs)
+    checks = examine_machine(
+        read_machine(),
+        folders={"runs": workspace.runs, "cache": workspace.cache},
+        store=open_given_store(store_url),
+    )
+    if as_json:
+        print_json([asdict(c) for c in checks])
+    else:
+        _print_checks(checks)
+    if needs_gpu and not any(c.subject == "torch" and c.found.endswith("on cuda") for c in checks):
+        raise DeviceError("doctor: --gpu was given, found no usable GPU; give the container one: --gpus all")
+    return int(any(c.outcome == "fault" for c in checks))
+
+
+def _print_checks(checks: list[Check]) -> None:
+    for check in checks:
+        word, color = _MARKS[check.outcome]
+        click.echo(f"{click.style(f'{word:<8}', fg=color)} {check.subject:<10} {check.found}")
+        if check.action:
+            click.echo(f"{'':<8} {'':<10} {check.action}")

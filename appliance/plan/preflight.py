@@ -1,0 +1,139 @@
+"""Whether this machine can do the work, asked before hours depend on it.
+
+Each check is one line: what was looked at, what was found, what to do. It refuses to guess: torch is
+asked in a child to multiply on the device and to quantise there, and a folder is written to.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from appliance.command import run_command
+from appliance.errors import ApplianceError, CommandError
+from appliance.plan.machine import Machine
+from appliance.store import Store
+
+_GIB = 2**30
+_LOW_DISK, _NO_DISK, _LOW_SHARED = 20 * _GIB, _GIB, _GIB
+_PROBE_S = 180.0
+Outcome = Literal["ok", "warning", "fault"]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the report; `action` is what to do, empty when all is well."""
+
+    subject: str
+    outcome: Outcome
+    found: str
+    action: str = ""
+
+
+def examine_machine(machine: Machine, *, folders: Mapping[str, Path], store: Store | None) -> list[Check]:
+    """Every check, in the order in which a run would meet them; it raises nothing that it can report.
+
+    `folders` are those that a run writes to, by name.
+    """
+    checks = [_check_processor(machine), *_check_device(machine, probe_torch())]
+    if machine.gpu:
+        checks.append(check_shared_memory(Path("/dev/shm")))  # noqa: S108 - its size is the question
+    checks += [check_folder(name, folder) for name, folder in folders.items()]
+    checks += [_check_program("git", "git"), _check_program("dvc", sys.executable, "-m", "dvc")]
+    if store is not None:
+        checks.append(_check_store(store))
+    return checks
+
+
+def probe_torch() -> dict[str, Any]:
+    """What torch and bitsandbytes do on this machine (`appliance.plan.probe`); `fault` when they do not start."""
+    try:
+        found: dict[str, Any] = json.loads(
+            run_command([sys.executable, "-m", "appliance.plan.probe"], timeout_s=_PROBE_S)
+        )
+    except (CommandError, ValueError) as fault:
+        return {"fault": str(fault).strip().splitlines()[-1]}
+    return found
+
+
+def _check_processor(machine: Machine) -> Check:
+    found = f"{machine.cores} cores, {machine.memory_bytes / _GIB:.0f} GiB, by cgroup"
+    return Check("processor", "ok", found)
+
+
+def _check_device(machine: Machine, probe: Mapping[str, Any]) -> list[Check]:
+    if "fault" in probe:
+        action = "install the extra `train` (pip install 'appliance[train]'), or use the image"
+        return [Check("torch", "fault", str(probe["fault"]), action)]
+    versions = f"torch {probe['torch']}, bitsandbytes {probe['bitsandbytes']}"
+    checks = [check_gpu(machine, probe), Check("torch", "ok", f"{versions}: multiplies on {probe['device']}")]
+    if probe["quantise"]:
+        action = "qlora cannot run here: install a bitsandbytes that knows this CUDA, or use lora"
+        checks.append(Check("4 bits", "warning", probe["quantise"], action))
+    return checks
+
+
+def check_gpu(machine: Machine, probe: Mapping[str, Any]) -> Check:
+    """The driver's word against torch's: a GPU that only one of them sees is a fault."""
+    is_seen = str(probe["device"]).startswith("cuda")
+    if not machine.gpu and not is_seen:
+        return Check("GPU", "ok", "none: recipes with needs.gpu: required are refused here")
+    if is_seen:
+        name = machine.gpu or probe["name"]
+        return Check("GPU", "ok", f"{name}, {machine.gpu_memory_bytes / _GIB:.0f} GiB, torch sees it")
+    why = probe["cuda_fault"] or f"this torch ({probe['torch']}) is built without CUDA"
+    action = "update the driver to one that knows the CUDA of this torch, or use the CUDA image"
+    return Check("GPU", "fault", f"{machine.gpu}: torch does not see it: {why}", action)
+
+
+def check_shared_memory(folder: Path) -> Check:
+    """NCCL and torch's loaders share memory here; docker gives 64 MiB."""
+    size = shutil.disk_usage(folder).total if folder.is_dir() else 0
+    found = f"{size / _GIB:.1f} GiB"
+    if size < _LOW_SHARED:
+        return Check(str(folder), "warning", found, "give it more for several GPUs: --shm-size 8g, or --ipc host")
+    return Check(str(folder), "ok", found)
+
+
+def check_folder(name: str, folder: Path) -> Check:
+    """A folder that a run writes to, or what is there of the way to it: it is written to, and has room."""
+    subject = f"{name} {folder}"
+    place = next(p for p in (folder, *folder.parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place) as handle:
+            handle.write(b"\0" * 4096)
+            handle.flush()
+        free = shutil.disk_usage(place).free
+    except OSError as fault:
+        reason = fault.strerror or str(fault)
+        return Check(subject, "fault", reason, "mount a folder that this user may write to, or choose another")
+    found = f"writable, {free / _GIB:.0f} GiB free"
+    if free < _NO_DISK:
+        return Check(subject, "fault", found, "free some: docs/operations.md says what may be deleted")
+    if free < _LOW_DISK:
+        return Check(subject, "warning", found, "enough for adapters of small models; free some before larger ones")
+    return Check(subject, "ok", found)
+
+
+def _check_program(name: str, *command: str) -> Check:
+    """Asked for its version in the way in which the product starts it."""
+    try:
+        found = run_command([*command, "--version"], timeout_s=60.0).strip().splitlines()[0]
+    except (CommandError, IndexError) as fault:
+        return Check(name, "fault", str(fault).splitlines()[-1], f"install {name}, or use the image")
+    return Check(name, "ok", found.removeprefix(f"{name} version "))
+
+
+def _check_store(store: Store) -> Check:
+    """Read only: who may write is seen when a version is published, and nothing here leaves an object."""
+    try:
+        count = sum(1 for _ in store.list("models/"))
+    except ApplianceError as fault:
+        return Check("store", "fault", str(fault), "mend the address, the endpoint or the credentials")
+    return Check("store", "ok", f"{store.url}: readable, {count} objects below models/")

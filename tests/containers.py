@@ -1,0 +1,152 @@
+"""The image, built and run for real without a daemon and without a hub: debootstrap, buildah, podman, runc.
+
+The base is Debian, made by debootstrap from this machine's mirror, with its apt sources and
+certificates; the Dockerfile is the one that is shipped, with the base swapped by argument. Whoever has
+no `buildah podman runc debootstrap` is told to install them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PROGRAMS = ("buildah", "podman", "runc", "debootstrap")
+BASE, IMAGE = "localhost/appliance-test-base", "localhost/appliance-test"
+# Raising limits is not permitted in some sandboxes, so runc gets the bundle without them.
+WRAPPER = f"""#!{sys.executable}
+import json, os, sys
+from pathlib import Path
+argv = sys.argv[1:]
+if "--bundle" in argv:
+    file = Path(argv[argv.index("--bundle") + 1], "config.json")
+    config = json.loads(file.read_text())
+    config["process"].pop("rlimits", None)
+    file.write_text(json.dumps(config))
+os.execvp("runc", ["runc", *argv])
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """Podman with the settings of this machine, in `folder`."""
+
+    folder: Path
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Makes any podman a working one here, also one that a script of ours starts."""
+        return {**os.environ, "CONTAINERS_CONF": str(self.folder / "containers.conf")}
+
+    def run(
+        self, *options: str, arguments: tuple[str, ...] = (), timeout_s: float = 600
+    ) -> subprocess.CompletedProcess[str]:
+        """A container to its end; the exit code is the container's."""
+        argv, env = self.build_argv(*options, arguments=arguments), self.environment
+        return subprocess.run(
+            argv, env=env, text=True, capture_output=True, timeout=timeout_s, check=False, stdin=subprocess.DEVNULL
+        )
+
+    def start(self, *options: str, arguments: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        """The same, beside this process."""
+        argv = self.build_argv(*options, arguments=arguments)
+        return subprocess.Popen(argv, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def build_argv(self, *options: str, arguments: tuple[str, ...]) -> list[str]:
+        """The image with these options and the appliance's own arguments."""
+        return ["podman", "run", "--rm", *options, IMAGE, *arguments]
+
+    def call(self, *arguments: str, timeout_s: float = 120) -> str:
+        """Any other podman command. Raises when it fails."""
+        return execute("podman", *arguments, env=self.environment, timeout_s=timeout_s)
+
+
+def open_engine(folder: Path) -> Engine:
+    """Podman over runc, without limits, cgroups and network of its own."""
+    missing = [p for p in PROGRAMS if shutil.which(p) is None]
+    if missing:
+        raise RuntimeError(f"{', '.join(missing)}: not installed; apt-get install {' '.join(PROGRAMS)}")
+    wrapper = folder / "runc-without-limits"
+    wrapper.write_text(WRAPPER)
+    wrapper.chmod(0o755)
+    (folder / "containers.conf").write_text(
+        f'[containers]\nnetns = "host"\nlog_driver = "k8s-file"\n'
+        f'[engine]\nruntime = "plain"\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\n'
+        f'[engine.runtimes]\nplain = ["{wrapper}"]\n'
+    )
+    return Engine(folder)
+
+
+def build_image(folder: Path) -> None:
+    """Base, context and image; what is there from an earlier build is used again, layer by layer."""
+    if subprocess.run(["podman", "image", "exists", BASE], check=False).returncode != 0:
+        build_base(folder / "base")
+    context = copy_context(folder / "context")
+    execute(
+        "buildah", "bud", "--isolation", "chroot", "--network", "host", "--layers", "--quiet",
+        "--build-arg", f"BASE_IMAGE={BASE}", "--build-arg", "TORCH=cpu", "--build-arg", "EXTRAS=train data demo",
+        "--build-arg", f"REVISION={execute('git', 'rev-parse', 'HEAD', cwd=ROOT).strip()}",
+        "--tag", IMAGE, str(context), timeout_s=1800,
+    )  # fmt: skip
+
+
+def build_base(folder: Path) -> None:
+    """A minimal Debian that can install packages as this machine can."""
+    release = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
+    execute("debootstrap", "--variant=minbase", release["VERSION_CODENAME"], str(folder), find_mirror(), timeout_s=900)
+    (folder / "etc/apt/sources.list").unlink(missing_ok=True)
+    for place in ("etc/apt/sources.list.d", "etc/apt/sources.list", "usr/local/share/ca-certificates"):
+        source = Path("/", place)
+        if source.is_dir():
+            shutil.copytree(source, folder / place, dirs_exist_ok=True)
+        elif source.is_file():
+            shutil.copy(source, folder / place)
+    archive = subprocess.Popen(["tar", "-C", str(folder), "-c", "."], stdout=subprocess.PIPE)
+    subprocess.run(
+        ["podman", "import", "--quiet", "-", BASE],
+        stdin=archive.stdout,
+        check=True,
+        timeout=600,
+        stdout=subprocess.DEVNULL,
+    )
+    archive.wait(timeout=60)
+    shutil.rmtree(folder)
+
+
+def find_mirror() -> str:
+    """The first address in this machine's apt sources."""
+    files = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]
+    for file in files:
+        if file.is_file() and file.suffix in ("", ".list", ".sources"):
+            found = re.search(r"^(?:URIs:|deb(?: \[[^]]*\])?)\s+(\S+)", file.read_text(), re.MULTILINE)
+            if found:
+                return found.group(1)
+    raise RuntimeError("/etc/apt: no mirror found; expected a deb line or a .sources file")
+
+
+def copy_context(folder: Path) -> Path:
+    """What is in Git, as it is on the disk, and the wheels of PIP_FIND_LINKS beside it."""
+    for name in execute("git", "ls-files", "--cached", "--others", "--exclude-standard", "-z", cwd=ROOT).split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    links = os.environ.get("PIP_FIND_LINKS", "")
+    if links and Path(links).is_dir():
+        shutil.copytree(links, folder / "wheels")
+    return folder
+
+
+def execute(*argv: str, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout_s: float = 120) -> str:
+    """The output of a command. Raises `RuntimeError` with the end of what it said."""
+    done = subprocess.run(
+        argv, env=env, cwd=cwd, text=True, capture_output=True, timeout=timeout_s, check=False, stdin=subprocess.DEVNULL
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(argv[:3])}: exit {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}")
+    return done.stdout
