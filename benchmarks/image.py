@@ -46,7 +46,7 @@ def print_size(engine: Engine) -> None:
 
 def measure(engine: Engine, command: str) -> list[tuple[str, int]]:
     """Names and megabytes by `du` inside the image."""
-    argv = ["podman", "run", "--rm", "--entrypoint", "/bin/sh", IMAGE, "-c", command]
+    argv = ["podman", "run", "--rm", "--user", "0", "--entrypoint", "/bin/sh", IMAGE, "-c", command]
     done = subprocess.run(argv, env=engine.environment, text=True, capture_output=True, check=True, timeout=120)
     pairs = [line.split("\t") for line in done.stdout.splitlines()]
     return [(name, int(megabytes)) for megabytes, name in pairs]

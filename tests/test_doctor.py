@@ -33,6 +33,14 @@ def test_a_machine_that_can_train_passes_with_a_line_for_each_part(tmp_path: Pat
     assert not any(tmp_path.iterdir())
 
 
+@pytest.fixture
+def broken_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children find a torch that cannot be imported."""
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+@pytest.mark.usefixtures("broken_torch")
 def test_a_gpu_that_was_asked_for_and_is_not_there_is_a_device_fault(tmp_path: Path) -> None:
     """Exit code 34: another machine can do it."""
     done = CliRunner().invoke(command, ["--gpu", "--runs", str(tmp_path), "--cache", str(tmp_path)])
@@ -60,12 +68,9 @@ def test_a_gpu_that_only_the_driver_sees_is_a_fault(
     assert bool(check.action) == (outcome == "fault")
 
 
-def test_a_torch_that_does_not_start_is_a_fault_and_no_traceback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A real child with a torch that cannot be imported."""
-    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+@pytest.mark.usefixtures("broken_torch")
+def test_a_torch_that_does_not_start_is_a_fault_and_no_traceback() -> None:
+    """The child's last line is the reason."""
     assert "libcudart.so.13" in probe_torch()["fault"]
     checks = examine_machine(machine(), folders={}, store=None)
     assert [c.outcome for c in checks if c.subject == "torch"] == ["fault"]
@@ -97,6 +102,7 @@ def test_the_shared_memory_of_a_plain_docker_run_is_a_warning(tmp_path: Path, mo
     )
 
 
+@pytest.mark.usefixtures("broken_torch")
 def test_a_store_that_does_not_answer_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line, and the other checks are made all the same."""
     for name, value in {
@@ -110,4 +116,5 @@ def test_a_store_that_does_not_answer_is_a_fault(tmp_path: Path, monkeypatch: py
     done = CliRunner().invoke(command, options, standalone_mode=False)
     assert done.return_value == 1
     assert "fault    store      " in done.output
-    assert "ok       torch      " in done.output
+    assert "fault    torch      " in done.output
+    assert "ok       git        " in done.output

@@ -71,7 +71,7 @@ def mount(workspace: Path, out: Path, cache: Path | None = None) -> tuple[str, .
 def read_adapter(out: Path) -> str:
     """The SHA-256 of the adapter that was published to `/out/registry`."""
     (manifest,) = (out / "registry" / "models" / "colours" / "versions").rglob("*.json")
-    files = json.loads(manifest.read_text())["artifact"]["files"]
+    files = json.loads(manifest.read_text())["files"]
     return str(next(f["sha256"] for f in files if f["path"].endswith("adapter_model.safetensors")))
 
 
