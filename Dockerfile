@@ -58,7 +58,7 @@ COPY --from=build /opt/appliance /opt/appliance
 ENV PATH=/opt/appliance/bin:$PATH HOME=/cache LOGNAME=appliance PYTHONDONTWRITEBYTECODE=1 \
     APPLIANCE_CACHE=/cache APPLIANCE_OUT=/out \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility \
-    HF_HUB_DISABLE_TELEMETRY=1 DVC_NO_ANALYTICS=1
+    HF_HUB_DISABLE_TELEMETRY=1 DVC_NO_ANALYTICS=1 DVC_SITE_CACHE_DIR=/cache/dvc
 USER 1000:1000
 WORKDIR /workspace
 ENTRYPOINT ["/usr/bin/tini", "-s", "--", "appliance"]

