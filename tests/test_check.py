@@ -389,7 +389,9 @@ def test_only_what_nobody_can_be_about_to_name_is_an_orphan(sound: Sound, tmp_pa
     assert doubtful.unnamed > 1
 
 
-@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"files":[' * 5000, b"\xed\xa0\x80", b'"\\ud800"', b"1e999", b""])
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b'{"files":[' * 5000, b"\xed\xa0\x80", b'"\\ud800"', b"1e999", b""]
+)
 def test_what_a_hostile_writer_puts_is_named_and_stops_nothing(sound: Sound, content: bytes) -> None:
     """Content that breaks parsers, under names that seal it: a manifest, a record, a ref, a lease, the format."""
     sealed = digest_bytes(content)
@@ -403,6 +405,17 @@ def test_what_a_hostile_writer_puts_is_named_and_stops_nothing(sound: Sound, con
     for key in keys.values():
         sound.store.put(key, content)
     assert sorted(tell(check(sound.store))) == sorted(keys.items())
+
+
+@pytest.mark.parametrize("alias", ["../../x", "Loud", "a\n\x1b[2J" + "b" * 2000, ""])
+def test_a_record_of_what_can_be_no_alias_is_named(sound: Sound, alias: str) -> None:
+    """Its digest and number are right; no key is made of it."""
+    move = sound.moves[0].model_copy(update={"alias": alias})
+    key = reflog_key("demo", seq=1, sha256=digest_bytes(move.encode()))
+    sound.store.put(key, move.encode())
+    (finding,) = check(sound.store).findings
+    assert (finding.kind, finding.key) == ("broken-history", key)
+    assert str(finding).isprintable()
 
 
 def test_a_path_in_a_manifest_cannot_write_to_a_terminal(sound: Sound) -> None:
@@ -575,4 +588,6 @@ def test_every_kind_is_explained() -> None:
     """The table in docs/operations.md has the check's kinds, each once, and no other."""
     table = (Path(__file__).parent.parent / "docs" / "operations.md").read_text("utf-8").split("| Finding |")[1]
     rows = [line for line in table.split("\n\n")[0].splitlines()[2:] if line.startswith("|")]
-    assert sorted(kind for row in rows for kind in re.findall(r"`([a-z-]+)`", row.split("|")[1])) == sorted(get_args(Kind))
+    assert sorted(kind for row in rows for kind in re.findall(r"`([a-z-]+)`", row.split("|")[1])) == sorted(
+        get_args(Kind)
+    )

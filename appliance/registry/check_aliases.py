@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from appliance.digest import digest_bytes
 from appliance.errors import RegistryError
 from appliance.registry.findings import Finding, ask, describe_fault, shorten
-from appliance.registry.layout import Location, is_version, locate, manifest_key, ref_key, reflog_key
+from appliance.registry.layout import Location, is_version, locate, manifest_key, model_prefix, ref_key, reflog_key
 from appliance.registry.moves import AliasMove, Ref, read_ref
 from appliance.store import Store
 
@@ -90,11 +90,17 @@ def _verify_record(key: str, content: bytes) -> Record | Finding:
         move = AliasMove.model_validate_json(content)
     except ValidationError:
         move = None
-    if move is None or at is None or (move.name, move.seq) != (at.name, int(number)):
-        found = "what is no move" if move is None else f"move {move.seq} of {shorten(move.name)}"
+    if move is None or at is None or (move.name, move.seq) != (at.name, int(number)) or not _has_ref(move):
+        found = "what is no move" if move is None else f"move {move.seq} of {shorten(f'{move.name}@{move.alias}')}"
         expected = f"move {int(number or 0)} of {at.name if at else 'a model'}, in this release's schema"
         return Finding("broken-history", key, found=found, expected=expected, action=_RESTORE)
     return Record(key, sha256, move)
+
+
+def _has_ref(move: AliasMove) -> bool:
+    """Whether the alias can be one: a record is text of whoever wrote it."""
+    at = locate(f"{model_prefix(move.name)}refs/{move.alias}.json")
+    return at is not None and at.place == "ref"
 
 
 def _check_alias(
