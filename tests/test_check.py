@@ -210,9 +210,9 @@ def damage_lease(at: Sound) -> Found:
 
 
 DAMAGE: list[Callable[[Sound], Found]] = [
-    remove_blob, shorten_blob, flip_blob, flip_manifest, remove_manifest, write_foreign_manifest, remove_version, cut_ref,
-    swap_ref, alter_ref, set_ref_back, remove_ref, aim_at_nothing, remove_record, remove_newest_record, alter_record,
-    begin_late, put_strays, remove_format, damage_format, damage_lease,
+    remove_blob, shorten_blob, flip_blob, flip_manifest, remove_manifest, write_foreign_manifest, remove_version,
+    cut_ref, swap_ref, alter_ref, set_ref_back, remove_ref, aim_at_nothing, remove_record, remove_newest_record,
+    alter_record, begin_late, put_strays, remove_format, damage_format, damage_lease,
 ]  # fmt: skip
 
 
@@ -494,7 +494,6 @@ def test_rot_on_the_servers_own_disk_is_found(storage: Storage, bucket: S3Store,
     key = blob_key(digest_bytes(weights))
     assert rot(storage.log.parent / "data", weights), "the bytes are on the disk as they are"
     (finding,) = check(store).findings
-    print(finding)
     assert finding.key == key
     assert finding.kind in ("wrong-bytes", "unreadable")
 
