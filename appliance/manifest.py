@@ -80,6 +80,6 @@ def decode_manifest(content: bytes, *, source: str) -> Manifest:
     """A `Manifest` from stored bytes. Raises `RegistryError` naming `source` when damaged."""
     try:
         return Manifest.model_validate(msgspec.json.decode(content))
-    except (msgspec.DecodeError, ValidationError) as fault:
+    except (msgspec.DecodeError, ValidationError, RecursionError) as fault:
         message = f"{source}: the manifest is damaged or from a newer release ({fault}); pull another version"
         raise RegistryError(message) from fault

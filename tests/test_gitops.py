@@ -450,3 +450,12 @@ def test_the_report_never_checks_out_the_pull_request() -> None:
     (job,) = yaml.safe_load((ROOT / ".github" / "workflows" / "report.yml").read_text())["jobs"].values()
     (checkout,) = (s for s in job["steps"] if "uses" in s)
     assert checkout["with"]["ref"] == "${{ github.event.repository.default_branch }}"
+
+
+def test_the_night_looks_for_damage_whatever_became_of_the_reconcile() -> None:
+    """Its last step has the reconcile's store and credentials, runs after a failure too, and not after a cancel."""
+    (job,) = yaml.safe_load((ROOT / ".github" / "workflows" / "reconcile.yml").read_text())["jobs"].values()
+    *_, made, checked = job["steps"]
+    assert checked["if"] == "${{ !cancelled() }}"
+    assert checked["env"] == {k: v for k, v in made["env"].items() if k != "SCHEDULE"}
+    assert checked["run"] == '.github/scripts/appliance check --sample 20 --summary "$GITHUB_STEP_SUMMARY"'

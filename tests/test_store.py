@@ -9,6 +9,7 @@ import socket
 import subprocess
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -61,21 +62,38 @@ def check_one_line(fault: pytest.ExceptionInfo[StoreError], *words: str) -> None
 
 
 def test_what_was_put_is_got_headed_and_listed_in_key_order(store: Store) -> None:
-    """Bytes, size and ETag agree over put, get, head and list; a prefix is not a folder."""
+    """Bytes, size and ETag agree over put, get, digest, head and list; a prefix is not a folder."""
     for key in ("a/b/2", "a/b/10", "a-b", "a/c", "ab"):
         made = store.put(key, key.encode())
         content, stored = store.get(key)
         assert (content, stored) == (key.encode(), made)
         assert store.head(key) == made
+        assert store.digest(key) == (digest_bytes(content), made)
     assert [o.key for o in store.list("")] == ["a-b", "a/b/10", "a/b/2", "a/c", "ab"]
     assert [(o.key, o.size) for o in store.list("a/b/1")] == [("a/b/10", 6)]
     assert list(store.list("nothing/")) == []
 
 
+def test_a_listing_says_when_an_object_was_written(store: Store) -> None:
+    """By the store's clock, to the second; writing it again makes it younger."""
+    began = time.time()
+    store.put("a", b"1")
+    (first,) = store.list("")
+    assert first.modified is not None
+    assert began - 2 <= first.modified <= time.time() + 2
+    time.sleep(1.1)  # S3 tells whole seconds
+    store.put("a", b"2")
+    (second,) = store.list("")
+    assert second.modified is not None
+    assert second.modified > first.modified
+
+
 def test_an_absent_key_is_not_found_and_its_removal_is_success(store: Store, tmp_path: Path) -> None:
-    """Get and get_file raise `NotFoundError`, head says `None`, delete says nothing."""
+    """Get, get_file and digest raise `NotFoundError`, head says `None`, delete says nothing."""
     with pytest.raises(NotFoundError, match="x/y"):
         store.get("x/y")
+    with pytest.raises(NotFoundError, match="x/y"):
+        store.digest("x/y")
     with pytest.raises(NotFoundError, match="x/y"):
         store.get_file("x/y", tmp_path / "f", sha256="0" * 64)
     assert store.head("x/y") is None
@@ -219,6 +237,7 @@ def every_call(store: Store, tmp_path: Path) -> list[Callable[[], object]]:
         lambda: store.put_file("k", tmp_path / "file", sha256=sha256),
         lambda: store.get("k"),
         lambda: store.get_file("k", tmp_path / "out", sha256=sha256),
+        lambda: store.digest("k"),
         lambda: store.head("k"),
         lambda: list(store.list("")),
     ]
@@ -284,9 +303,20 @@ def test_a_file_above_64_mib_goes_up_in_parts_with_one_creation(bucket: S3Store,
     assert first.etag.strip('"').endswith("-3")
     assert store.put_file("blob", tmp_path / "in", sha256=sha256) == first
     store.get_file("blob", tmp_path / "out", sha256=sha256)
+    check_digest_in_pieces(store, sha256)
     other = write_file(tmp_path / "in", content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(StoreError, match="damaged"):
         store.put_file("blob", tmp_path / "in", sha256=other)
+
+
+def check_digest_in_pieces(store: Store, sha256: str) -> None:
+    """The object of 66 MiB under `blob` is hashed in little memory."""
+    tracemalloc.start()
+    try:
+        assert store.digest("blob") == (sha256, store.head("blob"))
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
 
 
 class FaultyClient:
@@ -396,7 +426,7 @@ def test_a_lost_answer_never_makes_a_competitors_object_ours(bucket: S3Store) ->
 def test_a_body_that_breaks_off_is_fetched_again_or_named(s3: Storage, tmp_path: Path) -> None:
     """A server that closes in the middle of every body leaves an error and no file."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        thread = threading.Thread(target=serve_truncated, args=(server,), daemon=True)
+        thread = threading.Thread(target=serve, args=(server, TRUNCATED), daemon=True)
         thread.start()
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.getsockname()[1]}")
@@ -404,11 +434,33 @@ def test_a_body_that_breaks_off_is_fetched_again_or_named(s3: Storage, tmp_path:
             with pytest.raises(StoreError) as fault:
                 store.get_file("k", tmp_path / "out" / "f", sha256="0" * 64)
             check_one_line(fault, "s3://registry/x/k")
+            with pytest.raises(StoreError) as fault:
+                store.digest("k")
+            check_one_line(fault, "s3://registry/x/k")
         assert list((tmp_path / "out").iterdir()) == []
 
 
-def serve_truncated(server: socket.socket) -> None:
-    """Answer every request with half of the promised body."""
+def test_a_body_that_is_not_what_the_server_once_stored_is_told_by_its_digest(s3: Storage) -> None:
+    """The server's own checksum does not fit: the digest of what arrived is the answer, not an error."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, args=(server, ROTTEN), daemon=True).start()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.getsockname()[1]}")
+            store = open_store("s3://registry/x")
+            with pytest.raises(StoreError, match="checksum"):
+                store.get("k")
+            assert store.digest("k")[0] == digest_bytes(b"rot")
+
+
+TRUNCATED = b'HTTP/1.1 200 OK\r\nContent-Length: 100\r\nETag: "x"\r\n\r\n' + b"x" * 50
+ROTTEN = (
+    b'HTTP/1.1 200 OK\r\nContent-Length: 3\r\nETag: "x"\r\n'
+    + f"x-amz-checksum-sha256: {s3_writing.encode_sha256(digest_bytes(b'was'))}\r\n\r\nrot".encode()
+)
+
+
+def serve(server: socket.socket, answer: bytes) -> None:
+    """Answer every request alike, then close."""
     while True:
         try:
             connection, _ = server.accept()
@@ -416,7 +468,7 @@ def serve_truncated(server: socket.socket) -> None:
             return
         with connection:
             connection.recv(65536)
-            connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 100\r\nETag: "x"\r\n\r\n' + b"x" * 50)
+            connection.sendall(answer)
 
 
 def in_child(action: Callable[[], object]) -> int:

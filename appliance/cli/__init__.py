@@ -30,6 +30,7 @@ VERBS: dict[str, str] = {
     "promote": "Point an alias at a version.",
     "list": "List models, versions and aliases.",
     "show": "Show one version.",
+    "check": "Look for damage in the registry; changes nothing.",
     "reproduce": "Train a version again and compare it byte by byte.",
     "generate": "Generate with a pulled version, and without it.",
 }

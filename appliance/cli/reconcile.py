@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -19,9 +17,7 @@ from appliance.cli.common import (
     tensorboard_option,
     workspace_options,
 )
-from appliance.cli.sections import render_sections
-from appliance.cli.summary import describe_action, describe_failure, describe_outcomes
-from appliance.errors import ApplianceError
+from appliance.cli.summary import append_section, describe_action, describe_outcomes, told_in
 from appliance.reconcile import Outcome, find_unclaimed, plan_from_git, reconcile
 from appliance.store import open_store
 
@@ -69,7 +65,7 @@ def command(
     failed, 3 when a verdict refused one. With --dry-run and no --store, Git alone is asked.
     """
     unclaimed: tuple[str, ...] = ()
-    with _told_in(summary):
+    with told_in(summary, title="Reconcile"):
         if store_url is None:
             if not dry_run:
                 raise click.UsageError("give --store (or APPLIANCE_STORE); only a --dry-run does without")
@@ -90,8 +86,7 @@ def command(
                 wait_s=wait_minutes * 60,
             )
             unclaimed = find_unclaimed(workspace.root, store)
-    if summary is not None:
-        _append(summary, render_sections([describe_outcomes(outcomes, dry_run=dry_run, unclaimed=unclaimed)]))
+    append_section(summary, describe_outcomes(outcomes, dry_run=dry_run, unclaimed=unclaimed))
     if as_json:
         print_json([_to_json(o) for o in outcomes])
     else:
@@ -100,22 +95,6 @@ def command(
         for name in unclaimed:
             click.echo(f"{name}: in the registry, but no recipe here has this name (renamed or deleted?); it stays")
     return _exit_code(outcomes)
-
-
-@contextlib.contextmanager
-def _told_in(summary: Path | None) -> Iterator[None]:
-    """A failure of the whole reconcile is told in the summary too."""
-    try:
-        yield
-    except ApplianceError as fault:
-        if summary is not None:
-            _append(summary, render_sections([describe_failure(fault)]))
-        raise
-
-
-def _append(file: Path, text: str) -> None:
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(text)
 
 
 def _print_outcome(outcome: Outcome, *, dry_run: bool) -> None:

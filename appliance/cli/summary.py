@@ -1,10 +1,12 @@
-"""A reconcile as a section: for a job's summary, a pull request and a terminal."""
+"""A reconcile as a section, for a job's summary, a pull request and a terminal; and the summary's file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from appliance.cli.sections import Section
+from appliance.cli.sections import Section, render_sections
 from appliance.errors import ApplianceError
 from appliance.reconcile import Outcome
 
@@ -28,9 +30,26 @@ def describe_outcomes(outcomes: Sequence[Outcome], *, dry_run: bool, unclaimed: 
     )
 
 
-def describe_failure(fault: ApplianceError) -> Section:
-    """One failure of the whole reconcile, with its exit code."""
-    return Section(title="Reconcile", lines=(f"failed (exit code {fault.exit_code}): {fault}",))
+@contextlib.contextmanager
+def told_in(summary: Path | None, *, title: str) -> Iterator[None]:
+    """A failure of the whole verb is told in the summary too."""
+    try:
+        yield
+    except ApplianceError as fault:
+        append_section(summary, describe_failure(fault, title=title))
+        raise
+
+
+def append_section(summary: Path | None, section: Section) -> None:
+    """Append a section to the summary as Markdown, where there is one."""
+    if summary is not None:
+        with summary.open("a", encoding="utf-8") as stream:
+            stream.write(render_sections([section]))
+
+
+def describe_failure(fault: ApplianceError, *, title: str) -> Section:
+    """One failure of the whole verb, with its exit code."""
+    return Section(title=title, lines=(f"failed (exit code {fault.exit_code}): {fault}",))
 
 
 def _describe(outcome: Outcome, *, dry_run: bool) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ on the way in and on the way out, and concurrent writers cannot lose each other'
 
 from __future__ import annotations
 
+from appliance.registry.check import Report, check_registry
+from appliance.registry.findings import Finding
 from appliance.registry.folder import verify_folder
 from appliance.registry.leases import LEASE_S, Lease, hold_model, read_lease
 from appliance.registry.listing import VersionInfo, find_run, list_names, list_versions, load_manifest
@@ -17,8 +19,11 @@ from appliance.registry.refs import promote, resolve
 __all__ = [
     "LEASE_S",
     "AliasMove",
+    "Finding",
     "Lease",
+    "Report",
     "VersionInfo",
+    "check_registry",
     "find_run",
     "hold_model",
     "list_names",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
+from typing import Literal
 
 from appliance.digest import canonical_json
 from appliance.errors import NotFoundError, PreconditionFailedError, RegistryError
@@ -21,6 +23,29 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _ALIAS = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _VERSION = re.compile(r"[0-9]{8,20}-[0-9a-z]{1,12}-[0-9a-f]{12}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Place = Literal["format", "blob", "manifest", "ref", "reflog", "lease", "checkpoint", "reserved"]
+_MODEL = rf"{MODELS}(?P<name>{_NAME.pattern})/"
+_PLACES: dict[Place, re.Pattern[str]] = {
+    "format": re.compile(re.escape(FORMAT)),
+    "blob": re.compile(r"blobs/sha256/(?P<fold>[0-9a-f]{2})/(?P<item>(?P=fold)[0-9a-f]{62})"),
+    "manifest": re.compile(rf"{_MODEL}versions/(?P<item>{_VERSION.pattern})/{re.escape(MANIFEST)}"),
+    "ref": re.compile(rf"{_MODEL}refs/(?P<item>{_ALIAS.pattern})\.json"),
+    "reflog": re.compile(rf"{_MODEL}reflog/(?P<item>[0-9]{{8,}}-[0-9a-f]{{12}})\.json"),
+    "lease": re.compile(rf"leases/model-(?P<name>{_NAME.pattern})\.json"),
+    "checkpoint": re.compile(rf"checkpoints/(?P<item>{_SHA256.pattern})/.+"),
+    "reserved": re.compile(r"(gc|baselines)/[^/]+\.json"),  # other releases of this schema may write them
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """What a key is by its form: its place, the model in it, and digest, version, alias or record."""
+
+    key: str
+    place: Place
+    name: str = ""
+    item: str = ""
 
 
 def blob_key(sha256: str) -> str:
@@ -76,6 +101,15 @@ def is_version(text: str) -> bool:
     return _VERSION.fullmatch(text) is not None
 
 
+def locate(key: str) -> Location | None:
+    """What `key` is, `None` for a key that nothing here writes."""
+    for place, form in _PLACES.items():
+        if match := form.fullmatch(key):
+            groups = match.groupdict()
+            return Location(key, place, groups.get("name", ""), groups.get("item", ""))
+    return None
+
+
 def split_version_key(key: str) -> tuple[str, str] | None:
     """Name and version of a manifest key, `None` for any other key."""
     parts = key.split("/")
@@ -110,9 +144,19 @@ def _create_format(store: Store) -> None:
 
 def _check_schema(store: Store) -> None:
     content, _ = store.get(FORMAT)
-    try:
-        schema = json.loads(content)["schema"]
-    except (ValueError, KeyError, TypeError) as fault:
-        raise RegistryError(f"{store.url}/{FORMAT}: damaged; is this prefix a registry?") from fault
+    verify_schema(content, source=f"{store.url}/{FORMAT}")
+
+
+def verify_schema(content: bytes, *, source: str) -> None:
+    """Refuse what marks a registry of another schema. Raises `RegistryError`."""
+    schema = decode_schema(content, source=source)
     if schema != _SCHEMA:
-        raise RegistryError(f"{store.url}/{FORMAT}: schema {schema}, this release knows {_SCHEMA}; use a newer release")
+        raise RegistryError(f"{source}: schema {schema}, this release knows {_SCHEMA}; use a newer release")
+
+
+def decode_schema(content: bytes, *, source: str) -> object:
+    """The schema that `FORMAT.json` states. Raises `RegistryError` when it is damaged."""
+    try:
+        return json.loads(content)["schema"]
+    except (ValueError, KeyError, TypeError, RecursionError) as fault:
+        raise RegistryError(f"{source}: damaged; is this prefix a registry?") from fault

@@ -94,14 +94,18 @@ def read_manifest(store: Store, name: str, version: str) -> tuple[bytes, Manifes
         content, _ = store.get(key)
     except NotFoundError as fault:
         raise RegistryError(_describe_missing_version(store, name, version)) from fault
-    source = f"{store.url}/{key}"
+    return content, verify_manifest(content, name=name, version=version, source=f"{store.url}/{key}")
+
+
+def verify_manifest(content: bytes, *, name: str, version: str, source: str) -> Manifest:
+    """The manifest in stored bytes, if it is the one of this version. Raises `RegistryError` naming `source`."""
     if not digest_bytes(content).startswith(version.rpartition("-")[2]):
         raise RegistryError(f"{source}: damaged, its SHA-256 is {digest_bytes(content)[:12]}...; pull another version")
     manifest = decode_manifest(content, source=source)
     check_files(manifest, source=source)
     if manifest.name != name:
         raise RegistryError(f"{source}: the manifest is of {manifest.name!r}, not of {name!r}; pull another version")
-    return content, manifest
+    return manifest
 
 
 def check_files(manifest: Manifest, *, source: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -12,11 +12,15 @@ from appliance.errors import StoreError
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """What a store knows of one key. `etag` is opaque; `list` may leave it empty, nothing else may."""
+    """What a store knows of one key. `etag` is opaque; `list` may leave it empty, nothing else may.
+
+    `modified` is when it was written, in seconds since the epoch by the store's clock; only `list` tells it.
+    """
 
     key: str
     size: int
     etag: str
+    modified: float | None = field(default=None, compare=False)
 
 
 class Store(Protocol):
@@ -53,6 +57,10 @@ class Store(Protocol):
 
         `None` is for a caller that knows no digest; then the transfer's own checks must do.
         """
+        ...
+
+    def digest(self, key: str) -> tuple[str, StoredObject]:
+        """The SHA-256 of the whole object and its ETag; its bytes are read in pieces and kept nowhere."""
         ...
 
     def head(self, key: str) -> StoredObject | None:

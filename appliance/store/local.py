@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -73,6 +74,12 @@ class LocalStore:
         with self._faults(key), self._target(key).open("rb") as stream:
             write_verified(_read(stream.fileno()), path, sha256=sha256, subject=f"{self.url}/{key}")
 
+    def digest(self, key: str) -> tuple[str, StoredObject]:
+        """See `Store.digest`."""
+        with self._faults(key), self._target(key).open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            return sha256, StoredObject(key, stream.tell(), sha256)
+
     def head(self, key: str) -> StoredObject | None:
         """See `Store.head`; reads the object, because the ETag is its digest."""
         try:
@@ -89,7 +96,8 @@ class LocalStore:
             keys = sorted(k for k in found if k.startswith(prefix) and k[0] != ".") if folder.is_dir() else []
         for key in keys:
             with contextlib.suppress(FileNotFoundError):
-                yield StoredObject(key, (self.root / key).stat().st_size, "")
+                status = (self.root / key).stat()
+                yield StoredObject(key, status.st_size, "", status.st_mtime)
 
     def delete(self, key: str) -> None:
         """See `Store.delete`."""

@@ -7,10 +7,12 @@ checked: checksums travel with every write, and reads are hashed.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from appliance.digest import digest_bytes
 from appliance.errors import NotFoundError, PreconditionFailedError, StoreError
@@ -18,6 +20,8 @@ from appliance.store.base import StoredObject, check_key
 from appliance.store.fetching import describe_disk_fault, write_verified
 from appliance.store.s3_faults import translate_faults
 from appliance.store.s3_writing import Clients, Write, create_large, encode_crc32, encode_sha256, write_once
+
+T = TypeVar("T")
 
 _SINGLE_PUT_BYTES = 64 << 20
 _CHUNK = 1 << 20
@@ -100,32 +104,29 @@ class S3Store:
 
     def get(self, key: str) -> tuple[bytes, StoredObject]:
         """See `Store.get`."""
-        from botocore.exceptions import HTTPClientError
 
-        for attempt in range(1, _ATTEMPTS + 1):
-            with self._faults(key):
-                try:
-                    answer = self.clients.steady.get_object(**self._target(key))
-                    content: bytes = answer["Body"].read()
-                    return content, StoredObject(key, len(content), answer["ETag"])
-                except HTTPClientError:  # the body broke off: boto3 retries only up to the headers
-                    if attempt == _ATTEMPTS:
-                        raise
-        raise AssertionError
+        def read(answer: dict[str, Any]) -> tuple[bytes, StoredObject]:
+            content: bytes = answer["Body"].read()
+            return content, StoredObject(key, len(content), answer["ETag"])
+
+        return self._fetch(key, read)
 
     def get_file(self, key: str, path: Path, *, sha256: str | None) -> None:
         """See `Store.get_file`."""
-        from botocore.exceptions import HTTPClientError
 
-        for attempt in range(1, _ATTEMPTS + 1):
-            with self._faults(key):
-                try:
-                    body = self.clients.steady.get_object(**self._target(key))["Body"]
-                    return write_verified(body.iter_chunks(_CHUNK), path, sha256=sha256, subject=self._subject(key))
-                except HTTPClientError:
-                    if attempt == _ATTEMPTS:
-                        raise
-        return None
+        def write(answer: dict[str, Any]) -> None:
+            write_verified(answer["Body"].iter_chunks(_CHUNK), path, sha256=sha256, subject=self._subject(key))
+
+        self._fetch(key, write)
+
+    def digest(self, key: str) -> tuple[str, StoredObject]:
+        """See `Store.digest`."""
+
+        def read(answer: dict[str, Any]) -> tuple[str, StoredObject]:
+            sha256, size = _hash_body(answer["Body"])
+            return sha256, StoredObject(key, size, answer["ETag"])
+
+        return self._fetch(key, read)
 
     def head(self, key: str) -> StoredObject | None:
         """See `Store.head`."""
@@ -140,13 +141,30 @@ class S3Store:
             pages = self.clients.steady.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=self._full(prefix)
             )
-            found = [StoredObject(o["Key"][start:], o["Size"], o["ETag"]) for p in pages for o in p.get("Contents", ())]
+            found = [
+                StoredObject(o["Key"][start:], o["Size"], o["ETag"], o["LastModified"].timestamp())
+                for p in pages
+                for o in p.get("Contents", ())
+            ]
         yield from sorted(found, key=lambda o: o.key)
 
     def delete(self, key: str) -> None:
         """See `Store.delete`."""
         with self._faults(key):
             self.clients.steady.delete_object(**self._target(key))
+
+    def _fetch(self, key: str, use: Callable[[dict[str, Any]], T]) -> T:
+        """What `use` made of a GET's answer; a body that broke off is fetched anew, which boto3 does not do."""
+        from botocore.exceptions import HTTPClientError
+
+        for attempt in range(1, _ATTEMPTS + 1):
+            with self._faults(key):
+                try:
+                    return use(self.clients.steady.get_object(**self._target(key)))
+                except HTTPClientError:
+                    if attempt == _ATTEMPTS:
+                        raise
+        raise AssertionError
 
     def _create_file(self, key: str, path: Path, sha256: str) -> None:
         """Create `key`; that another writer was faster is no fault, the caller compares."""
@@ -223,6 +241,18 @@ class S3Store:
 
     def _faults(self, key: str) -> Any:
         return translate_faults(self._subject(key), endpoint=self.clients.endpoint)
+
+
+def _hash_body(body: Any) -> tuple[str, int]:
+    """SHA-256 and size of a body; a checksum of the server's that does not fit is told by the SHA-256, too."""
+    from botocore.exceptions import FlexibleChecksumError
+
+    digest, size = hashlib.sha256(), 0
+    with contextlib.suppress(FlexibleChecksumError):  # raised at the end, when every byte was read
+        for chunk in body.iter_chunks(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return digest.hexdigest(), size
 
 
 def _agrees(answer: dict[str, Any], path: Path, sha256: str) -> bool:
