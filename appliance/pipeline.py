@@ -202,7 +202,8 @@ def _train_stage(run: Run, prepared: Prepared, *, workspace: Workspace, precisio
     mirror = training.Mirror(workspace.mirror, run.key) if workspace.mirror else None
     env = {"OMP_NUM_THREADS": str(record["cores"])}
     summary = training.train(job, note=workspace.note, env=env, board=board, mirror=mirror)
-    run.finish("train", summary=summary)
+    predicted = {"peak_memory_bytes": plan["peak_bytes"], "micro_batch": plan["micro_batch"]}
+    run.finish("train", summary={**summary, "predicted": predicted})
     shutil.rmtree(job.checkpoints, ignore_errors=True)
 
 
