@@ -23,6 +23,7 @@ from appliance.child import list_stop_signals
 from appliance.errors import CommandError, DeviceError
 
 _GRACE_S = 120.0
+_OUT_OF_MEMORY = "killed by the kernel, out of memory: give it more and run the same command to go on; its log is {log}"
 _CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -113,7 +114,7 @@ def run_worker(
                 raise
     code = _end(child, received)
     if code == -signal.SIGKILL and count_memory_kills() > kills_before:
-        return WorkerEnd(DeviceError.exit_code, f"killed by the kernel, out of memory; its log is {log}")
+        return WorkerEnd(DeviceError.exit_code, _OUT_OF_MEMORY.format(log=log))
     return WorkerEnd(code, failure or (_describe_death(code, log) if code else ""))
 
 

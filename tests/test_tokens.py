@@ -225,18 +225,19 @@ def test_old_entries_go_and_used_ones_stay(template: ChatTemplate, tmp_path: Pat
     """The newest used stay up to the limit; what a killed writer left goes after an hour, not before."""
     rows = build_rows(make_examples(4), template=template, **LIMITS)
     big = make_cache(tmp_path)
-    for age, name in ((500, "a"), (400, "b"), (300, "c"), (7200, ".old.rows.1.tmp"), (10, ".new.rows.2.tmp")):
-        file = big.folder / f"{name}.rows"
-        if name.endswith(".tmp"):
-            file = big.folder / name
-            file.write_bytes(b"")
-        else:
-            write_entry(big, name, rows)
-        os.utime(file, times=(time.time() - age,) * 2)
-    assert read_entry(big, "a") == rows, "a use makes it new"
-    size = (big.folder / "a.rows").stat().st_size
-    write_entry(replace(big, most_bytes=2 * size + size // 2), "d", rows)
-    assert sorted(f.name for f in big.folder.iterdir()) == [".new.rows.2.tmp", "a.rows", "d.rows"]
+    first, second, third, last = (c * 64 for c in "abcd")
+    for age, key in ((500, first), (400, second), (300, third)):
+        write_entry(big, key, rows)
+        os.utime(big.folder / f"{key}.rows", times=(time.time() - age,) * 2)
+    theirs = ("notes.tmp", "archive.rows")
+    for age, name in ((7200, f".{first}.rows.1.tmp"), (10, f".{first}.rows.2.tmp"), *((9999, n) for n in theirs)):
+        (big.folder / name).write_bytes(b"x")
+        os.utime(big.folder / name, times=(time.time() - age,) * 2)
+    assert read_entry(big, first) == rows, "a use makes it new"
+    size = (big.folder / f"{first}.rows").stat().st_size
+    write_entry(replace(big, most_bytes=2 * size + size // 2), last, rows)
+    left = sorted(f.name for f in big.folder.iterdir())
+    assert left == sorted([f".{first}.rows.2.tmp", f"{first}.rows", f"{last}.rows", *theirs]), "and what is not ours"
 
 
 def test_two_runs_share_what_is_the_same_for_both(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tiny import make_recipe, write_base
 from appliance.method import FullMethod, LoraMethod, QloraMethod
 from appliance.model.shapes import ModelSizes, read_sizes, read_weight_shapes
 from appliance.training import utilisation
+from appliance.training.board import open_board
 from appliance.training.utilisation import PEAK_FLOPS, Yardstick, count_flops, count_matrices, find_yardstick
 from appliance.training.view import Status, render_line, render_view
 
@@ -116,6 +117,10 @@ def test_a_run_says_its_mfu_where_the_peak_is_known(
     for record in [*steps, summary]:
         assert record["mfu"] == pytest.approx(record["tokens_per_second"] * cost / peak, abs=2e-3)
     assert not any("mfu" in r for r in records if "validation_loss" in r)
+    with open_board(tmp_path / "board", journal=tmp_path / "metrics.jsonl", note=print) as copy:
+        copy()
+    (events,) = (tmp_path / "board").iterdir()
+    assert events.read_bytes().count(b"\x03mfu") == len(steps), "and to TensorBoard"
 
 
 @pytest.mark.parametrize("more", [{}, {"mfu": 0.4123}], ids=["unknown", "known"])

@@ -10,7 +10,9 @@ rendered as if there were no cache.
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +30,7 @@ from appliance.model import ChatTemplate, TokenRow
 _MOST_BYTES = 2 << 30
 _ABANDONED_S = 3600.0
 _LIBRARIES = ("jinja2", "tokenizers")
+_OWN = re.compile(r"[0-9a-f]{64}\.rows|\.[0-9a-f]{64}\.rows\.[0-9]+\.tmp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ def read_entry(kept: TokenCache, key: str) -> tuple[TokenRow, ...] | None:
     if seal != _seal(key, payload):
         return None
     with contextlib.suppress(OSError):  # a folder that can only be read is a cache too
-        file.touch()  # what was used last goes last
+        os.utime(file)  # what was used last goes last
     return tuple(msgspec.json.decode(payload, type=list[TokenRow]))
 
 
@@ -111,9 +114,9 @@ def _prune(kept: TokenCache) -> None:
 
 
 def _list_files(folder: Path) -> Iterator[tuple[float, int, Path]]:
-    """Age in seconds, size and path of each file; another process may be pruning too."""
+    """Age in seconds, size and path of what this module wrote there; another process may be pruning too."""
     now = time.time()
-    for file in folder.iterdir():
+    for file in (f for f in folder.iterdir() if _OWN.fullmatch(f.name)):
         with contextlib.suppress(FileNotFoundError):
             found = file.stat()
             yield now - found.st_mtime, found.st_size, file
