@@ -25,12 +25,18 @@ _QUIET = {
 Emit = Callable[..., None]
 
 
+def list_stop_signals() -> tuple[signal.Signals, ...]:
+    """What asks a process to stop: Ctrl-C, SIGTERM, and a closed terminal unless it was told to outlive it (nohup)."""
+    outlives = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return (signal.SIGINT, signal.SIGTERM, *(() if outlives else (signal.SIGHUP,)))
+
+
 class StopFlag:
-    """Set by SIGTERM or SIGINT; the work looks at it where it can stop and be resumed."""
+    """Set by a stop signal; the work looks at it where it can stop and be resumed."""
 
     def __init__(self) -> None:
         self.is_set = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in list_stop_signals():
             signal.signal(number, self._set)
 
     def _set(self, _number: int, _frame: FrameType | None) -> None:

@@ -7,6 +7,7 @@ reaches it once, from here, and can be answered with a checkpoint instead of a h
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -18,9 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from appliance.errors import CommandError
+from appliance.child import list_stop_signals
+from appliance.errors import CommandError, DeviceError
 
 _GRACE_S = 120.0
+_OUT_OF_MEMORY = "killed by the kernel, out of memory: give it more and run the same command to go on; its log is {log}"
+_CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def run_command(
@@ -77,11 +81,13 @@ def run_worker(
 ) -> WorkerEnd:
     """Run a child worker (see `appliance.child`) and hand each event it emits to `on_event`.
 
-    Standard error goes to the file `log`, new for each run. SIGINT and SIGTERM are forwarded to the
-    child as SIGTERM once; the child then has 120 s to save a checkpoint before it is killed. On Linux
+    Standard error goes to the file `log`, new for each run. SIGINT, SIGTERM and SIGHUP are forwarded
+    to the child as SIGTERM; the child then has 120 s to save a checkpoint before it is killed. On Linux
     a SIGKILL of this process takes the child with it: nobody would be there to start the next one after it.
+    A child that the kernel killed for memory ends like one that ran out of memory by itself: with code 34.
     """
     failure = ""
+    kills_before = count_memory_kills()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as errors:
         with _hold_signals() as early:
@@ -107,7 +113,24 @@ def run_worker(
                 child.kill()
                 raise
     code = _end(child, received)
+    if code == -signal.SIGKILL and count_memory_kills() > kills_before:
+        return WorkerEnd(DeviceError.exit_code, _OUT_OF_MEMORY.format(log=log))
     return WorkerEnd(code, failure or (_describe_death(code, log) if code else ""))
+
+
+def count_memory_kills() -> int:
+    """How many processes of this process's cgroup the kernel has killed for want of memory; 0 where it does not tell.
+
+    `oom_kill` of `memory.events` (Linux, Documentation/admin-guide/cgroup-v2.rst): kills because the cgroup, one
+    above it or the whole machine was out of memory. A container may see its own cgroup as the root.
+    """
+    try:
+        own = next(line[3:] for line in _OWN_CGROUP.read_text("utf-8").splitlines() if line.startswith("0::"))
+        places = (_CGROUPS / own.lstrip("/") / "memory.events", _CGROUPS / "memory.events")
+        events = next(p for p in places if p.is_file()).read_text("ascii")
+    except (OSError, StopIteration):
+        return 0
+    return next((int(line.split()[1]) for line in events.splitlines() if line.startswith("oom_kill ")), 0)
 
 
 def _read_events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -155,7 +178,7 @@ def _end(child: subprocess.Popen[str], received: Sequence[int]) -> int:
 
 @contextlib.contextmanager
 def _hold_signals() -> Iterator[list[int]]:
-    """While a child is being made, note SIGINT and SIGTERM for the caller to answer.
+    """While a child is being made, note stop signals for the caller to answer.
 
     A handler that raises inside the hooks that Python runs around a fork is ignored: the stop would be lost.
     """
@@ -163,8 +186,7 @@ def _hold_signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield early
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {n: signal.signal(n, lambda number, _frame: early.append(number)) for n in numbers}
+    before = {n: signal.signal(n, lambda number, _frame: early.append(number)) for n in list_stop_signals()}
     try:
         yield early
     finally:
@@ -174,7 +196,7 @@ def _hold_signals() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def forward_signals(child: subprocess.Popen[str]) -> Iterator[list[int]]:
-    """While active, SIGINT and SIGTERM to this process ask the child to stop; yields those received."""
+    """While active, a stop signal to this process asks the child to stop; yields those received."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -183,6 +205,7 @@ def forward_signals(child: subprocess.Popen[str]) -> Iterator[list[int]]:
 
     def forward(number: int, _frame: object) -> None:
         received.append(number)
+        leave_closed_terminal()
         with contextlib.suppress(ProcessLookupError):
             child.terminate()
         if not timers:
@@ -190,7 +213,7 @@ def forward_signals(child: subprocess.Popen[str]) -> Iterator[list[int]]:
             timers[0].daemon = True
             timers[0].start()
 
-    before = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, forward) for s in list_stop_signals()}
     try:
         yield received
     finally:
@@ -198,6 +221,20 @@ def forward_signals(child: subprocess.Popen[str]) -> Iterator[list[int]]:
             signal.signal(number, handler)
         for timer in timers:
             timer.cancel()
+
+
+def leave_closed_terminal() -> None:
+    """Point standard streams whose terminal was closed at nothing: a write to them fails and would end the work."""
+    import termios
+
+    for descriptor in (0, 1, 2):
+        try:
+            termios.tcgetattr(descriptor)
+        except termios.error as fault:
+            if fault.args[0] == errno.EIO:  # a file or a pipe gives ENOTTY
+                nothing = os.open(os.devnull, os.O_RDWR)
+                os.dup2(nothing, descriptor)
+                os.close(nothing)
 
 
 def start_server(

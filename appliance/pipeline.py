@@ -128,6 +128,7 @@ def _prepare_stage(run: Run, prepared: Prepared, *, workspace: Workspace, origin
     section = prepared.recipe.training
     became = {}
     machine = read_machine()
+    kept = training.TokenCache(workspace.cache / "tokens", note=workspace.note)
     general = choose_general(prepared, run=run, workspace=workspace, threads=machine.cores)
     for side in ("train", "validation", "test"):
         examples = getattr(prepared.splits, side)
@@ -137,7 +138,7 @@ def _prepare_stage(run: Run, prepared: Prepared, *, workspace: Workspace, origin
         if side == "train":  # general rows are trained on, and are in no file that evaluation reads
             examples = (*examples, *general.replay)
         rows = training.prepare_rows(
-            examples, template=template, max_length=limit, overlong=section.overlong, file=file
+            examples, template=template, max_length=limit, overlong=section.overlong, file=file, cache=kept
         )
         became[side] = training.describe_rows(examples, rows)
         if became[side]["dropped"]:
@@ -151,6 +152,7 @@ def _prepare_stage(run: Run, prepared: Prepared, *, workspace: Workspace, origin
             max_length=section.max_length,
             overlong=section.overlong,
             file=run.training / "general.rows.jsonl",
+            cache=kept,
         )
     plan = plan_run(prepared, rows=trained, machine=machine)
     for warning in plan.warnings:
@@ -202,7 +204,8 @@ def _train_stage(run: Run, prepared: Prepared, *, workspace: Workspace, precisio
     mirror = training.Mirror(workspace.mirror, run.key) if workspace.mirror else None
     env = {"OMP_NUM_THREADS": str(record["cores"])}
     summary = training.train(job, note=workspace.note, env=env, board=board, mirror=mirror)
-    run.finish("train", summary=summary)
+    predicted = {"peak_memory_bytes": plan["peak_bytes"], "micro_batch": plan["micro_batch"]}
+    run.finish("train", summary={**summary, "predicted": predicted})
     shutil.rmtree(job.checkpoints, ignore_errors=True)
 
 

@@ -9,9 +9,9 @@ memory, the loss after equal tokens, and the plan's predicted peak beside the me
     python benchmarks/gpu.py --only 8b-lora        # one job
     python benchmarks/gpu.py --tiny                # the same code on a CPU in a minute: a test of this file
 
-MFU counts 6 FLOPs a parameter and token for full training and 4 for LoRA, whose frozen weights have
-no gradient, over the parameters of matrix products, and the device's dense bf16 peak: from the table
-below, else the rate of a large bf16 product measured here (the JSON says which).
+MFU is the product's own (`appliance.training.utilisation`): 6 FLOPs a parameter of matrix products and
+token for full training, 4 for LoRA, over the device's dense bf16 peak: from its table, else the rate
+of a large bf16 product measured here (the JSON says which).
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # runs from a bare checko
 
 import torch
 
+from appliance.model.shapes import read_sizes
+from appliance.training.utilisation import PEAK_FLOPS, count_flops, count_matrices
+
 RESULTS = Path(__file__).parent / "results"
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
 SEQUENCE, WARM_UP = 4096, 3
 VOCABULARY = 128_256
 SHAPES: dict[str, dict[str, Any]] = {
@@ -188,7 +190,8 @@ def measure(job: str, contender: str, *, is_tiny: bool) -> dict[str, Any]:
         home = write_base(Path(folder) / "base", SHAPES[spec["shape"]], vocabulary=vocabulary)
         run = measure_appliance if contender == "appliance" else measure_trl
         steps, predicted = run(contender, spec, rows, home)
-    return summarise(steps, spec, rows, home_shape=SHAPES[spec["shape"]], vocabulary=vocabulary, predicted=predicted)
+        matrices = count_matrices(read_shapes(home), read_sizes(home))
+    return summarise(steps, spec, rows, matrices=matrices, predicted=predicted)
 
 
 def build_rows(tokens: int, *, longest: int, vocabulary: int) -> list[list[int]]:
@@ -452,8 +455,7 @@ def summarise(
     spec: dict[str, Any],
     rows: list[list[int]],
     *,
-    home_shape: dict[str, Any],
-    vocabulary: int,
+    matrices: int | None,
     predicted: float | None,
 ) -> dict[str, Any]:
     """Rate over the steps after the warm-up, every step weighing the same share of the tokens."""
@@ -461,11 +463,11 @@ def summarise(
     first = min(WARM_UP, len(steps) - 2)
     seconds = steps[-1][0] - steps[first][0]
     rate = tokens * (len(steps) - 1 - first) / len(steps) / seconds
-    cost = (6 if spec["method"] == "full" else 4) * count_matrices(home_shape, vocabulary=vocabulary)
+    cost = None if matrices is None else count_flops(matrices, method=spec["method"])
     peak, source = find_peak()
     return {
         "tokens_per_second": round(rate, 1),
-        "mfu": None if peak is None else round(rate * cost / peak, 4),
+        "mfu": None if peak is None or cost is None else round(rate * cost / peak, 4),
         "peak_flops": peak,
         "peak_flops_source": source,
         "peak_gib": round(peak_bytes() / 2**30, 3),
@@ -476,21 +478,13 @@ def summarise(
     }
 
 
-def count_matrices(shape: dict[str, Any], *, vocabulary: int) -> int:
-    """Parameters that multiply every token: all matrices and the head once."""
-    hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
-    narrow = hidden * shape["groups"] // shape["heads"]
-    return int(layers * (2 * hidden * hidden + 2 * hidden * narrow + 3 * hidden * inner) + vocabulary * hidden)
-
-
 def find_peak() -> tuple[float | None, str]:
     """The device's dense bf16 peak in FLOP/s: from the table, else measured; none on a CPU."""
     if not torch.cuda.is_available():
         return None, "none"
     name = torch.cuda.get_device_name(0)
-    for known, peak in PEAK_FLOPS.items():
-        if known in name:
-            return peak, "table"
+    if name in PEAK_FLOPS:
+        return PEAK_FLOPS[name], "table"
     size = 8192
     left = torch.randn(size, size, dtype=torch.bfloat16, device="cuda")
     for _ in range(3):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -166,6 +168,10 @@ def test_a_run_goes_from_rows_to_a_pulled_version(project: Path, tmp_path: Path)
     assert forced.returncode == 0, forced.stderr
     pulled = call("pull", "colours@production", str(tmp_path / "pulled"), cwd=project, env=env)
     assert "verified" in pulled.stdout, pulled.stderr
+    told = json.loads((tmp_path / "pulled" / "card" / "card.json").read_bytes())["training"]
+    assert told["predicted"]["micro_batch"] == told["micro_batch"]
+    assert min(told["predicted"]["peak_memory_bytes"], told["peak_memory_bytes"]) > 0
+    assert "mfu" not in told, "no figure on a CPU, rather than a guess"
     said = call(
         "generate",
         str(tmp_path / "pulled"),
@@ -237,3 +243,32 @@ def test_a_run_interrupted_in_training_is_finished_by_the_same_command(project: 
     assert done.returncode in (0, 3), done.stderr
     assert "resuming from step" in done.stderr
     assert len(list(store.glob("models/**/manifest.json"))) == 1
+
+
+ON_A_TERMINAL = (
+    "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "os.execv(sys.executable, [sys.executable, '-m', 'appliance', *sys.argv[1:]])"
+)
+
+
+def test_a_closed_terminal_stops_a_run_like_sigterm(project: Path, tmp_path: Path) -> None:
+    """The kernel's own SIGHUP, with output that goes nowhere from then on: a checkpoint, and exit 33."""
+    out = tmp_path / "out"
+    out.mkdir()
+    env = {**os.environ, "APPLIANCE_OUT": str(out), "APPLIANCE_CACHE": str(tmp_path / "cache"), "TERM": "xterm"}
+    long = make_recipe(training={"epochs": 100}).model_dump(mode="json", exclude_none=True)
+    (project / "longer.yaml").write_text(yaml.safe_dump(long))
+    terminal, side = pty.openpty()
+    command = [sys.executable, "-c", ON_A_TERMINAL, "train", "longer.yaml"]
+    child = subprocess.Popen(command, cwd=project, env=env, stdin=side, stdout=side, stderr=side)
+    os.close(side)
+    deadline = time.monotonic() + 120
+    said = b""
+    while time.monotonic() < deadline and not any(f.stat().st_size for f in out.glob("*/training/metrics.jsonl")):
+        said += os.read(terminal, 4096) if select.select([terminal], [], [], 0.1)[0] else b""
+    os.close(terminal)
+    assert child.wait(timeout=120) == 33, said.decode(errors="replace")
+    assert list(out.glob("*/training/checkpoints/checkpoint-*/sealed.json"))
+    failure = json.loads((out / "failure.json").read_text())
+    assert failure["exit_code"] == 33
+    assert "run the same command to go on" in failure["message"]

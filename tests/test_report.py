@@ -22,6 +22,7 @@ from appliance.evaluation import judge
 from appliance.recipe import GateSection
 from appliance.report import build_card, render_html, render_markdown, write_card
 from appliance.report.plots import Plot, _log_ticks, render_png
+from appliance.report.words import list_facts
 
 MARKED = re.compile(r"<mark>(.*?)</mark>", re.DOTALL)
 GOLDEN = Path(__file__).parent / "golden"
@@ -51,6 +52,7 @@ def make_card(*, champion: bool = False, **changes: Any) -> dict[str, Any]:
             "total_parameters": 139_400_064, "steps": 4, "tokens": 12_000, "trained_tokens": 3_000, "seconds": 80.0,
             "tokens_per_second": 150.0, "first_loss": 2.5, "last_loss": 0.125, "best_validation_loss": 0.25,
             "last_validation_loss": 0.25, "device": "cpu", "dtype": "bf16", "peak_memory_bytes": 2**30,
+            "micro_batch": 8, "predicted": {"peak_memory_bytes": 3 * 2**29, "micro_batch": 8},
             "adapter_sha256": "34" * 32, "stopped_by": "max_steps", "kept": "best_loss", "kept_step": 2,
             "kept_validation_loss": 0.25, "kept_validation_exact_match": 0.75,
             "alerts": [{"step": 4, "kind": "overfitting", "words": "validation loss <rose>", "numbers": {}}],
@@ -162,6 +164,25 @@ def test_the_front_matter_is_yaml_for_hubs() -> None:
     values = yaml.safe_load(front)
     assert values["library_name"] == "peft"
     assert values["model-index"][0]["results"][0]["metrics"] == [{"type": "exact_match", "value": 0.6667}]
+
+
+@pytest.mark.parametrize(
+    ("more", "memory", "time"),
+    [
+        ({}, "1.00 GiB; the plan said 1.50 GiB", "150 tokens/s"),
+        ({"micro_batch": 2}, "1.00 GiB; the plan said 1.50 GiB with micro-batch 8, it was 2", "150 tokens/s"),
+        ({"predicted": None}, "1.00 GiB", "150 tokens/s"),
+        ({"mfu": 0.4123}, "1.00 GiB; the plan said 1.50 GiB", "150 tokens/s, MFU 41.2%"),
+    ],
+    ids=["as planned", "smaller after out of memory", "a version from before", "on a known device"],
+)
+def test_what_was_predicted_stands_beside_what_was_measured(more: dict[str, Any], memory: str, time: str) -> None:
+    """Memory with the plan's word and the micro-batch it was about, speed with MFU; old records tell less."""
+    card = make_card()
+    card["training"] |= more
+    facts = list_facts(card)["Training"]
+    assert facts["peak memory"] == memory
+    assert facts["time"] == f"80 s, {time}"
 
 
 def test_numbers_are_the_same_in_all_three(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from types import FrameType
 
 import click
 
+from appliance.child import list_stop_signals
+from appliance.command import leave_closed_terminal
 from appliance.digest import write_atomic
 from appliance.errors import ApplianceError, InterruptedRunError, is_disk_full
 
@@ -21,7 +23,9 @@ _BUG, _USAGE, _INTERRUPTED = 70, 2, 33
 
 def run_guarded(group: click.Group, argv: Sequence[str] | None) -> int:
     """Run `group`; return 0 or the exit code of what went wrong, after saying it."""
-    signal.signal(signal.SIGTERM, _stop)
+    for number in list_stop_signals():
+        if number != signal.SIGINT:  # Python's own KeyboardInterrupt
+            signal.signal(number, _stop)
     try:
         result = group.main(args=argv, prog_name="appliance", standalone_mode=False)
     except click.exceptions.Exit as done:
@@ -41,8 +45,10 @@ def run_guarded(group: click.Group, argv: Sequence[str] | None) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _stop(_number: int, _frame: FrameType | None) -> None:
-    raise InterruptedRunError("stopped by SIGTERM; what was finished is kept: run the same command to go on")
+def _stop(number: int, _frame: FrameType | None) -> None:
+    leave_closed_terminal()
+    name = signal.Signals(number).name
+    raise InterruptedRunError(f"stopped by {name}; what was finished is kept: run the same command to go on")
 
 
 def _fail(message: str, code: int) -> int:

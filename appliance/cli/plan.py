@@ -15,7 +15,7 @@ from appliance.model import ChatTemplate, TokenRow, fit_template, load_template
 from appliance.plan import Plan, read_machine
 from appliance.preparation import plan_run, prepare
 from appliance.recipe import load_recipe
-from appliance.training import build_rows, describe_rows, show_mask
+from appliance.training import TokenCache, build_rows, describe_rows, show_mask
 
 _BREAK = "⏎"
 _LINES = re.compile(r"[^\n]*\n|[^\n]+")
@@ -31,7 +31,8 @@ _LISTED = 5
 @json_option
 def command(*, recipe: Path, root: Path, cache: Path, runs: Path | None, masks: int, as_json: bool) -> None:
     """Show rows, tokens, steps, micro-batch and memory of RECIPE on this machine; trains nothing."""
-    prepared = prepare(load_recipe(recipe), workspace=build_workspace(root=root, cache=cache, runs=runs))
+    workspace = build_workspace(root=root, cache=cache, runs=runs)
+    prepared = prepare(load_recipe(recipe), workspace=workspace)
     template = fit_template(load_template(prepared.base.folder), prepared.splits.train)
     section = prepared.recipe.training
     rows = build_rows(
@@ -39,6 +40,7 @@ def command(*, recipe: Path, root: Path, cache: Path, runs: Path | None, masks: 
         template=template,
         max_length=section.max_length,
         overlong=section.overlong,
+        cache=TokenCache(workspace.cache / "tokens", note=say),
     )
     became = describe_rows(prepared.splits.train, rows)
     if prepared.replay is not None and prepared.replay.examples is None:

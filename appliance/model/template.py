@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from appliance.digest import digest_bytes, digest_json
 from appliance.errors import ModelError, TrainingError
 from appliance.example import Example, Message
 from appliance.model.environment import compile_template
@@ -47,7 +48,10 @@ _PROBE = (
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The compiled templates (with and without tools) and the tokenizer of one base model."""
+    """The compiled templates (with and without tools) and the tokenizer of one base model.
+
+    `digest` is the SHA-256 of the bytes that templates and tokenizer were made from.
+    """
 
     compiled: Any
     compiled_tools: Any
@@ -57,6 +61,7 @@ class ChatTemplate:
     added_ids: frozenset[int]
     bos_id: int | None
     source: str
+    digest: str
     calls: CallForm | None = None
     thinking: Thinking = "fixed"
 
@@ -99,7 +104,8 @@ def load_template(folder: Path) -> ChatTemplate:
 
     config = _read_json(folder / "tokenizer_config.json")
     try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        written = (folder / "tokenizer.json").read_bytes()
+        tokenizer = Tokenizer.from_buffer(written)
     except Exception as fault:  # tokenizers raises bare Exception
         raise ModelError(f"{folder / 'tokenizer.json'}: cannot be read ({fault}); copy the model again") from fault
     tokenizer.no_truncation()
@@ -117,6 +123,7 @@ def load_template(folder: Path) -> ChatTemplate:
         added_ids=frozenset(tokenizer.get_added_tokens_decoder()),
         bos_id=tokenizer.token_to_id(bos) if bos else None,
         source=str(folder),
+        digest=digest_json([digest_bytes(written), plain, with_tools]),
     )
     return replace(template, calls=_find_call_form(template), thinking="off" if _can_switch(template) else "fixed")
 

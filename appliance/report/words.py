@@ -71,6 +71,21 @@ def _say_kept(training: dict[str, Any]) -> str:
     return f"step {step:,} ({_KEPT.get(str(kept), str(kept))}" + (f": validation {values})" if values else ")")
 
 
+def _say_mfu(training: dict[str, Any]) -> str:
+    """The share of the device's peak; nothing where it is not known."""
+    return f", MFU {say_percent(training['mfu'])}" if "mfu" in training else ""
+
+
+def _say_predicted(training: dict[str, Any]) -> str:
+    """What the plan had said, and of which micro-batch if it was another; nothing in cards from before it was told."""
+    predicted = training.get("predicted")
+    if not predicted:
+        return ""
+    planned, used = predicted["micro_batch"], training.get("micro_batch")
+    other = f" with micro-batch {planned}, it was {used}" if planned != used else ""
+    return f"; the plan said {say_bytes(predicted['peak_memory_bytes'])}{other}"
+
+
 def list_facts(card: dict[str, Any]) -> dict[str, dict[str, str]]:
     """The tables below the scores: title -> name -> value."""
     data, training, recipe = card["data"], card["training"], card["recipe"]
@@ -102,14 +117,14 @@ def list_facts(card: dict[str, Any]) -> dict[str, dict[str, str]]:
             "tokens": f"{say_number(training.get('tokens'))}, "
             f"{say_number(training.get('trained_tokens'))} of them trained on",
             "time": f"{say_number(training.get('seconds'))} s, "
-            f"{say_number(training.get('tokens_per_second'))} tokens/s",
+            f"{say_number(training.get('tokens_per_second'))} tokens/s{_say_mfu(training)}",
             "loss": f"{say_number(training.get('first_loss'))} to {say_number(training.get('last_loss'))}",
             "stopped by": _STOPS.get(training.get("stopped_by", ""), DASH),
             "weights kept": _say_kept(training),
             "validation loss": f"best {say_number(training.get('best_validation_loss'))}, "
             f"last {say_number(training.get('last_validation_loss'))}",
             "device": f"{training.get('device', DASH)}, {training.get('dtype', DASH)}",
-            "peak memory": say_bytes(training.get("peak_memory_bytes")),
+            "peak memory": say_bytes(training.get("peak_memory_bytes")) + _say_predicted(training),
             "adapter digest": str(training.get("adapter_sha256", DASH))[:16],
         },
         "Origin": {

@@ -9,9 +9,11 @@ from __future__ import annotations
 from appliance.training.launch import TrainingJob, train
 from appliance.training.mirror import Mirror, delete_checkpoints
 from appliance.training.rows import build_rows, describe_rows, prepare_rows, select_masks, show_mask
+from appliance.training.tokens import TokenCache
 
 __all__ = [
     "Mirror",
+    "TokenCache",
     "TrainingJob",
     "build_rows",
     "delete_checkpoints",

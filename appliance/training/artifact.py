@@ -125,13 +125,18 @@ def build_summary(
         "effective_batch": job.training.effective_batch,
         "learning_rate": select_learning_rate(job.training, job.method),
         "dtype": precision,
-        "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "device": name_device(device),
         "threads": torch.get_num_threads(),
         "attention": attention.NAME if levers.attention == "packed" else "sdpa",
         "packing": is_packed(job.training, job.method),
         "peak_memory_bytes": measure_peak_memory(device),
         "adapter_sha256": digest_folder(job.adapter),
     }
+
+
+def name_device(device: torch.device) -> str:
+    """What the driver calls the GPU, or `cpu`."""
+    return device.type if device.type == "cpu" else str(torch.cuda.get_device_name(device))
 
 
 def measure_peak_memory(device: torch.device) -> int:

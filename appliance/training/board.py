@@ -25,6 +25,7 @@ _SCALARS = {
     "learning_rate": "learning_rate",
     "grad_norm": "gradient_norm",
     "tokens_per_second": "tokens_per_second",
+    "mfu": "mfu",
     "memory_bytes": "memory_bytes",
 }
 _SUFFIX = "appliance"

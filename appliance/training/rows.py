@@ -18,6 +18,7 @@ from appliance.digest import write_atomic
 from appliance.errors import TrainingError
 from appliance.example import Example
 from appliance.model import ChatTemplate, TokenRow, render_rows
+from appliance.training.tokens import TokenCache, build_key, read_entry, write_entry
 
 _SHOWN = 20
 _MASKS = 3
@@ -33,14 +34,32 @@ class Piece(NamedTuple):
 
 
 def build_rows(
-    examples: Sequence[Example], *, template: ChatTemplate, max_length: int | None, overlong: Overlong = "refuse"
+    examples: Sequence[Example],
+    *,
+    template: ChatTemplate,
+    max_length: int | None,
+    overlong: Overlong = "refuse",
+    cache: TokenCache | None = None,
 ) -> tuple[TokenRow, ...]:
-    """The token rows of one split: rendered, masked, checked.
+    """The token rows of one split: rendered, masked, checked; with a `cache`, once for equal inputs.
 
     Raises `TrainingError` that lists every row that breaks a mask rule, every row longer than
     `max_length` tokens unless they are to be dropped, and a split whose rows are all too long. Only
     rows that are evaluated and not trained may go without a `max_length`.
     """
+    if cache is None:
+        return _render(examples, template=template, max_length=max_length, overlong=overlong)
+    key = build_key(examples, template=template, max_length=max_length, overlong=overlong)
+    rows = read_entry(cache, key)
+    if rows is None:
+        rows = _render(examples, template=template, max_length=max_length, overlong=overlong)
+        write_entry(cache, key, rows)
+    return rows
+
+
+def _render(
+    examples: Sequence[Example], *, template: ChatTemplate, max_length: int | None, overlong: Overlong
+) -> tuple[TokenRow, ...]:
     kept: list[TokenRow] = []
     broken, long = [], []
     for example in examples:
@@ -77,9 +96,10 @@ def prepare_rows(
     max_length: int | None,
     file: Path,
     overlong: Overlong = "refuse",
+    cache: TokenCache | None = None,
 ) -> tuple[TokenRow, ...]:
     """`build_rows`, written to `file` as JSONL for the training child."""
-    rows = build_rows(examples, template=template, max_length=max_length, overlong=overlong)
+    rows = build_rows(examples, template=template, max_length=max_length, overlong=overlong, cache=cache)
     write_atomic(file, b"".join(msgspec.json.encode(r) + b"\n" for r in rows))
     return rows
 

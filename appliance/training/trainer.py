@@ -22,7 +22,7 @@ from appliance.digest import canonical_json, write_atomic
 from appliance.errors import DeviceError, InterruptedRunError
 from appliance.model.weights import select_device, select_precision
 from appliance.recipe import count_steps, is_packed
-from appliance.training.artifact import build_summary, load_kept_weights, save_artifact
+from appliance.training.artifact import build_summary, load_kept_weights, name_device, save_artifact
 from appliance.training.checkpoints import (
     Facts,
     count_steps_done,
@@ -43,6 +43,7 @@ from appliance.training.methods import Weights, build_model, copy_start, digest_
 from appliance.training.monitor import Rules, build_rules, select_kept_step, watch_records
 from appliance.training.proof import prove_worst_step
 from appliance.training.rows import load_rows
+from appliance.training.utilisation import find_yardstick
 from appliance.training.watch import Watch
 
 _NO_MEMORY = (
@@ -91,7 +92,15 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
         rules = build_rules(job.training, max_steps=count_steps(job.training, rows=len(train_rows)))
         resume, journal = _find_start(job, rules, fingerprint=fingerprint, emit=emit)
         facts = _state_facts(job, resume)
-        watch = Watch(stop=stop, emit=emit, fingerprint=fingerprint, facts=facts, journal=journal, rules=rules)
+        watch = Watch(
+            stop=stop,
+            emit=emit,
+            fingerprint=fingerprint,
+            facts=facts,
+            journal=journal,
+            rules=rules,
+            yardstick=find_yardstick(job.base, method=job.method, device_name=name_device(device), precision=precision),
+        )
         rows = (train_rows, validation_rows)
         trainer = build_trainer(job, model, rows, precision=precision, levers=levers, penalty=penalty, watch=watch)
         if resume:
@@ -125,6 +134,7 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
             "device_kind": describe_device(device),
             "checkpoints": {"count": trainer.saves, "seconds": round(trainer.save_seconds + watch.seal_seconds, 3)},
             "child_seconds": round(time.monotonic() - began, 1),
+            **(watch.yardstick.to_json(summary["tokens_per_second"]) if watch.yardstick else {}),
         }
         write_atomic(job.folder / "summary.json", canonical_json(summary))
 

@@ -153,5 +153,5 @@ def _list_details(status: Status) -> list[str]:
     if not rates:
         return []
     memory = f"{values['memory_bytes'] / 2**30:.2f} GiB"
-    speed = f"{sum(rates) / len(rates):.0f} tokens/s"
+    speed = f"{sum(rates) / len(rates):.0f} tokens/s" + (f"  MFU {values['mfu']:.1%}" if "mfu" in values else "")
     return [f"learning rate {values['learning_rate']:.2g}", f"gradient norm {values['grad_norm']:.2f}", speed, memory]

@@ -15,6 +15,7 @@ from appliance.training.artifact import measure_peak_memory
 from appliance.training.checkpoints import Facts, name_checkpoint, prune_checkpoints, seal_checkpoint
 from appliance.training.journal import Journal
 from appliance.training.monitor import Rules, Watched, watch_record, watch_records
+from appliance.training.utilisation import Yardstick
 
 _EVALUATION = ("loss", "exact_match", "same_answer", "same_reference", "rows")
 
@@ -31,9 +32,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         facts: Facts,
         journal: Journal,
         rules: Rules,
+        yardstick: Yardstick | None = None,
     ) -> None:
         self.stop, self.emit, self.fingerprint, self.facts = stop, emit, fingerprint, facts
-        self.journal, self.rules = journal, rules
+        self.journal, self.rules, self.yardstick = journal, rules, yardstick
         self.seen: Watched = watch_records(journal.records, rules)
         self.trainer: Any = None
         self.seal_seconds = 0.0
@@ -90,6 +92,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def _log_step(self, state: Any, logs: dict[str, Any]) -> None:
         now = time.monotonic()
         tokens = self.trainer.tokens_seen
+        rate = (tokens - self._tokens) / max(now - self._step_began, 1e-9)
         record = {
             "step": state.global_step,
             "epoch": round(state.epoch, 4),
@@ -97,10 +100,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             "grad_norm": float(logs.get("grad_norm", 0.0)),
             "learning_rate": float(logs["learning_rate"]),
             "tokens": self.journal.tokens_before + tokens,
-            "tokens_per_second": round((tokens - self._tokens) / max(now - self._step_began, 1e-9), 1),
+            "tokens_per_second": round(rate, 1),
             "seconds": round(self.journal.seconds_before + now - self._began, 2),
             "memory_bytes": measure_peak_memory(self.trainer.args.device),
         }
+        if self.yardstick is not None:
+            record["mfu"] = self.yardstick.measure(rate)
         if "penalty" in logs:
             record["penalty"] = float(logs["penalty"])
         self._observe(record)

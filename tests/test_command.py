@@ -1,0 +1,135 @@
+"""Laws of child processes: who killed a child decides what is done about it, and a closed terminal is a stop."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_training import make_job, quiet
+from tiny import write_base
+
+from appliance import command
+from appliance.command import WorkerEnd, count_memory_kills, run_worker
+from appliance.digest import write_atomic
+from appliance.errors import DeviceError, TrainingError
+from appliance.training import TrainingJob, launch, train
+
+EVENTS = "low 0\nhigh 0\nmax 12\noom 3\noom_kill {kills}\noom_group_kill 0\n"
+
+
+@pytest.fixture
+def events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`memory.events` of a cgroup that this process seems to be in; the kernel has killed once already."""
+    cgroups = tmp_path / "cgroup"
+    file = cgroups / "jobs" / "one" / "memory.events"
+    write_atomic(file, EVENTS.format(kills=1).encode())
+    write_atomic(cgroups / "memory.events", EVENTS.format(kills=99).encode())
+    (tmp_path / "own").write_text("0::/jobs/one\n")
+    monkeypatch.setattr(command, "_CGROUPS", cgroups)
+    monkeypatch.setattr(command, "_OWN_CGROUP", tmp_path / "own")
+    return file
+
+
+def test_the_kernels_kills_are_those_of_the_own_cgroup(events: Path, tmp_path: Path) -> None:
+    """Its own folder first; where a container sees that as the root, the root; elsewhere none."""
+    assert count_memory_kills() == 1
+    own = tmp_path / "own"
+    own.write_text("4:memory:/x\n0::/../elsewhere\n")
+    assert count_memory_kills() == 99
+    for text in ("4:memory:/x\n", ""):
+        own.write_text(text)
+        assert count_memory_kills() == 0, "version 1 of cgroups does not tell"
+    own.write_text("0::/\n")
+    (events.parents[2] / "memory.events").write_text("low 0\nhigh 0\n")
+    assert count_memory_kills() == 0, "a kernel before 4.13"
+
+
+KILLED = "import os; os.write(os.open({path!r}, os.O_WRONLY | os.O_TRUNC), {text!r}); os.kill(os.getpid(), {number})"
+
+
+def run_killed(events: Path, *, kills: int, number: str = "SIGKILL") -> WorkerEnd:
+    """How a real child ends that a signal kills while the counter grows to `kills`."""
+    text = EVENTS.format(kills=kills).encode()
+    code = KILLED.format(path=str(events), text=text, number=int(getattr(signal, number)))
+    return run_worker([sys.executable, "-c", code], log=events.parent / "log", on_event=lambda _event: None)
+
+
+def test_a_kill_by_the_kernel_for_memory_is_out_of_memory(events: Path) -> None:
+    """SIGKILL while the counter grew ends like a child that ran out of memory by itself, in words and code."""
+    end = run_killed(events, kills=2)
+    assert end.code == DeviceError.exit_code
+    assert "killed by the kernel, out of memory" in end.failure
+    assert str(events.parent / "log") in end.failure
+
+
+@pytest.mark.parametrize(("kills", "number"), [(1, "SIGKILL"), (2, "SIGTERM")], ids=["by someone", "other signal"])
+def test_any_other_kill_is_a_kill(events: Path, kills: int, number: str) -> None:
+    """SIGKILL without growth, however many the kernel killed before; another signal whatever the counter says."""
+    end = run_killed(events, kills=kills, number=number)
+    assert end.code == -getattr(signal, number)
+    assert f"killed by signal {-end.code}" in end.failure
+
+
+WORKER = """#!/bin/sh
+grep -o '"micro_batch": [0-9]*' "$3/job.json" >> "$3/tried"
+if grep -q '"micro_batch": [48],' "$3/job.json"; then
+    {before}
+    kill -9 $$
+fi
+echo '{{"trained": true}}' > "$3/summary.json"
+"""
+
+
+def prepare_job(folder: Path, patch: pytest.MonkeyPatch, *, before: str) -> TrainingJob:
+    """A job whose worker is a real process that does `before` and dies by SIGKILL until its micro-batch is below 4."""
+    job = make_job(write_base(folder / "base"), folder / "job")
+    worker = folder / "worker"
+    worker.write_text(WORKER.format(before=before))
+    worker.chmod(0o755)
+    patch.setattr(launch.sys, "executable", str(worker))
+    return job
+
+
+def read_tried(job: TrainingJob) -> list[int]:
+    """The micro-batch of every attempt."""
+    return [int(line.split()[1]) for line in (job.folder / "tried").read_text().splitlines()]
+
+
+def test_training_goes_on_smaller_after_a_kill_for_memory(
+    events: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half the micro-batch, the same effective batch, as often as the kernel says so."""
+    grow = f"n=$(sed -n 's/^oom_kill //p' {events}); echo \"oom_kill $((n + 1))\" > {events}"
+    job = prepare_job(tmp_path, monkeypatch, before=grow)
+    said: list[str] = []
+    summary = train(job, note=said.append)
+    assert summary == {"trained": True}
+    assert read_tried(job) == [8, 4, 2]
+    assert said == [f"out of memory; again with micro-batch {n}, the effective batch stays" for n in (4, 2)]
+    written: dict[str, Any] = json.loads((job.folder / "job.json").read_bytes())
+    assert (written["micro_batch"], written["training"]["effective_batch"]) == (2, 8)
+
+
+def test_training_killed_by_someone_is_not_tried_again(
+    events: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One attempt, and the words of a kill."""
+    job = prepare_job(tmp_path, monkeypatch, before="true")
+    with pytest.raises(TrainingError, match="killed by signal 9"):
+        train(job, note=quiet)
+    assert read_tried(job) == [8]
+
+
+STOPS = "from appliance.child import list_stop_signals; print(*(s.name for s in list_stop_signals()))"
+
+
+@pytest.mark.parametrize(("lead", "names"), [("", "SIGINT SIGTERM SIGHUP"), ("trap '' HUP;", "SIGINT SIGTERM")])
+def test_who_is_to_outlive_the_terminal_does(lead: str, names: str) -> None:
+    """A closed terminal stops a process, unless it was started to ignore that (nohup)."""
+    argv = ["sh", "-c", f'{lead} exec "$0" -c "$1"', sys.executable, STOPS]
+    assert subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True).stdout.strip() == names
