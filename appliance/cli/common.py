@@ -61,7 +61,7 @@ def workspace_options(function: F) -> F:
             envvar="APPLIANCE_CACHE",
             default=lambda: Path.home() / ".cache" / "appliance",
             show_default="~/.cache/appliance",
-            help="Folder for base models. [env: APPLIANCE_CACHE]",
+            help="Folder for base models and token rows. [env: APPLIANCE_CACHE]",
         ),
         click.option(
             "--root",
