@@ -119,6 +119,23 @@ def test_an_image_runs_as_this_user_and_left_overs_are_stopped(folder: Path) -> 
     assert f"|--volume|{folder}:/workspace|" in ran
 
 
+def test_the_code_of_a_stopped_container_is_told_when_it_ends_before_the_stop_does(folder: Path) -> None:
+    """`docker stop` returns after the container is gone: 33 (resume) must not become the shell's own 143."""
+    write_program(
+        folder,
+        "docker",
+        f"case $1 in run) touch {folder}/running; until [ -e {folder}/stopped ]; do sleep 0.02; done; exit 33 ;;\n"
+        f"stop) touch {folder}/stopped; sleep 1 ;; esac",
+    )
+    job = start(folder, "reconcile", APPLIANCE_IMAGE=IMAGE, RUNNER_NAME="gpu-1")
+    deadline = time.monotonic() + 30
+    while not (folder / "running").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    job.send_signal(signal.SIGTERM)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 33, errors
+
+
 @pytest.fixture
 def mint() -> Iterator[tuple[str, list[str]]]:
     """A token endpoint like the runner's: its address and the requests it got."""
