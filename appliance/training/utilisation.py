@@ -19,7 +19,7 @@ from appliance.method import Method
 from appliance.model.shapes import ModelSizes, Shape, list_linears, read_sizes, read_weight_shapes
 
 # Dense bf16 with fp32 accumulation in FLOP/s, by the name that CUDA gives the device. NVIDIA's datasheets of H100,
-# H200, A100, L4, L40S and A10G, the DGX B200 datasheet and the Ada whitepaper; halved where they count sparsity.
+# H200, A100, L4 and L40S, the DGX B200 datasheet and the Ada whitepaper; halved where they count sparsity.
 PEAK_FLOPS = {
     "NVIDIA B200": 2250e12,
     "NVIDIA H200": 989e12,
@@ -33,7 +33,6 @@ PEAK_FLOPS = {
     "NVIDIA A100 80GB PCIe": 312e12,
     "NVIDIA L40S": 362e12,
     "NVIDIA L4": 121e12,
-    "NVIDIA A10G": 70e12,
     "NVIDIA GeForce RTX 4090": 165.2e12,
 }
 
