@@ -149,7 +149,14 @@ def commit_data(root: Path) -> None:
 def test_a_version_is_made_again_byte_by_byte(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
     """From its commit, beside a repository that is somewhere else and stays exactly as it is."""
     before = published.describe_tree()
-    arguments = ["--store", published.store.url, "--root", str(published.root), "--cache", str(published.root)]
+    arguments = [
+        "--store",
+        published.store.url,
+        "--root",
+        str(published.root),
+        "--cache",
+        str(published.root / ".cache"),
+    ]
     assert main(["reproduce", f"colours@{published.version}", *arguments]) == 0
     output = capsys.readouterr().out
     assert output.startswith(f"identical  {published.version}: 2 of 2 files")
@@ -169,7 +176,14 @@ def test_what_differs_is_named(published: Published, tmp_path: Path, capsys: pyt
     ]
     versions = {**manifest.versions, "torch": "1.0.0"}
     forged = published.publish_variant(folder, files=files, versions=versions)
-    arguments = ["--store", published.store.url, "--root", str(published.root), "--cache", str(published.root)]
+    arguments = [
+        "--store",
+        published.store.url,
+        "--root",
+        str(published.root),
+        "--cache",
+        str(published.root / ".cache"),
+    ]
     assert main(["reproduce", f"colours@{forged}", *arguments]) == 1
     output = capsys.readouterr().out
     assert output.startswith(f"different  {forged}: 1 of 2 files are the same")
