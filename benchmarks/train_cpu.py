@@ -117,6 +117,7 @@ def write_results(figures: Figures, *, rows: int) -> None:
     result = {
         **describe_machine(),
         "rows": rows,
+        "contenders": {n: CONTENDERS[n] for n in figures},
         "tokens_per_second": {n: [round(f["tokens_per_second"], 1) for f in runs] for n, runs in figures.items()},
         "ratio": {n: round(find_ratio(figures, n), 2) for n in figures if n != "appliance"},
         "unseen_loss": {n: round(statistics.median(f["unseen_loss"] for f in runs), 4) for n, runs in figures.items()},

@@ -14,13 +14,6 @@ from appliance.recipe import render_schema
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- tree: written by `make docs` -->", "<!-- end of tree -->"
 SPEED, END_SPEED = "<!-- speed: written by `make docs` -->", "<!-- end of speed -->"
-CONTENDERS = {
-    "appliance": "appliance",
-    "trl": "TRL's defaults (fp32 weights under autocast, padded, checkpointing)",
-    "trl-bf16": "TRL, bf16, no checkpointing, rows of like length together",
-    "trl-packed": "TRL, bf16, no checkpointing, best-fit packing",
-    "trl-flat": "TRL, bf16, no checkpointing, padding-free",
-}
 FOLDERS = ("appliance", "benchmarks", "docs", "tests")
 RESULTS = ("train_cpu", "train_cpu_jobs")
 # What has no docstring to quote.
@@ -100,10 +93,10 @@ def render_speed(text: str, root: Path) -> str:
     rates, jobs = (json.loads((root / "benchmarks" / "results" / f"{n}.json").read_text("utf-8")) for n in RESULTS)
     lines = ["| SmolLM2-135M, LoRA r16, short chats | tokens/s | appliance is faster by | loss on unseen rows |"]
     lines.append("|---|---|---|---|")
-    for name, words in CONTENDERS.items():
+    for name, words in rates["contenders"].items():
         rate = statistics.median(rates["tokens_per_second"][name])
         ratio = f"{rates['ratio'][name]:.1f}x" if name in rates["ratio"] else ""
-        lines.append(f"| {words} | {rate:.0f} | {ratio} | {rates['unseen_loss'][name]:.3f} |")
+        lines.append(f"| {name}: {words} | {rate:.0f} | {ratio} | {rates['unseen_loss'][name]:.3f} |")
     ours, theirs = statistics.median(jobs["appliance_s"]), statistics.median(jobs["trl_s"])
     versions = ", ".join(f"{name} {version}" for name, version in rates["versions"].items())
     job = f"`appliance train` {ours:.0f} s, `trl sft` {theirs:.0f} s, {jobs['ratio']:.2f} of the time"

@@ -56,6 +56,11 @@ class Published:
         """Run git in the repository."""
         return run(self.root, "git", *arguments)
 
+    @property
+    def options(self) -> list[str]:
+        """Store and folders, for the command line."""
+        return ["--store", self.store.url, "--root", str(self.root), "--cache", str(self.root / ".cache")]
+
     def describe_tree(self) -> list[str]:
         """All that a person would notice: HEAD, changes, branches, worktrees, and the rows on disk."""
         questions = (["rev-parse", "HEAD"], ["status", "--porcelain"], ["branch", "--all"], ["worktree", "list"])
@@ -149,15 +154,7 @@ def commit_data(root: Path) -> None:
 def test_a_version_is_made_again_byte_by_byte(published: Published, capsys: pytest.CaptureFixture[str]) -> None:
     """From its commit, beside a repository that is somewhere else and stays exactly as it is."""
     before = published.describe_tree()
-    arguments = [
-        "--store",
-        published.store.url,
-        "--root",
-        str(published.root),
-        "--cache",
-        str(published.root / ".cache"),
-    ]
-    assert main(["reproduce", f"colours@{published.version}", *arguments]) == 0
+    assert main(["reproduce", f"colours@{published.version}", *published.options]) == 0
     output = capsys.readouterr().out
     assert output.startswith(f"identical  {published.version}: 2 of 2 files")
     assert "fact" not in output
@@ -176,15 +173,7 @@ def test_what_differs_is_named(published: Published, tmp_path: Path, capsys: pyt
     ]
     versions = {**manifest.versions, "torch": "1.0.0"}
     forged = published.publish_variant(folder, files=files, versions=versions)
-    arguments = [
-        "--store",
-        published.store.url,
-        "--root",
-        str(published.root),
-        "--cache",
-        str(published.root / ".cache"),
-    ]
-    assert main(["reproduce", f"colours@{forged}", *arguments]) == 1
+    assert main(["reproduce", f"colours@{forged}", *published.options]) == 1
     output = capsys.readouterr().out
     assert output.startswith(f"different  {forged}: 1 of 2 files are the same")
     assert f"file  {WEIGHTS}: SHA-256 {digest_file(folder / WEIGHTS)[:12]}, made now" in output
