@@ -64,6 +64,7 @@ def test_a_gpu_that_only_the_driver_sees_is_a_fault(
     """The driver's tool and torch must agree, and where they do not, torch says why."""
     check = check_gpu(machine(driver), probe)
     assert check.outcome == outcome
+    assert check.is_gpu == (probe is SEEN)
     assert word in check.found
     assert bool(check.action) == (outcome == "fault")
 

@@ -43,7 +43,7 @@ def command(
         print_json([asdict(c) for c in checks])
     else:
         _print_checks(checks)
-    if needs_gpu and not any(c.subject == "torch" and c.found.endswith("on cuda") for c in checks):
+    if needs_gpu and not any(c.is_gpu for c in checks):
         raise DeviceError("doctor: --gpu was given, found no usable GPU; give the container one: --gpus all")
     return int(any(c.outcome == "fault" for c in checks))
 

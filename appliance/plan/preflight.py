@@ -28,12 +28,13 @@ Outcome = Literal["ok", "warning", "fault"]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the report; `action` is what to do, empty when all is well."""
+    """One line of the report; `action` is what to do, empty when all is well; `is_gpu` where one can be used."""
 
     subject: str
     outcome: Outcome
     found: str
     action: str = ""
+    is_gpu: bool = False
 
 
 def examine_machine(machine: Machine, *, folders: Mapping[str, Path], store: Store | None) -> list[Check]:
@@ -86,7 +87,7 @@ def check_gpu(machine: Machine, probe: Mapping[str, Any]) -> Check:
         return Check("GPU", "ok", "none: recipes with needs.gpu: required are refused here")
     if is_seen:
         name = machine.gpu or probe["name"]
-        return Check("GPU", "ok", f"{name}, {machine.gpu_memory_bytes / _GIB:.0f} GiB, torch sees it")
+        return Check("GPU", "ok", f"{name}, {machine.gpu_memory_bytes / _GIB:.0f} GiB, torch sees it", is_gpu=True)
     why = probe["cuda_fault"] or f"this torch ({probe['torch']}) is built without CUDA"
     action = "update the driver to one that knows the CUDA of this torch, or use the CUDA image"
     return Check("GPU", "fault", f"{machine.gpu}: torch does not see it: {why}", action)
