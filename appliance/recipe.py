@@ -100,12 +100,14 @@ class SpeedSection(Section):
 
     `standard` is what transformers and PEFT do by themselves. attention: packed rows apart, without
     a mask. head: `labelled` scores trained positions only, `fused` never holds the logits. lora: one
-    pass per adapted layer. compile: torch.compile of every decoder layer, minutes before the first step.
+    pass per adapted layer. prefix: what packed rows begin with alike, such as a system prompt, once per
+    micro-batch. compile: torch.compile of every decoder layer, minutes before the first step.
     """
 
     attention: Literal["auto", "standard"] = "auto"
     head: Literal["auto", "standard", "labelled", "fused"] = "auto"
     lora: Literal["auto", "standard"] = "auto"
+    prefix: Literal["auto", "standard"] = "auto"
     compile: Literal["off", "on"] = "off"
 
 
@@ -260,10 +262,15 @@ class Recipe(Section):
     def digest(self) -> str:
         """SHA-256 of the recipe's values; comments, order and spelled-out defaults do not count.
 
-        Neither does `needs`, which says where and not what; `forgetting` counts only where it is given.
+        Neither does `needs`, which says where and not what; `forgetting` and `training.speed.prefix`,
+        which are younger than the first versions, count only where they are given.
         """
-        unsaid = {"needs", "forgetting"} if self.forgetting is None else {"needs"}
-        return digest_json(self.model_dump(mode="json", exclude=unsaid))
+        values = self.model_dump(mode="json", exclude={"needs"})
+        if self.forgetting is None:
+            del values["forgetting"]
+        if self.training.speed.prefix == "auto":
+            del values["training"]["speed"]["prefix"]
+        return digest_json(values)
 
 
 def is_packed(section: TrainingSection, method: Method) -> bool:

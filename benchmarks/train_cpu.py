@@ -8,7 +8,7 @@ the rounds of the ratios within a round. `--jobs` times whole processes instead:
 
 Run it with `make bench`; `ARGS="--rounds 1 --rows 64"` for a look, `ARGS="--only trl --rounds 1"` for
 one peer. It prints a table and writes `benchmarks/results/train_cpu.json` and `train_cpu.svg`, the
-losses of the appliance and of the first peer over equal real tokens. Each contender's adapter is then
+losses of the appliance and of TRL over equal real tokens. Each contender's adapter is then
 asked, by plain transformers in fp32 and outside of the timed part, for its loss on the same unseen rows:
 the training losses alone depend on the order of the rows, which is each trainer's own.
 """
@@ -45,7 +45,8 @@ BATCH, WARM_UP, RATE, SEED = 8, 3, 3e-4, 17
 UNSEEN_ROWS = 32
 JOB_ROWS = 200
 CONTENDERS = {
-    "appliance": "rows end to end, head on trained positions, bf16",
+    "appliance": "rows end to end, their common prefix once, head on trained positions, bf16",
+    "appliance-apart": "the same with each row's prefix computed for itself (speed.prefix: standard)",
     "trl": "TRL's SFTTrainer with its defaults: padded, fp32 weights under autocast, checkpointing",
     "trl-bf16": "TRL, bf16 weights, no checkpointing, rows of like length together, fused AdamW",
     "trl-packed": "TRL, bf16 weights, no checkpointing, best-fit packing of 640 tokens, fused AdamW",
@@ -123,7 +124,7 @@ def write_results(figures: Figures, *, rows: int) -> None:
         "unseen_loss": {n: round(statistics.median(f["unseen_loss"] for f in runs), 4) for n, runs in figures.items()},
     }
     (RESULTS / "train_cpu.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
-    names = list(figures)[:2]  # a figure has two colours
+    names = ["appliance", next(n for n in figures if n in TRL)]  # a figure has two colours
     curves = {n: [(float(x), float(y)) for x, y in figures[n][-1]["curve"]] for n in names}
     plot = Plot("parity", "Loss over real tokens", curves, scale="log")
     (RESULTS / "train_cpu.svg").write_text(draw_image(plot))
@@ -145,8 +146,8 @@ def measure(name: str, *, rows: int) -> dict[str, Any]:
     """Train once; tokens a second after the warm-up, the loss on unseen rows, and the curve."""
     recipe, base = load_demo()
     with tempfile.TemporaryDirectory() as folder:
-        if name == "appliance":
-            return measure_appliance(recipe, base, Path(folder), rows=rows)
+        if name in ("appliance", "appliance-apart"):
+            return measure_appliance(name, recipe, base, Path(folder), rows=rows)
         return measure_trl(name, base, Path(folder), rows=rows)
 
 
@@ -156,13 +157,21 @@ def load_demo() -> tuple[Recipe, Path]:
     return recipe, resolve_base(recipe.base, root=ROOT, cache=CACHE, note=lambda _: None).folder
 
 
-def measure_appliance(recipe: Recipe, base: Path, folder: Path, *, rows: int) -> dict[str, Any]:
+def measure_appliance(name: str, recipe: Recipe, base: Path, folder: Path, *, rows: int) -> dict[str, Any]:
     """The product's own call, child process and all."""
     token_rows = prepare_rows(
         build_requests(rows), template=load_template(base), max_length=256, file=folder / "train.rows.jsonl"
     )
     (folder / "validation.rows.jsonl").write_bytes(b"")
-    changes = {"epochs": 1, "learning_rate": RATE, "effective_batch": BATCH, "checkpoints": 1, "seed": SEED}
+    changes: dict[str, Any] = {
+        "epochs": 1,
+        "learning_rate": RATE,
+        "effective_batch": BATCH,
+        "checkpoints": 1,
+        "seed": SEED,
+    }
+    if name == "appliance-apart":
+        changes["speed"] = recipe.training.speed.model_copy(update={"prefix": "standard"})
     cores = read_machine().cores
     job = TrainingJob(
         folder=folder,

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from test_training import make_examples, make_job, run_in_process
 from tiny import make_recipe, write_base
 
-from appliance.example import Example
+from appliance.example import Example, Message
 from appliance.model import load_template, render_row
 from appliance.model.weights import load_model
 from appliance.recipe import Recipe
 from appliance.training import attention
 from appliance.training.batches import build_records, collate_packed, spread_labels
 from appliance.training.fused import fuse_lora
-from appliance.training.levers import select_levers
+from appliance.training.levers import select_levers, settle_levers
 
 
 @pytest.fixture(scope="module")
@@ -115,20 +118,137 @@ def test_grouped_heads_attend_as_repeated_heads(base: Path) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def make_related_examples() -> list[Example]:
+    """Rows that begin alike in every way: one system prompt, one first turn, one whole prompt, nothing at all."""
+    system, turn = Message("system", "Name the colour of the thing."), Message("user", "a red thing")
+    talk = (system, turn, Message("assistant", "red"))
+    rows = [
+        talk,
+        (system, Message("user", "a green thing"), Message("assistant", "green")),
+        (*talk, Message("user", "and now?"), Message("assistant", "blue")),
+        (*talk[:2], Message("assistant", "crimson")),
+        talk,
+        (Message("user", "a red thing"), Message("assistant", "red")),
+    ]
+    return [Example(f"r{i}", messages, provenance="program") for i, messages in enumerate(rows)]
+
+
+def test_a_prefix_computed_once_has_the_loss_and_the_gradients_of_every_row_by_itself(base: Path) -> None:
+    """Rows that share system prompts, turns or everything: fewer positions, the same loss and gradients."""
+    template = load_template(base)
+    records = build_records([render_row(e, template) for e in make_related_examples()])
+    apart, together = collate_packed(records), collate_packed(records, prefix="shared")
+    assert together["input_ids"].numel() < 0.6 * apart["input_ids"].numel()
+    model = build_adapted(base)
+    loss, expected = read_gradients(model, apart)
+    shared_loss, found = read_gradients(model, together)
+    assert shared_loss == pytest.approx(loss, rel=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_every_kernel_gives_each_row_its_own_copy_of_the_prefix(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused causal kernel and one over rows end to end, as CUDA has, agree with the plain product."""
+    template = load_template(base)
+    records = build_records([render_row(e, template) for e in make_related_examples()])
+    model, batch = build_adapted(base), collate_packed(records, prefix="shared")
+    loss, expected = read_gradients(model, batch)
+
+    def attend_row_by_row(query: Any, key: Any, value: Any, *, cumulative: Any, longest: int, scale: float) -> Any:
+        ends = cumulative.tolist()
+        assert longest == max(b - a for a, b in pairwise(ends))
+        rows = [
+            torch.nn.functional.scaled_dot_product_attention(
+                *(x[:, :, a:b] for x in (query, key, value)), is_causal=True, scale=scale, enable_gqa=True
+            )
+            for a, b in pairwise(ends)
+        ]
+        return torch.cat(rows, 2).transpose(1, 2)
+
+    for name, changes in (
+        ("sdpa", {"_PLAIN_LIMIT": 0}),
+        ("varlen", {"has_varlen": lambda _query: True, "_attend_varlen": attend_row_by_row}),
+    ):
+        with monkeypatch.context() as patch:
+            for key, value in changes.items():
+                patch.setattr(attention, key, value)
+            other, found = read_gradients(model, batch)
+        assert other == pytest.approx(loss, rel=1e-5), name
+        for weight, gradient in expected.items():
+            torch.testing.assert_close(found[weight], gradient, rtol=1e-3, atol=1e-6)
+
+
+TOKENS = st.lists(st.integers(0, 2), min_size=2, max_size=8)
+
+
+@given(st.lists(st.tuples(TOKENS, st.lists(st.integers(0, 2), min_size=1, max_size=3)), min_size=1, max_size=6))
+def test_a_shared_batch_spells_every_row(rows: list[tuple[list[int], list[int]]]) -> None:
+    """Whatever rows share: each can be read back, position by position, and trains what it trained alone."""
+    records = [{"input_ids": p + a, "spans": [[len(p), len(p) + len(a)]]} for p, a in rows]
+    batch = collate_packed(records, prefix="shared")
+    ids, positions = batch["input_ids"][0].tolist(), batch["position_ids"][0].tolist()
+    places = batch.get("row_places", torch.arange(len(ids))).tolist()
+    origins = batch.get("row_origins", torch.arange(len(ids))).tolist()
+    ends = batch["cu_seq_lens_q"].tolist()
+    kept, targets = batch["logits_to_keep"].tolist(), batch["shift_labels"][0].tolist()
+    for record, (start, end) in zip(records, pairwise(ends), strict=True):
+        row = places[start:end]
+        assert [ids[i] for i in row] == record["input_ids"]
+        assert [positions[i] for i in row] == list(range(end - start))
+        for i in range(*record["spans"][0]):
+            assert (kept.pop(0), targets.pop(0)) == (row[i - 1], record["input_ids"][i])
+    assert not kept
+    assert [places[i] for i in origins] == list(range(len(ids))), "each position has one row that computes it"
+    assert len(set(batch["logits_to_keep"].tolist())) == len(batch["logits_to_keep"]), "a label of its own for each"
+
+
+def test_nothing_is_shared_where_rows_draw_their_own_noise(base: Path) -> None:
+    """Dropout, in the adapter or in the base, is drawn once per row: then prefixes are computed for each."""
+    recipe = make_recipe()
+    levers = select_levers(recipe.training, method=recipe.method, on_cuda=False)
+    plain, noisy = build_adapted(base), build_adapted(base, lora_dropout=0.1)
+    assert settle_levers(levers, plain).prefix == "shared"
+    assert settle_levers(levers, noisy).prefix == "standard"
+    plain.config.attention_dropout = 0.1
+    assert settle_levers(levers, plain).prefix == "standard"
+
+
+def test_the_worst_step_shares_nothing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step that proves the memory is the largest there can be, though these rows have a prefix in common."""
+    from appliance.training import trainer
+
+    prove, sizes = trainer.prove_worst_step, []
+
+    def watch_proof(live: Any, rows: Any, *, micro_batch: int) -> None:
+        compute = live.compute_loss
+        live.compute_loss = lambda model, inputs: sizes.append(inputs["input_ids"].numel()) or compute(model, inputs)
+        prove(live, rows, micro_batch=micro_batch)
+        live.compute_loss = compute
+        longest = sorted((len(r.input_ids) for r in rows), reverse=True)[:micro_batch]
+        assert sizes == [sum(longest)]
+
+    monkeypatch.setattr(trainer, "prove_worst_step", watch_proof)
+    summary = run_in_process(make_job(base, tmp_path))
+    assert sizes
+    assert summary["tokens_computed"] < summary["tokens"], "the rows do share something"
+
+
 SPEEDS: list[dict[str, str]] = [
     {"attention": "standard", "head": "standard", "lora": "standard"},
     {"head": "fused"},
+    {"prefix": "standard"},
 ]
 
 
-@pytest.mark.parametrize("speed", SPEEDS, ids=["standard", "fused-head"])
+@pytest.mark.parametrize("speed", SPEEDS, ids=["standard", "fused-head", "prefixes-apart"])
 def test_a_run_learns_the_same_whatever_its_levers(base: Path, tmp_path: Path, speed: dict[str, str]) -> None:
     """Every lever set to the libraries' own way gives the losses of the fast way, and the summary says which it was."""
     fast = run_in_process(make_job(base, tmp_path / "fast", make_recipe(training={"precision": "fp32"})))
     slow = run_in_process(
         make_job(base, tmp_path / "slow", make_recipe(training={"precision": "fp32", "speed": speed}))
     )
-    assert fast["levers"] == {"attention": "packed", "head": "labelled", "lora": "fused", "compile": False}
+    levers = {"attention": "packed", "head": "labelled", "lora": "fused", "prefix": "shared", "compile": False}
+    assert fast["levers"] == levers
     assert {k: slow["levers"][k] for k in speed} == speed
     assert slow["first_loss"] == pytest.approx(fast["first_loss"], rel=1e-4)
     assert slow["last_loss"] == pytest.approx(fast["last_loss"], rel=0.05)
@@ -145,6 +265,7 @@ def test_levers_follow_device_and_method() -> None:
         "attention": "standard",
         "head": "standard",
         "lora": "fused",
+        "prefix": "standard",
         "compile": False,
     }
     assert select(make_recipe(method={"type": "qlora"}), on_cuda=False)["lora"] == "standard"

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from test_training import make_examples, make_job, run_in_process, write_job
 from tiny import make_recipe, write_base
@@ -294,7 +295,11 @@ def make_overfitting_job(base: Path, folder: Path, method: dict[str, Any] | None
     template = load_template(base)
     examples = make_examples(40)
     prepare_rows(examples[:8], template=template, max_length=256, file=folder / "train.rows.jsonl")
-    prepare_rows(examples[30:38], template=template, max_length=256, file=folder / "validation.rows.jsonl")
+    others = [
+        msgspec.structs.replace(e, messages=(e.messages[0], examples[at + 1].messages[1]))
+        for at, e in enumerate(examples[30:38], 30)
+    ]
+    prepare_rows(others, template=template, max_length=256, file=folder / "validation.rows.jsonl")
     return job
 
 

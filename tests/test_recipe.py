@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
+from appliance.digest import digest_json
 from appliance.errors import RecipeError
 from appliance.method import Method
 from appliance.recipe import load_recipe, parse_recipe
@@ -84,3 +85,14 @@ def test_comments_order_and_spelled_out_defaults_do_not_change_the_digest() -> N
     assert parse_recipe(GOOD, source="a").digest == parse_recipe(other, source="b").digest
     changed = parse_recipe(GOOD.replace("lora}", "lora, rank: 8}"), source="c")
     assert changed.digest != parse_recipe(GOOD, source="a").digest
+
+
+def test_a_lever_younger_than_a_recipe_does_not_change_its_digest() -> None:
+    """A release that adds `training.speed.prefix` retrains nobody; a recipe that rules it out is another recipe."""
+    recipe = parse_recipe(GOOD, source="a")
+    values = recipe.model_dump(mode="json", exclude={"needs", "forgetting"})
+    del values["training"]["speed"]["prefix"]
+    assert recipe.digest == digest_json(values)
+    speed = recipe.training.speed.model_copy(update={"prefix": "standard"})
+    training = recipe.training.model_copy(update={"speed": speed})
+    assert recipe.model_copy(update={"training": training}).digest != recipe.digest

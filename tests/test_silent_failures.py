@@ -228,20 +228,24 @@ def test_an_adapter_that_is_not_finite_or_changes_nothing_is_not_saved(base: Pat
         check_trained(model, job, row, start={}, device=device)
 
 
+@pytest.mark.parametrize("forgotten", [("cu_seq_lens_q", "max_length_q"), ("row_places", "row_origins")])
 def test_packed_rows_that_see_each_other_are_refused(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: tuple[str, str]
 ) -> None:
-    """An attention that forgets where rows end is found before the first step, also on a model that knows nothing."""
+    """An attention that forgets where rows end, or what they share, is found before the first step.
+
+    Also on a model that knows nothing yet.
+    """
     from appliance.training import attention
 
     sound = attention.attend
 
-    def forget_borders(*tensors: Any, cu_seq_lens_q: Any = None, max_length_q: Any = None, **rest: Any) -> Any:
-        return sound(*tensors, **rest)
+    def forget_borders(*tensors: Any, **rest: Any) -> Any:
+        return sound(*tensors, **{k: v for k, v in rest.items() if k not in forgotten})
 
     monkeypatch.setattr(attention, "attend", forget_borders)
     try:
-        refuse_training(make_job(base, tmp_path), message="rows (would )?see each other; set training.packing: false")
+        refuse_training(make_job(base, tmp_path), message=r"rows.*; set training\.packing: false")
     finally:
         monkeypatch.undo()
         attention.register()
@@ -275,9 +279,9 @@ def test_packing_is_checked_for_every_class_of_model(base: Path, name: str) -> N
     device = torch.device("cpu")
     if name == "Gemma2":
         with pytest.raises(TrainingError, match="cannot train packed rows"):
-            check_packing(model, rows, precision="fp32", device=device)
+            check_packing(model, rows, prefix="shared", precision="fp32", device=device)
     else:
-        check_packing(model, rows, precision="fp32", device=device)
+        check_packing(model, rows, prefix="shared", precision="fp32", device=device)
 
 
 def make_tiny_steps() -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,7 @@ def test_what_the_table_does_not_cover_has_no_figure(base: Path, tmp_path: Path)
 def test_a_run_says_its_mfu_where_the_peak_is_known(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peak: float | None
 ) -> None:
-    """Each step and the summary, by the rates beside them; on a CPU as it is, the word does not occur."""
+    """Each step and the summary, by the tokens that were computed; on a CPU as it is, the word does not occur."""
     if peak is not None:
         monkeypatch.setitem(utilisation.PEAK_FLOPS, "cpu", peak)
     job = make_job(base, tmp_path, make_recipe(training={"epochs": 1, "precision": "bf16"}))
@@ -114,8 +115,11 @@ def test_a_run_says_its_mfu_where_the_peak_is_known(
         return
     cost = count_flops(count_matrices(read_weight_shapes(base), read_sizes(base)) or 0, method="lora")
     assert (summary["flops_per_token"], summary["peak_flops"]) == (cost, peak)
-    for record in [*steps, summary]:
-        assert record["mfu"] == pytest.approx(record["tokens_per_second"] * cost / peak, abs=2e-3)
+    assert summary["tokens_computed"] < summary["tokens"], "rows share a prefix, which is computed once"
+    assert summary["mfu"] == pytest.approx(summary["tokens_computed"] / summary["seconds"] * cost / peak, abs=2e-3)
+    for before, record in pairwise([{"tokens": 0, "tokens_computed": 0}, *steps]):
+        share = (record["tokens_computed"] - before["tokens_computed"]) / (record["tokens"] - before["tokens"])
+        assert record["mfu"] == pytest.approx(record["tokens_per_second"] * share * cost / peak, rel=1e-2)
     assert not any("mfu" in r for r in records if "validation_loss" in r)
     with open_board(tmp_path / "board", journal=tmp_path / "metrics.jsonl", note=print) as copy:
         copy()

@@ -114,6 +114,7 @@ def build_summary(
         "epochs": job.training.epochs,
         "seconds": last["seconds"],
         "tokens": last["tokens"],
+        "tokens_computed": last["tokens_computed"],
         "tokens_per_second": round(last["tokens"] / max(last["seconds"], 1e-9), 1),
         "first_loss": losses[0],
         "last_loss": losses[-1],

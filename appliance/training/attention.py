@@ -5,7 +5,8 @@ and only here, it is spread to (documents, longest), right-padded: under a causa
 the right is invisible to real tokens, so no block mask is needed. For the short documents of
 fine-tuning on a CPU the plain product is 1.5 times as fast for the whole step as torch's fused
 bf16 kernel with a block mask (benchmarks/train_cpu.py measures it); on other devices the fused
-causal kernel is used.
+causal kernel is used. Where rows share a prefix (see `batches`), each gets its own copy of the
+prefix's keys and values here, for the length of one attention.
 """
 
 from __future__ import annotations
@@ -41,13 +42,16 @@ def attend(
     softcap: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    row_places: torch.Tensor | None = None,
+    row_origins: torch.Tensor | None = None,
     **_rest: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each document of a packed batch.
 
     query (1, H, T, D), key and value (1, G, T, D) with H a multiple of G; `cu_seq_lens_q` (N + 1,)
-    are the documents' cumulative lengths. Returns (1, T, H, D). Raises `ValueError` for what it
-    does not compute: batches that are not packed, soft caps, windows shorter than a document.
+    are the documents' cumulative lengths, `row_places` and `row_origins` as `batches.collate_packed`
+    gives them. Returns (1, T, H, D). Raises `ValueError` for what it does not compute: batches that
+    are not packed, soft caps, windows shorter than a document.
     """
     if attention_mask is not None or query.shape[0] != 1 or softcap is not None:
         raise ValueError(
@@ -55,15 +59,22 @@ def attend(
         )
     if cu_seq_lens_q is None or max_length_q is None:
         cu_seq_lens_q, max_length_q = torch.tensor([0, query.shape[2]], device=query.device), query.shape[2]
+        row_places = row_origins = None
     if sliding_window is not None and max_length_q > sliding_window:
         raise ValueError(
             f"a row of {max_length_q} tokens exceeds the window of {sliding_window}; set training.packing: false"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if has_varlen(query) and dropout == 0.0:
-        flat = (query, key, value)
-        return _attend_varlen(*flat, cumulative=cu_seq_lens_q, longest=int(max_length_q), scale=scale), None
+        rows = (query, key, value)
+        if row_places is not None:
+            rows = tuple(x.index_select(2, row_places) for x in rows)
+        mixed = _attend_varlen(*rows, cumulative=cu_seq_lens_q, longest=int(max_length_q), scale=scale)
+        return (mixed if row_origins is None else mixed.index_select(1, row_origins)), None
     index, real = _spread_index(cu_seq_lens_q, int(max_length_q))
+    if row_places is not None and row_origins is not None:
+        index = functional.pad(row_places, (0, 1), value=query.shape[2])[index]
+        real = real[row_origins]
     queries, keys, values = (_spread(x, index, len(cu_seq_lens_q) - 1) for x in (query, key, value))
     if query.device.type == "cpu" and dropout == 0.0 and int(max_length_q) <= _PLAIN_LIMIT:
         mixed = _attend_plain(queries, keys, values, scale)

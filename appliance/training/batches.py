@@ -1,17 +1,21 @@
 """Token rows to model inputs: flat batches without padding, and the LM head on trained positions only.
 
 With `logits_to_keep` the head scores only the positions whose next token carries loss, which for
-short chats with a long vocabulary is a third of the work.
+short chats with a long vocabulary is a third of the work. What rows begin with alike, a system
+prompt or a whole conversation, is in a shared batch once: under a causal mask a position depends on
+what is before it and on nothing else, so its activations are the same in every row, and its
+gradient is the sum over the rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from appliance.model import TokenRow
 
+Prefix = Literal["standard", "shared"]
 _IGNORED = -100
 
 
@@ -20,25 +24,40 @@ def build_records(rows: Sequence[TokenRow]) -> list[dict[str, Any]]:
     return [{"input_ids": r.input_ids, "spans": [list(s) for s in r.spans]} for r in rows]
 
 
-def collate_packed(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def collate_packed(records: Sequence[dict[str, Any]], *, prefix: Prefix = "standard") -> dict[str, Any]:
     """One flat batch: input_ids (1, T), position_ids (1, T), labels and kept positions (K).
 
-    `shift_labels[k]` is the token that follows position `logits_to_keep[k]`.
+    `shift_labels[k]` is the token that follows position `logits_to_keep[k]`; `cu_seq_lens_q` are the
+    cumulative lengths of the rows. With a shared prefix T is less than their sum R, and two more
+    tensors say who shares what: `row_places` (R) is the flat position of every token of every row,
+    and `row_origins` (T) the first of those R that holds a flat position.
     """
     import torch
 
     ids: list[int] = []
     positions: list[int] = []
     kept: list[int] = []
+    targets: list[int] = []
+    places: list[int] = []
+    origins: list[int] = []
     lengths = [0]
+    known: dict[tuple[int, int], int] = {}
     for record in records:
-        offset = len(ids)
-        ids += record["input_ids"]
-        positions += range(len(record["input_ids"]))
-        kept += [offset + i - 1 for start, end in record["spans"] for i in range(start, end)]
-        lengths.append(len(ids))
-    labels = torch.tensor([[ids[i + 1] for i in kept]])
-    return {
+        row = record["input_ids"]
+        shared = _find_prefix(record, known) if prefix == "shared" else []
+        own = range(len(ids), len(ids) + len(row) - len(shared))
+        flat = [*shared, *own]
+        if prefix == "shared":
+            _add_prefix(record, flat, known)
+        ids += row[len(shared) :]
+        positions += range(len(shared), len(row))
+        origins += range(len(places) + len(shared), len(places) + len(row))
+        places += flat
+        kept += [flat[i - 1] for start, end in record["spans"] for i in range(start, end)]
+        targets += [row[i] for start, end in record["spans"] for i in range(start, end)]
+        lengths.append(len(places))
+    labels = torch.tensor([targets])
+    batch = {
         "input_ids": torch.tensor([ids]),
         "position_ids": torch.tensor([positions]),
         "logits_to_keep": torch.tensor(kept),
@@ -47,6 +66,49 @@ def collate_packed(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "cu_seq_lens_q": torch.tensor(lengths, dtype=torch.int32),
         "max_length_q": max(b - a for a, b in pairwise(lengths)),
     }
+    if len(ids) < len(places):
+        batch |= {"row_places": torch.tensor(places), "row_origins": torch.tensor(origins)}
+    return batch
+
+
+def _find_prefix(record: dict[str, Any], known: dict[tuple[int, int], int]) -> list[int]:
+    """Flat positions of the longest prefix that an earlier row has too.
+
+    `known` is the tree of prefixes: a flat position and the token after it, to that token's place.
+    It ends before the first position that is trained to predict: each row keeps its own of those.
+    """
+    places: list[int] = []
+    for token in record["input_ids"][: _measure_prompt(record)]:
+        place = known.get((places[-1] if places else -1, token))
+        if place is None:
+            break
+        places.append(place)
+    return places
+
+
+def _add_prefix(record: dict[str, Any], flat: list[int], known: dict[tuple[int, int], int]) -> None:
+    """Put the part of a row that later rows may share into the tree."""
+    end = _measure_prompt(record)
+    before = [-1, *flat]
+    known |= {(before[i], record["input_ids"][i]): flat[i] for i in range(end)}
+
+
+def _measure_prompt(record: dict[str, Any]) -> int:
+    """How many tokens come before the first position that is trained to predict."""
+    return max(0, int(record["spans"][0][0]) - 1)
+
+
+def count_row_tokens(batch: dict[str, Any]) -> int:
+    """Real tokens of the rows of a batch, padded or packed; a shared one counts in each of its rows."""
+    if "row_places" in batch:
+        return int(batch["row_places"].numel())
+    return count_computed_tokens(batch)
+
+
+def count_computed_tokens(batch: dict[str, Any]) -> int:
+    """Real tokens that pass through the model."""
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else int(batch["input_ids"].numel())
 
 
 def spread_labels(batch: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from appliance.errors import TrainingError
 from appliance.model import TokenRow
 from appliance.model.weights import Precision
 from appliance.recipe import FullMethod
-from appliance.training.batches import build_records, collate_packed
+from appliance.training.batches import Prefix, build_records, collate_packed
 from appliance.training.launch import TrainingJob
 from appliance.training.methods import Weights, without_training
 
@@ -33,19 +33,21 @@ def check_base(model: Any, row: TokenRow, *, device: torch.device) -> None:
         )
 
 
-def check_packing(model: Any, rows: tuple[TokenRow, ...], *, precision: Precision, device: torch.device) -> None:
+def check_packing(
+    model: Any, rows: tuple[TokenRow, ...], *, prefix: Prefix, precision: Precision, device: torch.device
+) -> None:
     """Packed rows must not see each other: packed loss == loss of each row alone, by standard attention."""
     records = build_records(rows[:4])
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     used = base.config._attn_implementation  # noqa: SLF001 - transformers has a setter and no getter
     model.eval()
     try:
-        packed = _mean_loss(model, records, device=device)
+        packed = _mean_loss(model, records, device=device, prefix=prefix)
         base.set_attn_implementation("sdpa")
         losses = [(_mean_loss(model, [r], device=device, alone=True), _count_trained(r)) for r in records]
         base.set_attn_implementation(used)
-        leak = _measure_leak(model, records, device=device)
-    except (ValueError, TypeError) as fault:
+        leak = _measure_leak(model, records, device=device, prefix=prefix)
+    except (ValueError, TypeError, IndexError) as fault:
         raise TrainingError(f"this model cannot train packed rows ({fault}); set training.packing: false") from fault
     finally:
         base.set_attn_implementation(used)
@@ -63,18 +65,19 @@ def check_packing(model: Any, rows: tuple[TokenRow, ...], *, precision: Precisio
         )
 
 
-def _measure_leak(model: Any, records: list[dict[str, Any]], *, device: torch.device) -> float:
+def _measure_leak(model: Any, records: list[dict[str, Any]], *, device: torch.device, prefix: Prefix) -> float:
     """How far the last row's logits move when every other row's tokens change, by their standard deviation.
 
     A loss can hide it: a model that has learnt nothing says the same whatever it sees. The last few
-    positions show it; all of them would cost memory with a large vocabulary.
+    positions show it; all of them would cost memory with a large vocabulary. They are in the answer,
+    which is never shared; the prefix is shared in one of the two batches, and must not matter.
     """
     *others, last = records
-    start = min(_LOOKED_AT, len(last["input_ids"]))
+    start = min(_LOOKED_AT, len(last["input_ids"]) - last["spans"][0][0] + 1)
     logits = []
     for shift in (0, 1):
         moved = [{**r, "input_ids": r["input_ids"][shift:] + r["input_ids"][:shift]} for r in others]
-        batch = collate_packed([*moved, last])
+        batch = collate_packed([*moved, last], prefix=prefix)
         kept = {k: v for k, v in _move(batch, device).items() if k not in ("labels", "shift_labels")}
         kept["logits_to_keep"] = start
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
@@ -86,8 +89,15 @@ def _move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
-def _mean_loss(model: Any, records: list[dict[str, Any]], *, device: torch.device, alone: bool = False) -> float:
-    batch = _move(collate_packed(records), device)
+def _mean_loss(
+    model: Any,
+    records: list[dict[str, Any]],
+    *,
+    device: torch.device,
+    prefix: Prefix = "standard",
+    alone: bool = False,
+) -> float:
+    batch = _move(collate_packed(records, prefix=prefix), device)
     if alone:
         batch = {k: v for k, v in batch.items() if k not in ("cu_seq_lens_q", "max_length_q")}
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):

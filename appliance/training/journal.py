@@ -26,6 +26,7 @@ class Journal:
         write_atomic(file, self._encode())
         self.seconds_before = max((r.get("seconds", 0.0) for r in self.records), default=0.0)
         self.tokens_before = max((r.get("tokens", 0) for r in self.records), default=0)
+        self.computed_before = max((r.get("tokens_computed", 0) for r in self.records), default=0)
 
     def add(self, record: dict[str, Any]) -> None:
         """Append one record; readers of the file may see a torn last line."""

@@ -6,8 +6,8 @@ by a test or by a guard before the first step. The recipe can set every one of t
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from appliance.method import LoraMethod, Method, QloraMethod
 from appliance.recipe import TrainingSection, is_packed
@@ -20,6 +20,7 @@ class Levers:
     attention: Literal["standard", "packed"]
     head: Literal["standard", "labelled", "fused"]
     lora: Literal["standard", "fused"]
+    prefix: Literal["standard", "shared"]
     compile: bool
 
     def to_json(self) -> dict[str, object]:
@@ -30,16 +31,29 @@ class Levers:
 def select_levers(section: TrainingSection, *, method: Method, on_cuda: bool) -> Levers:
     """The recipe's levers, with what it leaves to `auto` decided.
 
-    Packed batches are attended document by document; the LM head scores labelled positions only, on
-    CUDA through TRL's kernel that never holds the logits; LoRA layers are fused. Compilation is
-    never chosen: on a CPU it costs 100 s for 4% (benchmarks/train_cpu.py).
+    Packed batches are attended document by document, and what their rows begin with alike is
+    computed once; the LM head scores labelled positions only, on CUDA through TRL's kernel that
+    never holds the logits; LoRA layers are fused. Compilation is never chosen: on a CPU it costs
+    100 s for 4% (benchmarks/train_cpu.py).
     """
     wanted, packed = section.speed, is_packed(section, method)
     plain_lora = isinstance(method, LoraMethod) and not isinstance(method, QloraMethod)
     head: Literal["labelled", "fused"] = "fused" if on_cuda else "labelled"
+    is_apart = packed and wanted.attention == "auto"
     return Levers(
-        attention="packed" if packed and wanted.attention == "auto" else "standard",
+        attention="packed" if is_apart else "standard",
         head="standard" if not packed else head if wanted.head == "auto" else wanted.head,
         lora="fused" if plain_lora and wanted.lora == "auto" else "standard",
+        prefix="shared" if is_apart and wanted.prefix == "auto" else "standard",
         compile=wanted.compile == "on",
     )
+
+
+def settle_levers(levers: Levers, model: Any) -> Levers:
+    """The levers for this very model: with dropout every row draws its own noise, so nothing is shared.
+
+    Nor where a router's loss counts tokens. Dropout is a module, or a number in the configuration.
+    """
+    draws = any(type(m).__name__.startswith("Dropout") and m.p > 0 for m in model.modules())
+    counts = any(getattr(model.config, key, 0) for key in ("attention_dropout", "output_router_logits"))
+    return replace(levers, prefix="standard") if draws or counts else levers

@@ -16,7 +16,14 @@ from appliance.model import TokenRow
 from appliance.model.weights import Precision
 from appliance.recipe import is_packed
 from appliance.training.arguments import build_training_arguments
-from appliance.training.batches import build_records, collate_packed, collate_padded, spread_labels
+from appliance.training.batches import (
+    build_records,
+    collate_packed,
+    collate_padded,
+    count_computed_tokens,
+    count_row_tokens,
+    spread_labels,
+)
 from appliance.training.checkpoints import count_steps_done
 from appliance.training.ewc import Penalty
 from appliance.training.fused import fuse_lora
@@ -54,6 +61,7 @@ def build_trainer(
         output=job.checkpoints,
     )
     packed = is_packed(job.training, job.method)
+    collate_apart = collate_packed if packed else partial(collate_padded, pad_id=tokenizer.pad_token_id)
     if levers.lora == "fused":
         fuse_lora(model)
     with keep_dtypes(model):
@@ -62,14 +70,15 @@ def build_trainer(
             args=SFTConfig(**arguments),
             train_dataset=Dataset.from_list(build_records(train_rows)),
             eval_dataset=Dataset.from_list(build_records(validation_rows)) if validation_rows else None,
-            data_collator=collate_packed if packed else partial(collate_padded, pad_id=tokenizer.pad_token_id),
+            data_collator=partial(collate_packed, prefix=levers.prefix) if packed else collate_apart,
             processing_class=tokenizer,
             callbacks=[watch],
         )
     align_special_tokens(model, tokenizer)  # as `train` does: it is in the saved configuration, steps or not
     trainer.remove_callback(PrinterCallback)  # standard output is the parent's channel
     trainer.head, trainer.penalty = levers.head, penalty
-    trainer.tokens_seen, trainer.saves, trainer.save_seconds = 0, 0, 0.0
+    trainer.collate_apart = collate_apart  # the most that rows can take: nothing shared
+    trainer.tokens_seen, trainer.tokens_computed, trainer.saves, trainer.save_seconds = 0, 0, 0, 0.0
     watch.trainer = trainer
     return trainer
 
@@ -92,8 +101,8 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if self.model.training:
-            mask = inputs.get("attention_mask")
-            self.tokens_seen += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+            self.tokens_seen += count_row_tokens(inputs)
+            self.tokens_computed += count_computed_tokens(inputs)
         if self.head == "fused":
             inputs = {**spread_labels(inputs), "fused_lm_head": True}
         elif self.head == "standard" and "logits_to_keep" in inputs:

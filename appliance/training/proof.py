@@ -22,7 +22,7 @@ def prove_worst_step(trainer: Any, rows: Sequence[TokenRow], *, micro_batch: int
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(devices=devices):
         trainer.model.train()
-        inputs = trainer._prepare_inputs(trainer.data_collator(build_records(longest)))  # noqa: SLF001 - moves them
+        inputs = trainer._prepare_inputs(trainer.collate_apart(build_records(longest)))  # noqa: SLF001 - moves them
         with trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(trainer.model, inputs)
         loss.backward()
@@ -33,4 +33,4 @@ def prove_worst_step(trainer: Any, rows: Sequence[TokenRow], *, micro_batch: int
         optimizer.step()
     trainer.optimizer = None
     trainer.model.zero_grad(set_to_none=True)
-    trainer.tokens_seen = 0
+    trainer.tokens_seen = trainer.tokens_computed = 0

@@ -37,7 +37,7 @@ from appliance.training.fingerprint import build_fingerprint, describe_device, m
 from appliance.training.guards import check_base, check_packing, check_trained
 from appliance.training.journal import Journal
 from appliance.training.launch import TrainingJob
-from appliance.training.levers import select_levers
+from appliance.training.levers import select_levers, settle_levers
 from appliance.training.loop import build_trainer, run_steps
 from appliance.training.methods import Weights, build_model, copy_start, digest_start
 from appliance.training.monitor import Rules, build_rules, select_kept_step, watch_records
@@ -79,10 +79,11 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
         emit(note=f"loading {job.base_name} in {precision} on {device.type}")
         levers = select_levers(job.training, method=job.method, on_cuda=device.type == "cuda")
         model = build_model(job, precision=precision, device=device)
+        levers = settle_levers(levers, model)
         make_repeatable(model)
         check_base(model, train_rows[0], device=device)
         if is_packed(job.training, job.method):
-            check_packing(model, train_rows, precision=precision, device=device)
+            check_packing(model, train_rows, prefix=levers.prefix, precision=precision, device=device)
         penalty = build_penalty(job, model, precision=precision, emit=emit)
 
         # 4. The trainer, from the newest sound checkpoint of this very job.
@@ -134,7 +135,7 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
             "device_kind": describe_device(device),
             "checkpoints": {"count": trainer.saves, "seconds": round(trainer.save_seconds + watch.seal_seconds, 3)},
             "child_seconds": round(time.monotonic() - began, 1),
-            **(watch.yardstick.to_json(summary["tokens_per_second"]) if watch.yardstick else {}),
+            **(watch.yardstick.to_json(summary["tokens_computed"] / summary["seconds"]) if watch.yardstick else {}),
         }
         write_atomic(job.folder / "summary.json", canonical_json(summary))
 

@@ -40,7 +40,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.trainer: Any = None
         self.seal_seconds = 0.0
         self._began = self._step_began = time.monotonic()
-        self._tokens = 0
+        self._tokens = self._computed = 0
         self._evaluation: dict[str, float] = {}
         self._write_events()
 
@@ -51,7 +51,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:
         """A step's own time, without evaluations and checkpoints."""
-        self._step_began, self._tokens = time.monotonic(), self.trainer.tokens_seen
+        self._step_began = time.monotonic()
+        self._tokens, self._computed = self.trainer.tokens_seen, self.trainer.tokens_computed
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:
         """A signal is answered at the end of a step, with a checkpoint."""
@@ -91,8 +92,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def _log_step(self, state: Any, logs: dict[str, Any]) -> None:
         now = time.monotonic()
-        tokens = self.trainer.tokens_seen
-        rate = (tokens - self._tokens) / max(now - self._step_began, 1e-9)
+        tokens, computed = self.trainer.tokens_seen, self.trainer.tokens_computed
+        seconds = max(now - self._step_began, 1e-9)
         record = {
             "step": state.global_step,
             "epoch": round(state.epoch, 4),
@@ -100,12 +101,13 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             "grad_norm": float(logs.get("grad_norm", 0.0)),
             "learning_rate": float(logs["learning_rate"]),
             "tokens": self.journal.tokens_before + tokens,
-            "tokens_per_second": round(rate, 1),
+            "tokens_computed": self.journal.computed_before + computed,
+            "tokens_per_second": round((tokens - self._tokens) / seconds, 1),
             "seconds": round(self.journal.seconds_before + now - self._began, 2),
             "memory_bytes": measure_peak_memory(self.trainer.args.device),
         }
         if self.yardstick is not None:
-            record["mfu"] = self.yardstick.measure(rate)
+            record["mfu"] = self.yardstick.measure((computed - self._computed) / seconds)
         if "penalty" in logs:
             record["penalty"] = float(logs["penalty"])
         self._observe(record)
