@@ -205,7 +205,7 @@ def _train_stage(run: Run, prepared: Prepared, *, workspace: Workspace, precisio
     env = {"OMP_NUM_THREADS": str(record["cores"])}
     summary = training.train(job, note=workspace.note, env=env, board=board, mirror=mirror)
     predicted = {"peak_memory_bytes": plan["peak_bytes"], "micro_batch": plan["micro_batch"]}
-    run.finish("train", summary={**summary, "predicted": predicted})
+    run.finish("train", summary={**summary, "predicted": predicted}, image=workspace.image)
     shutil.rmtree(job.checkpoints, ignore_errors=True)
 
 
@@ -299,7 +299,7 @@ def _card_stage(run: Run, prepared: Prepared) -> None:
         },
         metrics=metrics,
         verdict=run.read("judge")["verdict"],
-        versions=read_versions(),
+        versions=read_versions(image=run.read("train").get("image")),
     )
     report.write_card(card, run.card)
     run.finish("card", commit=record["commit"])

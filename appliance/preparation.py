@@ -32,7 +32,10 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Where things are: repository, bases, run folders, TensorBoard files (a folder per run), mirrored checkpoints."""
+    """Where things are: repository, bases, run folders, TensorBoard files (a folder per run), mirrored checkpoints.
+
+    `image` is the container image, by digest, that all of it happens in.
+    """
 
     root: Path
     cache: Path
@@ -40,6 +43,7 @@ class Workspace:
     note: Callable[[str], None]
     tensorboard: Path | None = None
     mirror: Store | None = None
+    image: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +119,12 @@ def plan_run(prepared: Prepared, *, rows: Sequence[TokenRow], machine: Machine) 
     )
 
 
-def read_versions() -> dict[str, str]:
-    """Versions of what makes the weights."""
+def read_versions(*, image: str | None = None) -> dict[str, str]:
+    """Versions of what makes the weights, and the container image that it was made in."""
     found = {"appliance": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return found | ({"image": image} if image else {})

@@ -29,7 +29,7 @@ def collect_files(run: Run) -> Path:
 
 def build_manifest(run: Run, prepared: Prepared, *, folder: Path) -> Manifest:
     """The manifest of the files in `folder`, from what the run's stages recorded."""
-    record, verdict = run.read("prepare"), run.read("judge")["verdict"]
+    record, trained, verdict = run.read("prepare"), run.read("train"), run.read("judge")["verdict"]
     files = [(n, folder / n) for n in list_files(folder)]
     return Manifest(
         schema=1,
@@ -50,8 +50,8 @@ def build_manifest(run: Run, prepared: Prepared, *, folder: Path) -> Manifest:
             "n": verdict["n"],
             "arms": {a: v["score"] for a, v in verdict["arms"].items()},
         },
-        training=run.read("train")["summary"],
-        versions=read_versions(),
+        training=trained["summary"],
+        versions=read_versions(image=trained.get("image")),
         parent=run.read("evaluate")["champion"],
     )
 

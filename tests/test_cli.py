@@ -155,7 +155,8 @@ def write_bad_inputs(project: Path) -> None:
 def test_a_run_goes_from_rows_to_a_pulled_version(project: Path, tmp_path: Path) -> None:
     """run, list, show, pull, promote and generate work together on a folder store, and a second run does nothing."""
     store = f"file://{tmp_path / 'store'}"
-    env = {"APPLIANCE_STORE": store, "APPLIANCE_CACHE": str(tmp_path / "cache")}
+    image = f"registry.example/appliance@sha256:{'a' * 64}"
+    env = {"APPLIANCE_STORE": store, "APPLIANCE_CACHE": str(tmp_path / "cache"), "APPLIANCE_IMAGE": image}
     first = call("run", "recipes/colours.yaml", cwd=project, env=env)
     assert first.returncode in (0, 3), first.stderr
     second = call("run", "recipes/colours.yaml", cwd=project, env=env)
@@ -168,7 +169,10 @@ def test_a_run_goes_from_rows_to_a_pulled_version(project: Path, tmp_path: Path)
     assert forced.returncode == 0, forced.stderr
     pulled = call("pull", "colours@production", str(tmp_path / "pulled"), cwd=project, env=env)
     assert "verified" in pulled.stdout, pulled.stderr
-    told = json.loads((tmp_path / "pulled" / "card" / "card.json").read_bytes())["training"]
+    card = json.loads((tmp_path / "pulled" / "card" / "card.json").read_bytes())
+    assert card["versions"]["image"] == image, "what it was made in is on the card and in the manifest"
+    assert image in call("show", version, "--json", cwd=project, env=env).stdout
+    told = card["training"]
     assert told["predicted"]["micro_batch"] == told["micro_batch"]
     assert min(told["predicted"]["peak_memory_bytes"], told["peak_memory_bytes"]) > 0
     assert "mfu" not in told, "no figure on a CPU, rather than a guess"

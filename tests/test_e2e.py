@@ -361,6 +361,7 @@ def test_a_push_is_trained_in_the_image(make_forge: Callable[..., Forge], tmp_pa
     assert code in (0, 1), log
     (made,) = forge.versions()
     assert made.manifest.git_commit == forge.run("git", "rev-parse", "HEAD").strip()
+    assert made.manifest.versions["image"] == engine.find_digest()
 
 
 @pytest.mark.slow

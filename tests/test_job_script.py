@@ -115,6 +115,7 @@ def test_an_image_runs_as_this_user_and_left_overs_are_stopped(folder: Path) -> 
     assert f"|--user|{os.getuid()}:{os.getgid()}|" in ran
     assert "run|--rm|" in ran
     assert "|--env|AWS_SECRET_ACCESS_KEY|" in ran
+    assert "|--env|APPLIANCE_IMAGE|" in ran, "the manifest says which image made a version"
     assert "=secret" not in ran, "values never stand on a command line"
     assert f"|--volume|{folder}:/workspace|" in ran
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -95,6 +96,7 @@ def build_workspace(
         note=say,
         tensorboard=tensorboard.expanduser().resolve() if tensorboard else None,
         mirror=mirror,
+        image=os.environ.get("APPLIANCE_IMAGE") or None,
     )
 
 
