@@ -10,6 +10,7 @@ from pathlib import Path
 
 from appliance import __version__
 from appliance.data import (
+    OWN_ANSWER_TOKENS,
     Dataset,
     GeneralRows,
     Report,
@@ -103,8 +104,14 @@ def check_data(recipe: Recipe, *, root: Path) -> Report:
     )
 
 
-def plan_run(prepared: Prepared, *, rows: Sequence[TokenRow], machine: Machine) -> Plan:
-    """The plan of a run over the token `rows` of its train split; trains nothing."""
+def plan_run(
+    prepared: Prepared, *, rows: Sequence[TokenRow], machine: Machine, general: Sequence[TokenRow] = ()
+) -> Plan:
+    """The plan of a run over the token `rows` of its train split; trains nothing.
+
+    `general` are those of the Fisher, none where the base model is still to write them.
+    """
+    limit = min(prepared.recipe.training.max_length, 2 * OWN_ANSWER_TOKENS)
     return build_plan(
         prepared.recipe,
         lengths=[len(r.input_ids) for r in rows],
@@ -112,6 +119,7 @@ def plan_run(prepared: Prepared, *, rows: Sequence[TokenRow], machine: Machine) 
         validation_rows=len(prepared.splits.validation),
         base=prepared.base.folder,
         machine=machine,
+        longest_general=max((len(r.input_ids) for r in general), default=limit),
     )
 
 
