@@ -417,7 +417,7 @@ BAD_FOLDERS: list[tuple[str, dict[str, Any], str]] = [
     (
         "missing",
         {},
-        r"forgetting\.replay\.path: no folder .*; run `dvc pull`, correct the path, or leave it out",
+        r"forgetting\.replay\.path: .*: \[missing\] no such folder; run `dvc pull`, correct the path, or leave it out",
     ),
     ("empty", {"rows": 0}, "the file has no rows"),
     ("synthetic", {"provenance": "synthetic"}, "a synthetic row without a review"),
