@@ -126,7 +126,7 @@ def check_recipe(recipe: Recipe, *, workspace: Workspace) -> Report:
     for row in rows:
         sides[select_side(row.example.group_key, recipe.dataset.split)].append(row)
     findings = [*report.findings]
-    if report.dataset is not None:
+    if report.dataset is not None and rows:
         findings += _check_split(report.dataset, recipe)
     general, found = _check_general(recipe.forgetting, sides=sides, root=workspace.root)
     template, unknown = _find_template(recipe, workspace=workspace)
@@ -169,10 +169,10 @@ def _check_general(
         findings += found
         if dataset is None:
             continue
-        for id, (side, asked) in find_shared(dataset.examples, splits).items():  # noqa: A001
-            where = next(r.where for r in dataset.rows if r.example.id == id)
+        places = {r.example.id: r.where for r in dataset.rows}
+        for row, (side, asked) in find_shared(dataset.examples, splits).items():
             message = f"the prompt is that of {side} row {asked}"
-            findings.append(Finding("error", "shared-prompt", where, message, "remove it", id=id))
+            findings.append(Finding("error", "shared-prompt", places[row], message, "remove it", id=row))
         chosen = {e.id for e in order_general(dataset.examples)[:count]}
         used[name] = [r for r in dataset.rows if r.example.id in chosen]
     return used, findings
