@@ -283,7 +283,8 @@ def fill_four_bit(model: Any, *, dtype: torch.dtype, device: torch.device) -> An
                 filled = torch.randn(weight.shape, dtype=dtype, device=device) * 0.02
                 setattr(module, name, torch.nn.Parameter(filled + (1.0 if weight.dim() == 1 else 0.0)))
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config, device=device)
+    with device:  # what is no weight was made on "meta" too; the argument for it came and went with versions
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     settings = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
