@@ -26,9 +26,12 @@ Emit = Callable[..., None]
 
 
 def list_stop_signals() -> tuple[signal.Signals, ...]:
-    """What asks a process to stop: Ctrl-C, SIGTERM, and a closed terminal unless it was told to outlive it (nohup)."""
-    outlives = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return (signal.SIGINT, signal.SIGTERM, *(() if outlives else (signal.SIGHUP,)))
+    """What asks a process to stop: SIGTERM, and Ctrl-C and a closed terminal unless it was started to ignore them.
+
+    So a script's background jobs are started (`&`: Ctrl-C is for what is in front), and what `nohup` starts.
+    """
+    others = (s for s in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN)
+    return (signal.SIGTERM, *others)
 
 
 class StopFlag:

@@ -25,9 +25,10 @@ from appliance.data import (
 from appliance.digest import digest_json, write_atomic
 from appliance.errors import DatasetError, TrainingError
 from appliance.example import Example, Message, decode_examples, encode_examples
-from appliance.model import Base, ChatTemplate, load_template, render_row
+from appliance.model import Base, ChatTemplate, TokenRow, load_template, render_row
 from appliance.preparation import Prepared, Workspace, read_versions
 from appliance.run import Run
+from appliance.training import TokenCache, build_rows
 
 _BATCH = 32
 
@@ -63,8 +64,23 @@ def choose_general(prepared: Prepared, *, run: Run, workspace: Workspace, thread
             times = -(-count // len(pools["replay"]))
             workspace.note(f"warning: only {len(pools['replay'])} general rows; each stands in an epoch {times} times")
     if section.ewc is not None:
-        ewc = tuple(_mark(e, "") for e in order_general(pools["ewc"])[: section.ewc.rows])
+        ewc = select_ewc(pools["ewc"], count=section.ewc.rows)
     return Chosen(replay=replay, ewc=ewc)
+
+
+def preview_rows(
+    prepared: Prepared, *, template: ChatTemplate, cache: TokenCache
+) -> tuple[tuple[TokenRow, ...], tuple[TokenRow, ...]]:
+    """The token rows to train on and those of the Fisher, as far as they are known; starts nothing.
+
+    Raises `TrainingError` for what training would refuse.
+    """
+    section = prepared.recipe.training
+    trained, protected = (
+        build_rows(examples, template=template, max_length=section.max_length, overlong=section.overlong, cache=cache)
+        for examples in ((*prepared.splits.train, *preview_replay(prepared)), preview_ewc(prepared))
+    )
+    return trained, protected
 
 
 def preview_replay(prepared: Prepared) -> tuple[Example, ...]:
@@ -74,6 +90,19 @@ def preview_replay(prepared: Prepared) -> tuple[Example, ...]:
         return ()
     count = count_replayed(section.replay.share, train_rows=len(prepared.splits.train))
     return select_replay(prepared.replay.examples, count=count)
+
+
+def preview_ewc(prepared: Prepared) -> tuple[Example, ...]:
+    """The rows of the Fisher as far as they are known without the base model's answers; starts nothing."""
+    section = prepared.recipe.forgetting
+    if section is None or section.ewc is None or prepared.ewc is None or prepared.ewc.examples is None:
+        return ()
+    return select_ewc(prepared.ewc.examples, count=section.ewc.rows)
+
+
+def select_ewc(pool: tuple[Example, ...], *, count: int) -> tuple[Example, ...]:
+    """The first `count` general rows in content order."""
+    return tuple(_mark(e, "") for e in order_general(pool)[:count])
 
 
 def select_replay(pool: tuple[Example, ...], *, count: int) -> tuple[Example, ...]:

@@ -20,7 +20,7 @@ from appliance.digest import canonical_json, digest_file, digest_folder, write_a
 from appliance.errors import DatasetError
 from appliance.example import decode_examples, encode_examples
 from appliance.general import choose_general
-from appliance.model import fit_template, load_template
+from appliance.model import TokenRow, fit_template, load_template
 from appliance.plan import check_device, read_machine
 from appliance.preparation import Origin, Prepared, Workspace, plan_run, prepare, read_versions
 from appliance.recipe import FullMethod, Recipe
@@ -145,8 +145,9 @@ def _prepare_stage(run: Run, prepared: Prepared, *, workspace: Workspace, origin
             workspace.note(f"warning: {len(became[side]['dropped'])} {side} rows are too long and were dropped whole")
         if side == "train":
             trained = rows
+    protected: tuple[TokenRow, ...] = ()
     if general.ewc:
-        training.prepare_rows(
+        protected = training.prepare_rows(
             general.ewc,
             template=template,
             max_length=section.max_length,
@@ -154,7 +155,7 @@ def _prepare_stage(run: Run, prepared: Prepared, *, workspace: Workspace, origin
             file=run.training / "general.rows.jsonl",
             cache=kept,
         )
-    plan = plan_run(prepared, rows=trained, machine=machine)
+    plan = plan_run(prepared, rows=trained, machine=machine, general=protected)
     for warning in plan.warnings:
         workspace.note(f"warning: {warning}")
     run.finish(

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
 from appliance import __version__
 from appliance.data import (
+    OWN_ANSWER_TOKENS,
     Dataset,
+    Finding,
     GeneralRows,
     Report,
+    Row,
     Splits,
     check_apart,
     check_dataset,
+    check_general,
+    check_masks,
+    count_replayed,
+    describe_lengths,
     digest_general,
+    find_in_fault,
+    find_shared,
     load_general,
+    order_general,
+    select_side,
     split_dataset,
 )
-from appliance.errors import DatasetError
-from appliance.model import Base, TokenRow, resolve_base
+from appliance.errors import DatasetError, ModelError, StoreError
+from appliance.model import Base, ChatTemplate, TokenRow, fit_template, load_template, resolve_base
 from appliance.plan import Machine, Plan, build_plan
 from appliance.recipe import ForgettingSection, Recipe
 from appliance.run import build_run_key
@@ -99,7 +110,7 @@ def _load_general(
 
 
 def check_data(recipe: Recipe, *, root: Path) -> Report:
-    """The findings for a recipe's dataset; lengths are checked against the base when rows are prepared."""
+    """The findings for a recipe's dataset that need no base model."""
     return check_dataset(
         root / recipe.dataset.path,
         split=recipe.dataset.split,
@@ -107,8 +118,93 @@ def check_data(recipe: Recipe, *, root: Path) -> Report:
     )
 
 
-def plan_run(prepared: Prepared, *, rows: Sequence[TokenRow], machine: Machine) -> Plan:
-    """The plan of a run over the token `rows` of its train split; trains nothing."""
+def check_recipe(recipe: Recipe, *, workspace: Workspace) -> Report:
+    """All that training would refuse of a recipe's rows, before a GPU is asked for.
+
+    `check_data`, the split, the folders of general rows, and by the base's chat template every mask and
+    length. A base that is not at hand is one warning, and the rest is checked.
+    """
+    report = check_data(recipe, root=workspace.root)
+    rows = report.dataset.rows if report.dataset is not None else ()
+    sides: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
+    for row in rows:
+        sides[select_side(row.example.group_key, recipe.dataset.split)].append(row)
+    findings = [*report.findings]
+    if report.dataset is not None and rows:
+        findings += _check_split(report.dataset, recipe)
+    general, found = _check_general(recipe.forgetting, sides=sides, root=workspace.root)
+    template, unknown = _find_template(recipe, workspace=workspace)
+    findings += [*found, *unknown]
+    if template is None:
+        return replace(report, findings=tuple(findings))
+    shapeless = {f.where for f in findings if f.rule in ("roles", "empty")}
+    sound = {
+        name: [r for r in chosen if r.where not in shapeless]
+        for name, chosen in {**sides, "train": sides["train"] + general["replay"], "Fisher": general["ewc"]}.items()
+    }
+    fitted = fit_template(template, [r.example for r in sides["train"]])
+    masks, lengths = check_masks(sound, template=fitted, training=recipe.training)
+    counts = report.counts | (describe_lengths(lengths) if lengths else {})
+    return replace(report, findings=tuple(dict.fromkeys((*findings, *masks))), counts=counts)
+
+
+def _check_split(dataset: Dataset, recipe: Recipe) -> Iterator[Finding]:
+    try:
+        split_dataset(dataset, recipe.dataset.split)
+    except DatasetError as fault:
+        yield find_in_fault("error", "split", str(dataset.folder), fault)
+
+
+def _check_general(
+    section: ForgettingSection | None, *, sides: dict[str, list[Row]], root: Path
+) -> tuple[dict[str, list[Row]], list[Finding]]:
+    """The general rows that would be used, by what for, and what is wrong with their folders."""
+    used: dict[str, list[Row]] = {"replay": [], "ewc": []}
+    findings: list[Finding] = []
+    splits = Splits(*(tuple(r.example for r in sides[s]) for s in ("train", "validation", "test")))
+    counts: dict[str, tuple[str, int]] = {}
+    if section is not None and section.replay is not None and section.replay.path is not None:
+        count = count_replayed(section.replay.share, train_rows=len(splits.train))
+        counts["replay"] = (section.replay.path, count)
+    if section is not None and section.ewc is not None and section.ewc.path is not None:
+        counts["ewc"] = (section.ewc.path, section.ewc.rows)
+    for name, (path, count) in counts.items():
+        dataset, found = check_general(root / path)
+        findings += found
+        if dataset is None:
+            continue
+        places = {r.example.id: r.where for r in dataset.rows}
+        for row, (side, asked) in find_shared(dataset.examples, splits).items():
+            message = f"the prompt is that of {side} row {asked}"
+            findings.append(Finding("error", "shared-prompt", places[row], message, "remove it", id=row))
+        chosen = {e.id for e in order_general(dataset.examples)[:count]}
+        used[name] = [r for r in dataset.rows if r.example.id in chosen]
+    return used, findings
+
+
+def _find_template(recipe: Recipe, *, workspace: Workspace) -> tuple[ChatTemplate | None, tuple[Finding, ...]]:
+    """The template of the recipe's base; else why there is none: an error, or not at hand, which is a warning."""
+    model = f"base model {recipe.base.model}"
+    try:
+        base = resolve_base(recipe.base, root=workspace.root, cache=workspace.cache, note=workspace.note)
+    except (ModelError, StoreError) as fault:
+        found = find_in_fault("warning", "base", model, fault)
+        message = f"masks and token lengths are not checked: {found.message.removeprefix(f'{model}: ')}"
+        return None, (replace(found, message=message),)
+    try:
+        return load_template(base.folder), ()
+    except ModelError as fault:
+        return None, (find_in_fault("error", "base", model, fault),)
+
+
+def plan_run(
+    prepared: Prepared, *, rows: Sequence[TokenRow], machine: Machine, general: Sequence[TokenRow] = ()
+) -> Plan:
+    """The plan of a run over the token `rows` of its train split; trains nothing.
+
+    `general` are those of the Fisher, none where the base model is still to write them.
+    """
+    limit = min(prepared.recipe.training.max_length, 2 * OWN_ANSWER_TOKENS)
     return build_plan(
         prepared.recipe,
         lengths=[len(r.input_ids) for r in rows],
@@ -116,6 +212,7 @@ def plan_run(prepared: Prepared, *, rows: Sequence[TokenRow], machine: Machine) 
         validation_rows=len(prepared.splits.validation),
         base=prepared.base.folder,
         machine=machine,
+        longest_general=max((len(r.input_ids) for r in general), default=limit),
     )
 
 

@@ -252,9 +252,11 @@ class Recipe(Section):
                 f"forgetting.ewc: method {self.method.type} changes no weight of the base; "
                 f"use it with {', '.join(_EWC_METHODS)}, or use forgetting.replay"
             )
-        if getattr(self.method, "variant", None) == "dora":
+        variant = getattr(self.method, "variant", None)
+        if variant in ("dora", "mica"):
             raise ValueError(
-                "forgetting.ewc: the update of variant dora is not B A alone; use another variant, or forgetting.replay"
+                f"forgetting.ewc: the update of variant {variant} is not that of a plain LoRA layer; "
+                "use another variant, or forgetting.replay"
             )
         return self
 

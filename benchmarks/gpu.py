@@ -254,6 +254,8 @@ def build_weights(folder: Path, *, dtype: torch.dtype, four_bit: bool, attention
 def fill_four_bit(model: Any, *, dtype: torch.dtype, device: torch.device) -> Any:
     """Every linear layer but the head as random NF4, doubly quantised, one at a time: 70B never exists in bf16."""
     import bitsandbytes as bnb
+    from transformers import BitsAndBytesConfig
+    from transformers.quantizers import AutoHfQuantizer
 
     for name, module in list(model.named_modules()):
         if not isinstance(module, torch.nn.Linear) or name.endswith("lm_head"):
@@ -281,9 +283,15 @@ def fill_four_bit(model: Any, *, dtype: torch.dtype, device: torch.device) -> An
                 filled = torch.randn(weight.shape, dtype=dtype, device=device) * 0.02
                 setattr(module, name, torch.nn.Parameter(filled + (1.0 if weight.dim() == 1 else 0.0)))
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config, device=device)
+    with device:  # what is no weight was made on "meta" too; the argument for it came and went with versions
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
     model.is_loaded_in_4bit = True
-    model.is_quantized = True
+    model.is_quantized = True  # the trainer asks then whether this kind of quantisation can be trained
+    model.hf_quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+    model.quantization_method = settings.quant_method
     return model
 
 

@@ -1,4 +1,4 @@
-"""Write what is made from code and results: the recipe's schema, the README's tree, the tables of docs/speed.md."""
+"""Write what is made from code and results: the recipe's schema, the README's tree, figures of speed and resume."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from appliance.recipe import render_schema
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- tree: written by `make docs` -->", "<!-- end of tree -->"
 SPEED, END_SPEED = "<!-- speed: written by `make docs` -->", "<!-- end of speed -->"
+COST, END_COST = "<!-- checkpoints: written by `make docs` -->", "<!-- end of checkpoints -->"
 FOLDERS = ("appliance", "benchmarks", "docs", "tests")
 RESULTS = ("train_cpu", "train_cpu_jobs")
 # What has no docstring to quote.
@@ -108,13 +109,30 @@ def render_speed(text: str, root: Path) -> str:
     return "\n".join([head + SPEED, *lines, END_SPEED + rest.partition(END_SPEED)[2]])
 
 
+def render_resume(text: str, root: Path) -> str:
+    """The page with what checkpoints cost written anew from the committed result."""
+    found = json.loads((root / "benchmarks" / "results" / "checkpoints.json").read_text("utf-8"))
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    each = f"{found['megabytes_per_checkpoint']:.0f} MB, {found['seconds_per_checkpoint']:.2f} s each"
+    lines = [
+        f"Saving and sealing took {found['share']:.2%} of the training's time (target: at most {found['target']:.0%}):",
+        f"{found['checkpoints']} checkpoints of {each}; {found['steps']} steps of {found['seconds_per_step']:.1f} s.",
+        f"(`python benchmarks/checkpoints.py`: SmolLM2-135M, LoRA r16, {found['rows']} rows, the default of",
+        f"`training.checkpoints`; {found['date']}, {found['cores']} cores, {found['processor']}, {versions}.)",
+    ]
+    head, _, rest = text.partition(COST)
+    return "\n".join([head + COST, *lines, END_COST + rest.partition(END_COST)[2]])
+
+
 def main() -> None:
-    """Write the three files."""
+    """Write the four files."""
     (ROOT / "docs" / "recipe.schema.json").write_text(render_schema(), "utf-8")
     readme = ROOT / "README.md"
     readme.write_text(render_readme(readme.read_text("utf-8"), ROOT), "utf-8")
     speed = ROOT / "docs" / "speed.md"
     speed.write_text(render_speed(speed.read_text("utf-8"), ROOT), "utf-8")
+    resume = ROOT / "docs" / "resume.md"
+    resume.write_text(render_resume(resume.read_text("utf-8"), ROOT), "utf-8")
 
 
 if __name__ == "__main__":

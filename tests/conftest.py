@@ -7,6 +7,7 @@ with two threads each on two cores wait for each other at every barrier.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -20,7 +21,14 @@ from appliance.store.s3 import S3Store
 
 
 def pytest_configure() -> None:
-    """Pin this worker, and so all it starts, to its share of the cores (no-op without workers or with one core)."""
+    """Hear signals as in front of a terminal, and pin this worker to its share of the cores (where it has one).
+
+    A script's background jobs start with Ctrl-C ignored, and `nohup`'s with SIGHUP ignored: what the tests
+    start would inherit that, and the signals that they send would be lost.
+    """
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
     name, count = os.environ.get("PYTEST_XDIST_WORKER", ""), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if name:
         share = sorted(os.sched_getaffinity(0))[int(name.removeprefix("gw")) :: count]

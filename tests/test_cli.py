@@ -104,6 +104,14 @@ BAD: list[tuple[list[str], int, str]] = [
     (["run", "no-base.yaml"], 1, "nothing at"),
     (["data", "check", "datasets/empty"], 1, "rows.jsonl"),
     (["data", "check", "datasets/broken"], 1, "rows.jsonl:3"),
+    (["data", "check", "--recipe", "recipes/colours.yaml"], 0, "0 errors"),
+    (
+        ["data", "check", "--recipe", "masked.yaml"],
+        1,
+        "datasets/masked/rows.jsonl:3: [mask] row r2: the answer of turn 2",
+    ),
+    (["data", "check", "--recipe", "no-base.yaml"], 0, "masks and token lengths are not checked: nothing at"),
+    (["plan", "masked.yaml"], 1, "row r2: the answer of turn 2 holds the stop token"),
     (["run", "few.yaml"], 1, "10"),
     (["data", "check"], 2, "give either"),
     (["list", "--store", "http://example.com/x"], 1, "s3://"),
@@ -145,6 +153,10 @@ def write_bad_inputs(project: Path) -> None:
     (project / "no-data.yaml").write_text(dump({**good, "dataset": {"path": "datasets/none"}}))
     (project / "no-base.yaml").write_text(dump({**good, "base": {"model": "./none"}}))
     (project / "few.yaml").write_text(dump({**good, "dataset": {"path": "datasets/few"}}))
+    (project / "masked.yaml").write_text(dump({**good, "dataset": {"path": "datasets/masked"}}))
+    masked = write_dataset(project / "datasets" / "masked")
+    (masked / "dataset.yaml").write_text("name: colours\n")
+    (masked / "rows.jsonl").write_text((masked / "rows.jsonl").read_text().replace('"green"', '"green<|im_end|>"', 1))
     write_dataset(project / "datasets" / "few", rows=9)
     (write_dataset(project / "datasets" / "empty") / "rows.jsonl").write_bytes(b"")
     broken = write_dataset(project / "datasets" / "broken") / "rows.jsonl"

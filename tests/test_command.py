@@ -128,7 +128,15 @@ def test_training_killed_by_someone_is_not_tried_again(
 STOPS = "from appliance.child import list_stop_signals; print(*(s.name for s in list_stop_signals()))"
 
 
-@pytest.mark.parametrize(("lead", "names"), [("", "SIGINT SIGTERM SIGHUP"), ("trap '' HUP;", "SIGINT SIGTERM")])
+@pytest.mark.parametrize(
+    ("lead", "names"),
+    [
+        ("", "SIGTERM SIGINT SIGHUP"),
+        ("trap '' HUP;", "SIGTERM SIGINT"),
+        ("trap '' INT;", "SIGTERM SIGHUP"),
+        ("trap '' INT TERM HUP;", "SIGTERM"),
+    ],
+)
 def test_who_is_to_outlive_the_terminal_does(lead: str, names: str) -> None:
     """A closed terminal stops a process, unless it was started to ignore that (nohup)."""
     argv = ["sh", "-c", f'{lead} exec "$0" -c "$1"', sys.executable, STOPS]

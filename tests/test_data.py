@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import write_dataset
+from tiny import TEMPLATE, make_recipe, write_dataset, write_tokenizer
 
-from appliance.data import check_dataset, load_dataset, select_side, split_dataset, summarise_dataset
-from appliance.errors import DatasetError
+from appliance.data import (
+    Report,
+    check_dataset,
+    load_dataset,
+    order_general,
+    select_side,
+    split_dataset,
+    summarise_dataset,
+)
+from appliance.errors import DatasetError, TrainingError
 from appliance.example import Example, Message
-from appliance.recipe import SplitSection
+from appliance.model import load_template
+from appliance.preparation import Workspace, check_recipe
+from appliance.recipe import Recipe, SplitSection
+from appliance.training import build_rows
 
 SPLIT = SplitSection()
 
@@ -141,13 +153,131 @@ def test_fewer_than_ten_rows_are_refused_and_few_are_questioned(tmp_path: Path) 
     assert {f.rule for f in some.warnings} == {"volume", "test-size"}
 
 
-def test_rows_that_are_too_long_are_named(tmp_path: Path) -> None:
-    """With a token counter, each row above the limit is an error with its length."""
-    folder = write_dataset(tmp_path / "d", rows=20)
-    report = check_dataset(folder, split=SPLIT, max_length=4, count_tokens=lambda e: 5 if e.id == "r3" else 4)
-    assert [f.id for f in report.errors] == ["r3"]
-    assert "5 tokens" in report.errors[0].message
-    assert report.counts["tokens"]["longest"] == 5
+def make_base(folder: Path, *, template: str = TEMPLATE) -> Path:
+    """As much of a base model as a check reads: a tokenizer and a template; its weights are never opened."""
+    write_tokenizer(folder, template=template)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"never read")
+    return folder
+
+
+def check(root: Path, notes: list[str] | None = None, **sections: Any) -> Report:
+    """The check of the colours recipe in the repository `root`."""
+    said = notes if notes is not None else []
+    workspace = Workspace(root=root, cache=root / "cache", runs=root / "runs", note=said.append)
+    return check_recipe(Recipe.model_validate(make_recipe().model_dump() | sections), workspace=workspace)
+
+
+CALL = {"type": "function", "function": {"name": "look", "arguments": {}}}
+MASKED: dict[str, dict[str, Any]] = {
+    "holds the stop token": talk(("user", "a"), ("assistant", "red<|im_end|> and more")),
+    "no tool calls": {
+        "messages": [
+            {"role": "user", "content": "b"},
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "content": "t"},
+            {"role": "assistant", "content": "red"},
+        ]
+    },
+    "tools is not JSON": {**talk(("user", "c"), ("assistant", "red")), "tools": "[{"},
+    "leaves out the definition of tool look": {
+        **talk(("user", "d"), ("assistant", "red")),
+        "tools": json.dumps([{"name": "look"}]),
+    },
+    "leaves out the definition of tool None": {
+        **talk(("user", "e"), ("assistant", "red")),
+        "tools": json.dumps([{"function": 5}]),
+    },
+    "300 tokens": talk(("user", "f" * 277), ("assistant", "red")),
+}
+
+
+def test_the_check_of_a_recipe_names_every_row_that_training_would_refuse(tmp_path: Path) -> None:
+    """All at once, with file and line; what it lets pass, training takes, and what it names, training refuses."""
+    folder = tmp_path / "datasets" / "colours"
+    rows = [make_row(n) for n in range(60)]
+    for place, fault in enumerate(MASKED.values()):
+        rows[5 * place + 2] |= fault
+    rows[50] |= {"provenance": "synthetic"}
+    rows[55] |= talk(("user", "g"), ("user", "h"), ("assistant", "red"))
+    write_rows(folder, rows, contract={"type": "text"})
+    template = load_template(make_base(tmp_path / "base"))
+    report = check(tmp_path)
+    found = {(int(f.where.removeprefix(f"{folder / 'rows.jsonl'}:")), f.rule) for f in report.errors}
+    assert found == {(3, "mask"), (8, "mask"), (13, "mask"), (18, "mask"), (23, "mask"), (28, "length"),
+                     (51, "unreviewed"), (56, "roles")}  # fmt: skip
+    for words in MASKED:
+        (finding,) = (f for f in report.errors if words in f.message)
+        assert finding.fix
+        assert str(finding).count(f"row {finding.id}") == 1
+    refused = {f.id for f in report.errors if f.rule in ("mask", "length")}
+    for row in (r for r in load_dataset(folder).rows if r.line != 56):
+        with pytest.raises(TrainingError) if row.example.id in refused else nullcontext():
+            build_rows([row.example], template=template, max_length=256)
+    assert report.counts["tokens"]["longest"] == 300
+
+
+def test_rows_that_are_dropped_are_warned_about_until_none_is_left(tmp_path: Path) -> None:
+    """`overlong: drop` loses rows of train and validation, never of test; a side without any is an error."""
+    folder = tmp_path / "datasets" / "colours"
+    make_base(tmp_path / "base")
+    rows = [
+        make_row(n, **talk(("user", f"{n:03}" + "x" * (300 if n < 30 else 3)), ("assistant", "red"))) for n in range(60)
+    ]
+    write_rows(folder, rows)
+    training = make_recipe().training.model_dump() | {"overlong": "drop"}
+    report = check(tmp_path, training=training)
+    assert not report.errors
+    dropped = [f for f in report.warnings if f.rule == "length"]
+    assert len(dropped) == 2
+    assert all("they are dropped whole" in f.fix for f in dropped)
+    write_rows(folder, [make_row(n, **talk(("user", f"{n:03}" + "x" * 300), ("assistant", "red"))) for n in range(60)])
+    report = check(tmp_path, training=training)
+    sides = {select_side(r.example.group_key, make_recipe().dataset.split) for r in load_dataset(folder).rows}
+    assert sides == {"train", "validation", "test"}
+    assert {f.fix.split(" row is")[0] for f in report.errors} == {"every train", "every validation"}
+
+
+def test_general_rows_are_checked_like_those_beside_them(tmp_path: Path) -> None:
+    """Those that would be used: faults, masks and shared prompts, with file and line, beside the dataset's own."""
+    make_base(tmp_path / "base")
+    write_dataset(tmp_path / "datasets" / "colours")
+    rows = [
+        make_row(n, **talk(("user", f"why {n}?"), ("assistant", f"so {n}")), provenance="general") for n in range(9)
+    ]
+    rows[3] |= talk(("user", "why?"), ("assistant", "be<|im_end|>cause"))
+    rows[5] |= talk(("user", "Thing 0: RED"), ("assistant", "red"))
+    rows[7] |= {"provenance": "synthetic"}
+    folder = write_rows(tmp_path / "general", rows, contract={"type": "text"})
+    asked = {"replay": {"path": "general", "share": 0.3}, "ewc": {"path": "general"}}
+    found = {(f.where, f.rule) for f in check(tmp_path, forgetting=asked).errors}
+    file = folder / "rows.jsonl"
+    assert found == {(f"{file}:4", "mask"), (f"{file}:6", "shared-prompt"), (f"{file}:8", "unreviewed")}
+    (missing,) = check(tmp_path, forgetting={"ewc": {"path": "nowhere"}}).errors
+    assert "run `dvc pull`, correct the path, or leave it out" in missing.fix
+    few = check(tmp_path, forgetting={"ewc": {"path": "general", "rows": 1}}).errors
+    chosen = order_general([r.example for r in load_dataset(folder).rows])[0]
+    assert {f.id for f in few if f.rule == "mask"} == {"r3"} & {chosen.id}, "a row that is not used is not refused"
+
+
+def test_without_a_base_the_rest_is_checked(tmp_path: Path) -> None:
+    """One line says that masks were not looked at; a base that is there without a template is an error."""
+    folder = tmp_path / "datasets" / "colours"
+    write_rows(folder, [make_row(n) for n in range(30)] + [make_row(3)])
+    report = check(tmp_path)
+    assert {f.rule for f in report.errors} == {"id", "duplicate"}
+    (unknown,) = (f for f in report.warnings if f.rule == "base")
+    assert "masks and token lengths are not checked: nothing at" in str(unknown)
+    assert "\n" not in str(unknown)
+    (make_base(tmp_path / "base") / "chat_template.jinja").unlink()
+    assert [f.rule for f in check(tmp_path).errors if f.rule not in ("id", "duplicate")] == ["base"]
+
+
+def test_a_split_that_would_be_empty_is_found(tmp_path: Path) -> None:
+    """Train and test have rows, or training would refuse."""
+    make_base(tmp_path / "base")
+    write_rows(tmp_path / "datasets" / "colours", [make_row(n, group="one") for n in range(20)])
+    assert {f.rule for f in check(tmp_path).errors} == {"split"}
 
 
 def test_categories_are_the_declared_ones_and_balanced(tmp_path: Path) -> None:

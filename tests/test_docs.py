@@ -28,11 +28,12 @@ def read(name: str) -> str:
 
 def test_what_is_made_from_the_code_is_fresh() -> None:
     """The schema, the README's tree and the tables of measured speed are what `make docs` writes."""
-    from write import render_readme, render_speed
+    from write import render_readme, render_resume, render_speed
 
     assert read("docs/recipe.schema.json") == render_schema()
     assert read("README.md") == render_readme(read("README.md"), ROOT)
     assert read("docs/speed.md") == render_speed(read("docs/speed.md"), ROOT)
+    assert read("docs/resume.md") == render_resume(read("docs/resume.md"), ROOT)
 
 
 def test_every_file_in_the_tree_is_told() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -25,6 +27,9 @@ from appliance.example import Example, Message, decode_examples
 from appliance.general import _read_answers as read_answers
 from appliance.general import choose_general, keep_finished, preview_replay, select_replay
 from appliance.model import load_template
+from appliance.model.shapes import read_sizes, read_weight_dtypes, read_weight_shapes
+from appliance.plan import Machine, Plan, build_plan
+from appliance.plan.penalty import measure_penalty
 from appliance.preparation import Origin, Workspace, prepare
 from appliance.recipe import EwcSection, Recipe, parse_recipe
 from appliance.run import Run, open_run
@@ -409,7 +414,11 @@ def test_the_run_key_depends_on_the_general_rows(base: Path, tmp_path: Path) -> 
 
 
 BAD_FOLDERS: list[tuple[str, dict[str, Any], str]] = [
-    ("missing", {}, r"forgetting\.replay\.path: no folder .*; run `dvc pull`, correct the path, or leave it out"),
+    (
+        "missing",
+        {},
+        r"forgetting\.replay\.path: .*: \[missing\] no such folder; run `dvc pull`, correct the path, or leave it out",
+    ),
     ("empty", {"rows": 0}, "the file has no rows"),
     ("synthetic", {"provenance": "synthetic"}, "a synthetic row without a review"),
     ("roles", {"messages": [{"role": "user", "content": "hi"}]}, "the last turn is user, expected assistant"),
@@ -469,11 +478,12 @@ BAD_SECTIONS = [
     (LORA, "{ewc: {strenght: 1}}", r"unknown key forgetting\.ewc\.strenght; did you mean strength\?"),
     (LORA, "{replays: {}}", r"unknown key forgetting\.replays; did you mean replay\?"),
     (LORA, "{}", r"forgetting: says nothing; give replay or ewc"),
-    ("{type: lora, variant: dora}", "{ewc: {}}", r"forgetting\.ewc: the update of variant dora is not B A alone"),
+    ("{type: lora, variant: dora}", "{ewc: {}}", r"forgetting\.ewc: the update of variant dora is not that of a plain"),
+    ("{type: lora, variant: mica}", "{ewc: {}}", r"forgetting\.ewc: the update of variant mica is not that of a plain"),
 ]
 
 
-@pytest.mark.parametrize(("method", "forgetting", "message"), BAD_SECTIONS, ids=[b[1] for b in BAD_SECTIONS])
+@pytest.mark.parametrize(("method", "forgetting", "message"), BAD_SECTIONS, ids=[b[0] + b[1] for b in BAD_SECTIONS])
 def test_a_bad_section_is_one_clear_message(method: str, forgetting: str, message: str) -> None:
     """Shares and strengths out of range, misspelt keys and methods it cannot serve name the key."""
     with pytest.raises(RecipeError, match=message) as caught:
@@ -546,3 +556,109 @@ def test_answers_that_were_cut_or_are_empty_are_not_kept() -> None:
         Output(id=i, arm="zero_shot", output=t, stop=s, tokens=3, prompt_tokens=3, seconds=0.1) for i, t, s in said
     ]
     assert [(e.id, e.answer) for e in keep_finished(asked, outputs)] == [("a", "yes")]
+
+
+def count_live_bytes(work: Callable[[], Any]) -> int:
+    """The most bytes that tensors made by `work` hold at once, by the allocator's own record."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
+        kept = work()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    del kept
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+PLANNED: list[tuple[str, dict[str, Any]]] = [
+    *(("fp32", m) for m in METHODS),
+    ("fp32", {"type": "lora", "rank": 4, "variant": "gaussian"}),
+    ("fp32", {"type": "lora", "rank": 4, "variant": "orthogonal"}),
+    ("fp32", {"type": "full"}),
+    ("bf16", {"type": "full"}),
+]
+every_planned_method = pytest.mark.parametrize(
+    ("stored", "method"), PLANNED, ids=[f"{s}-{m.get('variant', m['type'])}" for s, m in PLANNED]
+)
+
+
+def store_base(base: Path, folder: Path, stored: str) -> Path:
+    """The tiny base with its weights in this dtype, none of them as round as the norms of a fresh model."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(base, folder)
+    weights = load_file(base / "model.safetensors")
+    torch.manual_seed(1)
+    dtype = torch.bfloat16 if stored == "bf16" else torch.float32
+    changed = {n: (w + 0.01 * torch.randn_like(w)).to(dtype) for n, w in weights.items()}
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def count_held(penalty: Any) -> int:
+    """Bytes of every tensor that a penalty keeps."""
+    starts = [t.start if isinstance(t.start, tuple) else (t.start,) for t in penalty.terms]
+    tensors = [*(t.fisher for t in penalty.terms), *(s for start in starts for s in start if s is not None)]
+    return sum(t.nbytes for t in tensors)
+
+
+@every_planned_method
+def test_the_plan_counts_what_the_penalty_holds(
+    base: Path, tmp_path: Path, stored: str, method: dict[str, Any]
+) -> None:
+    """Byte for byte its tensors, and its largest moment; a plan with it is larger by them, and by nothing else."""
+    home = store_base(base, tmp_path / "base", stored)
+    job = make_job(home, tmp_path, strength=50.0, method=method)
+    model, penalty = build(job)
+    held = count_held(penalty)
+    planned = measure_penalty(job.method, read_weight_shapes(home), read_weight_dtypes(home))
+    assert planned.kept == held > 0
+
+    for weight in model.parameters():
+        weight.grad = weight.detach().clone() if weight.requires_grad else None
+    largest = max(t.fisher.numel() for t in penalty.terms)
+    passing = count_live_bytes(penalty.add_gradients)
+    factors = 0 if method["type"] == "full" else 3 * 4 * 4 * (64 + 128)  # of the matrix at hand and the one before
+    assert planned.passing == 12 * largest <= passing <= planned.passing + factors + 64
+
+    def plan(recipe: Recipe) -> Plan:
+        machine = Machine(cores=1, memory_bytes=8 << 30)
+        facts = {"lengths": [200] * 40, "trained_tokens": 40, "validation_rows": 0}
+        return build_plan(recipe, **facts, base=home, machine=machine, longest_general=20)
+
+    plain, guarded = plan(make_recipe(method=method)), plan(make_ewc_recipe(method))
+    assert guarded.peak_bytes - plain.peak_bytes == pytest.approx(1.07 * held, abs=1)
+    assert plan(make_ewc_recipe(method, replay={})) == plain, "replay holds no memory of its own"
+
+
+def make_ewc_recipe(method: dict[str, Any], **sections: Any) -> Recipe:
+    """The tiny recipe of a method with the penalty, or with the given `forgetting`."""
+    values = {**make_recipe(method=method).model_dump(), "forgetting": sections or {"ewc": {}}}
+    return Recipe.model_validate(values)
+
+
+def test_the_plan_counts_the_estimate_of_the_fisher(base: Path, tmp_path: Path) -> None:
+    """fp32 sums of every matrix before the first step: they are the peak where rows are short and general rows long."""
+    import torch
+
+    from appliance.model.weights import load_model
+    from appliance.training.fisher import estimate_inputs
+
+    method = {"type": "lora", "rank": 4}
+    job = make_job(base, tmp_path, strength=50.0, method=method)
+    model = load_model(base, precision="fp32", device=torch.device("cpu")).eval()
+    planned = measure_penalty(job.method, shapes := read_weight_shapes(base), {})
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and not n.endswith("lm_head")}
+    rows = load_rows(tmp_path / "general.rows.jsonl")[:3]
+    measured = count_live_bytes(lambda: estimate_inputs(model, modules, rows, seed=1))
+    sizes = read_sizes(base)
+    longest = max(len(r.input_ids) for r in rows)
+    moving = longest * (56 * sizes.hidden * sizes.layers * 2 + 12.3 * 2 * sizes.vocabulary)  # in fp32
+    assert planned.estimating < measured < planned.estimating + 1.5 * moving
+    machine = Machine(cores=1, memory_bytes=1 << 20)
+    facts = {"lengths": [2] * 40, "trained_tokens": 40, "validation_rows": 0}
+    plan = build_plan(make_ewc_recipe(method), **facts, base=base, machine=machine, longest_general=longest)
+    loaded = 2 * sum(math.prod(s) for s in shapes.values()) + 4 * plan.trainable_parameters
+    held = loaded + planned.estimating + longest * (56 * sizes.hidden * sizes.layers + 12.3 * sizes.vocabulary)
+    assert plan.peak_bytes == pytest.approx(1.07 * held + (1 << 30), abs=1)
+    assert "forgetting.ewc takes 0.0 GiB of it before the first step" in "\n".join(plan.warnings)

@@ -241,6 +241,12 @@ def test_a_review_reports_what_can_be_known(project: Project) -> None:
     assert faults == 1
     (finding,) = (r for s in sections if s.title == "Findings: colours" for r in s.rows if r[0] == "error")
     assert finding[1].startswith("datasets/colours/rows.jsonl:1: [contract]")
+    rows.write_text(rows.read_text().replace('"content": "bleu"}', '"content": "blue<|im_end|>"}', 1))
+    project.run(sys.executable, "-m", "dvc", "add", "--quiet", "datasets")
+    sections, faults = review(workspace, since=since, store=None)
+    found = [r[1] for s in sections if s.title == "Findings: colours" for r in s.rows if r[0] == "error"]
+    assert faults == len(found) == 2
+    assert any(f.startswith("datasets/colours/rows.jsonl:1: [mask] row r1: the answer of turn 2 holds") for f in found)
     shutil.rmtree(project.root / "datasets")
     shutil.rmtree(project.root / ".dvc" / "cache")
     sections, faults = review(workspace, since=since, store=None)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import click
 
 from appliance.cli.changes import describe_diff, diff_revisions
-from appliance.cli.common import json_option, print_json, say
+from appliance.cli.common import build_workspace, json_option, print_json
 from appliance.cli.sections import print_section
 from appliance.data import Report, check_dataset
-from appliance.example import Example
-from appliance.model import load_template, resolve_base
-from appliance.recipe import Recipe, SplitSection, load_recipe
+from appliance.preparation import check_recipe
+from appliance.recipe import SplitSection, load_recipe
 
 
 @click.group("data")
@@ -27,7 +25,7 @@ def command() -> None:
     "--recipe",
     "recipe_path",
     type=click.Path(path_type=Path),
-    help="Check this recipe's dataset, splits and token lengths.",
+    help="Check this recipe's dataset, splits and general rows, and by its base's template every mask and length.",
 )
 @click.option("--root", type=click.Path(path_type=Path), default=".", show_default=True, help="The repository.")
 @click.option(
@@ -40,21 +38,15 @@ def command() -> None:
 )
 @json_option
 def check(*, folder: Path | None, recipe_path: Path | None, root: Path, cache: Path, as_json: bool) -> int:
-    """Check a dataset FOLDER, or the dataset of a recipe; every fault with its file and line.
+    """Check a dataset FOLDER, or all rows of a recipe as training would; every fault with its file and line.
 
-    Exit code 1 when there are errors; warnings are listed.
+    Exit code 1 when there are errors; warnings are listed. A base model that is not at hand is a warning.
     """
     if (folder is None) == (recipe_path is None):
         raise click.UsageError("give either a dataset folder or --recipe")
     if recipe_path is not None:
-        recipe = load_recipe(recipe_path)
-        report = check_dataset(
-            root / recipe.dataset.path,
-            split=recipe.dataset.split,
-            gates_min_test_rows=recipe.evaluation.gates.min_test_rows,
-            max_length=recipe.training.max_length if recipe.training.overlong == "refuse" else None,
-            count_tokens=_build_counter(recipe, root=root, cache=cache),
-        )
+        workspace = build_workspace(root=root, cache=cache, runs=None)
+        report = check_recipe(load_recipe(recipe_path), workspace=workspace)
     else:
         report = check_dataset(folder or root, split=SplitSection())
     if as_json:
@@ -88,12 +80,6 @@ def diff(*, revisions: str, root: Path, as_json: bool) -> int:
         for section in describe_diff(each, limit=None):
             print_section(section)
     return 0
-
-
-def _build_counter(recipe: Recipe, *, root: Path, cache: Path) -> Callable[[Example], int]:
-    base = resolve_base(recipe.base, root=root.resolve(), cache=cache.expanduser().resolve(), note=say)
-    template = load_template(base.folder)
-    return lambda e: len(template.encode(template.render(e.messages, prompt=False, tools=e.tools)).ids)
 
 
 def _print_report(report: Report) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import click
 
 from appliance.cli.common import build_workspace, json_option, print_json, recipe_argument, say, workspace_options
-from appliance.general import preview_replay
+from appliance.general import preview_rows
 from appliance.model import ChatTemplate, TokenRow, fit_template, load_template
 from appliance.plan import Plan, read_machine
 from appliance.preparation import plan_run, prepare
 from appliance.recipe import load_recipe
-from appliance.training import TokenCache, build_rows, describe_rows, show_mask
+from appliance.training import TokenCache, describe_rows, show_mask
 
 _BREAK = "⏎"
 _LINES = re.compile(r"[^\n]*\n|[^\n]+")
@@ -34,18 +34,12 @@ def command(*, recipe: Path, root: Path, cache: Path, runs: Path | None, masks: 
     workspace = build_workspace(root=root, cache=cache, runs=runs)
     prepared = prepare(load_recipe(recipe), workspace=workspace)
     template = fit_template(load_template(prepared.base.folder), prepared.splits.train)
-    section = prepared.recipe.training
-    rows = build_rows(
-        (*prepared.splits.train, *preview_replay(prepared)),
-        template=template,
-        max_length=section.max_length,
-        overlong=section.overlong,
-        cache=TokenCache(workspace.cache / "tokens", note=say),
-    )
+    kept = TokenCache(workspace.cache / "tokens", note=say)
+    rows, general = preview_rows(prepared, template=template, cache=kept)
     became = describe_rows(prepared.splits.train, rows)
     if prepared.replay is not None and prepared.replay.examples is None:
         say("replay rows are not counted: the base model answers them when the recipe is run")
-    plan = plan_run(prepared, rows=rows, machine=read_machine())
+    plan = plan_run(prepared, rows=rows, machine=read_machine(), general=general)
     if as_json:
         shown = [{"id": r.id, "pieces": show_mask(r, template)} for r in rows[:masks]]
         extra = {"masks": shown} if masks else {}

@@ -8,18 +8,20 @@ import click
 
 from appliance import registry
 from appliance.cli.changes import describe_diff, diff_revisions
-from appliance.cli.common import build_workspace, json_option, print_json, store_option, workspace_options
+from appliance.cli.common import build_workspace, json_option, print_json, say, store_option, workspace_options
 from appliance.cli.prices import Prices, describe_cost, load_prices
 from appliance.cli.sections import Section, print_section, render_sections
 from appliance.cli.summary import describe_outcomes
 from appliance.data import load_pointer, pull_data
 from appliance.errors import ApplianceError, RegistryError, StoreError
-from appliance.model import load_template, render_row
+from appliance.general import preview_rows
+from appliance.model import fit_template, load_template
 from appliance.plan import read_machine
-from appliance.preparation import Workspace, check_data, plan_run, prepare
+from appliance.preparation import Workspace, check_data, check_recipe, plan_run, prepare
 from appliance.recipe import Recipe, load_recipe
 from appliance.reconcile import POINTER, Outcome, plan_from_git
 from appliance.store import Store, open_store
+from appliance.training import TokenCache
 
 _ROWS, _FINDINGS = 50, 50
 _UNREADABLE = "cannot be read from here; the same checks stop a training before anything is spent: "
@@ -97,7 +99,9 @@ def _describe_changes(root: Path, since: str | None) -> list[Section]:
 
 def _check(outcome: Outcome, *, workspace: Workspace) -> tuple[list[Section], int]:
     """The findings for one recipe's dataset, each with its place."""
-    report = check_data(_load(outcome, workspace), root=workspace.root)
+    recipe = _load(outcome, workspace)
+    is_trained = outcome.action == "train"  # the others' rows have been through training, or will not go there
+    report = check_recipe(recipe, workspace=workspace) if is_trained else check_data(recipe, root=workspace.root)
     rows = [(f.severity, str(f).replace(f"{workspace.root}/", "")) for f in (*report.errors, *report.warnings)]
     more = (f"... and {len(rows) - _FINDINGS} more: `appliance data check`",) if len(rows) > _FINDINGS else ()
     section = Section(f"Findings: {outcome.recipe}", ("Severity", "Finding"), tuple(rows[:_FINDINGS]), more)
@@ -113,9 +117,11 @@ def _estimate(outcome: Outcome, *, workspace: Workspace, store: Store | None, pr
     recipe = _load(outcome, workspace)
     try:
         prepared = prepare(recipe, workspace=workspace)
-        template = load_template(prepared.base.folder)
-        rows = [render_row(e, template) for e in prepared.splits.train]
-        plan = plan_run(prepared, rows=rows, machine=read_machine())
+        template = fit_template(load_template(prepared.base.folder), prepared.splits.train)
+        rows, general = preview_rows(
+            prepared, template=template, cache=TokenCache(workspace.cache / "tokens", note=say)
+        )
+        plan = plan_run(prepared, rows=rows, machine=read_machine(), general=general)
     except ApplianceError as fault:
         return (outcome.recipe, "", "", "", f"no plan from here: {str(fault).splitlines()[0]}")
     speed = _read_speed(store, recipe.name)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from appliance.data.check import Report, check_dataset
+from appliance.data.check import Report, check_dataset, describe_lengths
 from appliance.data.diff import DatasetDiff, RowChange, diff_folders
-from appliance.data.findings import Finding
+from appliance.data.findings import Finding, find_in_fault
 from appliance.data.general import (
     OWN_ANSWER_TOKENS,
     GeneralRows,
     check_apart,
+    check_general,
     count_replayed,
     digest_general,
     find_shared,
@@ -16,6 +17,7 @@ from appliance.data.general import (
     load_prompts,
     order_general,
 )
+from appliance.data.masks import check_masks
 from appliance.data.pointer import Pointer, check_pushed, digest_dvc_folder, is_current, load_pointer, pull_data
 from appliance.data.revision import fetch_revision
 from appliance.data.rows import Dataset, DatasetCard, Row, load_dataset
@@ -35,12 +37,16 @@ __all__ = [
     "Splits",
     "check_apart",
     "check_dataset",
+    "check_general",
+    "check_masks",
     "check_pushed",
     "count_replayed",
+    "describe_lengths",
     "diff_folders",
     "digest_dvc_folder",
     "digest_general",
     "fetch_revision",
+    "find_in_fault",
     "find_shared",
     "is_current",
     "load_dataset",

@@ -7,7 +7,7 @@ rule is one function from the rows to findings, added to `_RULES`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,8 @@ def check_dataset(
     *,
     split: SplitSection,
     gates_min_test_rows: int = 100,
-    max_length: int | None = None,
-    count_tokens: Callable[[Example], int] | None = None,
 ) -> Report:
-    """Check the dataset in `folder`; lengths are checked when `count_tokens` is given."""
+    """Check the dataset in `folder` by the rules that need no base model; `masks` has the others."""
     dataset, unreadable = read_dataset(folder)
     if dataset is None:
         return Report(None, unreadable)
@@ -61,10 +59,6 @@ def check_dataset(
         findings += rule(dataset)
     counts = _count(dataset, split)
     findings += _check_sizes(dataset, counts["test"], floor=gates_min_test_rows)
-    if count_tokens is not None and not any(f.severity == "error" for f in findings):
-        lengths = [count_tokens(r.example) for r in dataset.rows]
-        findings += _check_lengths(dataset, lengths, limit=max_length)
-        counts |= _describe_lengths(lengths)
     return Report(dataset, tuple(findings), counts)
 
 
@@ -211,13 +205,6 @@ def _check_sizes(dataset: Dataset, test_rows: int, *, floor: int) -> Iterator[Fi
         yield Finding("warning", "test-size", place, message, "add rows or raise dataset.split.test")
 
 
-def _check_lengths(dataset: Dataset, lengths: list[int], *, limit: int | None) -> Iterator[Finding]:
-    for row, length in zip(dataset.rows, lengths, strict=True):
-        if limit is not None and length > limit:
-            message = f"{length} tokens, training.max_length is {limit}"
-            yield _error(row, "length", message, "shorten the row or raise max_length; nothing is ever cut")
-
-
 def _count(dataset: Dataset, split: SplitSection) -> dict[str, Any]:
     sides = Counter(select_side(r.example.group_key, split) for r in dataset.rows)
     counts: dict[str, Any] = {
@@ -229,7 +216,8 @@ def _count(dataset: Dataset, split: SplitSection) -> dict[str, Any]:
     return counts | ({"categories": dict(sorted(categories.items()))} if categories else {})
 
 
-def _describe_lengths(lengths: list[int]) -> dict[str, Any]:
+def describe_lengths(lengths: Sequence[int]) -> dict[str, Any]:
+    """The counts of the token lengths of the rows, at least one."""
     ordered = sorted(lengths)
     picks = {"median": 0.5, "p95": 0.95, "longest": 1.0}
     return {"tokens": {name: ordered[min(len(ordered) - 1, int(q * len(ordered)))] for name, q in picks.items()}}

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from appliance.errors import ApplianceError
+
 Severity = Literal["error", "warning"]
 Rule = Literal[
     "missing", "card", "empty", "json", "schema", "encoding", "control", "roles", "contract", "id", "duplicate",
     "shared-prompt", "contradiction", "unreviewed", "category", "length", "volume", "test-size", "coverage",
-    "imbalance",
+    "imbalance", "split", "mask", "base",
 ]  # fmt: skip
 
 
@@ -28,3 +30,19 @@ class Finding:
         """One line: place, rule, row, message, fix."""
         row = f"row {self.id}: " if self.id is not None else ""
         return f"{self.where}: [{self.rule}] {row}{self.message}; {self.fix}"
+
+
+def find_in_fault(
+    severity: Severity,
+    rule: Rule,
+    where: str,
+    fault: ApplianceError,
+    *,
+    id: str | None = None,  # noqa: A002
+) -> Finding:
+    """An error as a finding: errors say what was found, then, after a semicolon, what to do."""
+    text = " ".join(str(fault).split())
+    if id is not None:
+        text = text.removeprefix(f"row {' '.join(id.split())}: ")
+    message, _, fix = text.rpartition("; ")
+    return Finding(severity, rule, where, message or fix, fix if message else "correct it", id=id)

@@ -15,6 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from appliance.data.check import check_dataset
+from appliance.data.findings import Finding
 from appliance.data.rows import Dataset
 from appliance.data.split import Splits
 from appliance.digest import digest_json
@@ -41,8 +42,24 @@ def load_general(section: ReplaySection | EwcSection, *, root: Path) -> GeneralR
     key = f"forgetting.{'replay' if isinstance(section, ReplaySection) else 'ewc'}.path"
     if section.path is None:
         return GeneralRows(key, None, digest_json([list(load_prompts()), OWN_ANSWER_TOKENS]))
-    dataset = _load_folder(root / section.path, key=key)
+    dataset, faults = check_general(root / section.path)
+    if dataset is None or faults:
+        more = f"\n... and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise DatasetError("\n".join(f"{key}: {f}" for f in faults[:_SHOWN]) + more)
     return GeneralRows(key, dataset.examples, dataset.digest)
+
+
+def check_general(folder: Path) -> tuple[Dataset | None, tuple[Finding, ...]]:
+    """The folder of general rows, and what keeps it from being used; no dataset where it cannot be read."""
+    if not folder.is_dir():
+        fix = "run `dvc pull`, correct the path, or leave it out to use the base model's own answers"
+        return None, (Finding("error", "missing", str(folder), "no such folder", fix),)
+    report = check_dataset(folder, split=SplitSection())
+    rows = report.dataset.rows if report.dataset is not None else ()
+    general = {r.where for r in rows if r.example.provenance == "general"}
+    return report.dataset, tuple(
+        f for f in report.errors if f.rule != "volume" and not (f.rule == "unreviewed" and f.where in general)
+    )
 
 
 def digest_general(
@@ -95,21 +112,3 @@ def order_general(examples: Iterable[Example]) -> list[Example]:
 def count_replayed(share: float, *, train_rows: int) -> int:
     """How many general rows make `share` of all training rows; at least one."""
     return max(1, round(train_rows * share / (1.0 - share)))
-
-
-def _load_folder(folder: Path, *, key: str) -> Dataset:
-    if not folder.is_dir():
-        raise DatasetError(
-            f"{key}: no folder {folder}; run `dvc pull`, correct the path, "
-            "or leave it out to use the base model's own answers"
-        )
-    report = check_dataset(folder, split=SplitSection())
-    rows = report.dataset.rows if report.dataset is not None else ()
-    general = {r.where for r in rows if r.example.provenance == "general"}
-    faults = [f for f in report.errors if f.rule != "volume" and not (f.rule == "unreviewed" and f.where in general)]
-    if faults:
-        more = f"\n... and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        raise DatasetError("\n".join(f"{key}: {f}" for f in faults[:_SHOWN]) + more)
-    if report.dataset is None or not rows:
-        raise DatasetError(f"{key}: {folder} has no rows; add rows, or leave the path out")
-    return report.dataset

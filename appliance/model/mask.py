@@ -212,7 +212,8 @@ def _check_shown(example: Example, template: ChatTemplate) -> None:
     if any(m.tool_calls for m in example.messages) and template.calls is None:
         raise _refuse(example, "the template renders no tool calls", template)
     for tool in json.loads(example.tools) if example.tools else ():
-        name = tool.get("function", tool).get("name")
+        function = tool.get("function", tool)
+        name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(name, str) or name not in text:
             raise _refuse(example, f"the template leaves out the definition of tool {name}", template)
 

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from appliance.errors import ModelError, TrainingError
 from appliance.method import Ia3Method, LoraMethod, Method, PromptTuningMethod
@@ -45,7 +46,17 @@ def read_sizes(base: Path) -> ModelSizes:
 
 def read_weight_shapes(base: Path) -> dict[str, Shape]:
     """Name and shape of every weight in the safetensors files, from their headers alone."""
-    shapes: dict[str, Shape] = {}
+    return {name: tuple(t["shape"]) for name, t in _read_headers(base).items()}
+
+
+def read_weight_dtypes(base: Path) -> dict[str, str]:
+    """Name and dtype of every weight as the files hold it, in safetensors' words (`BF16`, `F32`, ...)."""
+    return {name: str(t["dtype"]) for name, t in _read_headers(base).items()}
+
+
+def _read_headers(base: Path) -> dict[str, dict[str, Any]]:
+    """What the headers say of each weight. Raises `ModelError` for a damaged header or a cut file."""
+    weights: dict[str, dict[str, Any]] = {}
     for file in sorted(base.glob("*.safetensors")):
         with file.open("rb") as stream:
             lead = stream.read(8)
@@ -60,8 +71,8 @@ def read_weight_shapes(base: Path) -> dict[str, Shape]:
         expected = 8 + size + max((t["data_offsets"][1] for t in found.values()), default=0)
         if file.stat().st_size != expected:
             raise ModelError(f"{file}: {file.stat().st_size} bytes, its header says {expected}; copy the model again")
-        shapes |= {name: tuple(t["shape"]) for name, t in found.items()}
-    return shapes
+        weights |= found
+    return weights
 
 
 def list_linears(weights: Mapping[str, Shape]) -> dict[str, Shape]:

@@ -1,7 +1,8 @@
 """Steps, tokens, micro-batch and memory of a run, from the recipe, the rows and the weights' headers.
 
-Memory follows the usual account: weights, gradients, optimizer, activations and LM head. It is an
-estimate; the first step proves it, and out of memory is answered with half the micro-batch.
+Memory follows the usual account: weights, gradients, optimizer, activations and LM head, and what
+elastic weight consolidation holds. It is an estimate; the first step proves it, and out of memory is
+answered with half the micro-batch.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from appliance.model.shapes import (
     check_method,
     list_linears,
     read_sizes,
+    read_weight_dtypes,
     read_weight_shapes,
     select_targets,
 )
 from appliance.plan.machine import Machine
+from appliance.plan.penalty import PenaltyMemory, measure_penalty
 from appliance.recipe import Recipe, count_steps, is_packed
 
 _OVERHEAD = 1 << 30
@@ -85,8 +88,12 @@ def build_plan(
     validation_rows: int,
     base: Path,
     machine: Machine,
+    longest_general: int | None = None,
 ) -> Plan:
-    """The plan for training rows of these token `lengths` on `machine`; tokens are over all epochs."""
+    """The plan for training rows of these token `lengths` on `machine`; tokens are over all epochs.
+
+    `longest_general` is the longest row that a Fisher is estimated on, `training.max_length` when left out.
+    """
     section = recipe.training
     longest = max(lengths)
     weights = read_weight_shapes(base)
@@ -96,6 +103,7 @@ def build_plan(
     trainable = count_trainable(recipe.method, weights, sizes)
     static = _estimate_static(recipe.method, weights=weights, trainable=trainable)
     keeps_logits = not (machine.gpu and _is_head_fused(recipe))
+    penalty = _measure_penalty(recipe, weights=weights, base=base)
 
     def estimate(micro_batch: int, *, checkpointing: bool) -> int:
         moving = _estimate_moving(
@@ -106,7 +114,7 @@ def build_plan(
             checkpointing=checkpointing,
             keeps_logits=keeps_logits,
         )
-        return round(1.07 * (static + moving) + _OVERHEAD)
+        return _add_overhead(static + penalty.kept + max(moving, penalty.passing))
 
     is_prefix = isinstance(recipe.method, PrefixTuningMethod)  # checkpointing would drop its keys and values
     micro, checkpointing = select_micro_batch(
@@ -117,6 +125,15 @@ def build_plan(
         fits=lambda m, c: estimate(m, checkpointing=c) <= _FITS * machine.budget_bytes,
     )
     peak = estimate(micro, checkpointing=checkpointing)
+    if penalty.estimating:
+        first = _estimate_fisher(
+            recipe.method,
+            static - 12.0 * trainable,
+            penalty=penalty,
+            sizes=sizes,
+            longest=longest_general or section.max_length,
+        )
+        peak = max(peak, first)
     return Plan(
         rows=len(lengths),
         validation_rows=validation_rows,
@@ -131,7 +148,7 @@ def build_plan(
         trainable_parameters=trainable,
         peak_bytes=peak,
         budget_bytes=machine.budget_bytes,
-        warnings=tuple(_warn(recipe, rows=len(lengths), peak=peak, machine=machine)),
+        warnings=tuple(_warn(recipe, rows=len(lengths), peak=peak, machine=machine, penalty=penalty)),
     )
 
 
@@ -231,7 +248,25 @@ def _estimate_moving(
     return activations + (12.3 * tokens * sizes.vocabulary if keeps_logits else float(1 << 28))
 
 
-def _warn(recipe: Recipe, *, rows: int, peak: int, machine: Machine) -> list[str]:
+def _measure_penalty(recipe: Recipe, *, weights: Mapping[str, Shape], base: Path) -> PenaltyMemory:
+    if recipe.forgetting is None or recipe.forgetting.ewc is None:
+        return PenaltyMemory()
+    dtypes = read_weight_dtypes(base) if isinstance(recipe.method, FullMethod) else {}
+    return measure_penalty(recipe.method, weights, dtypes)
+
+
+def _estimate_fisher(method: Method, loaded: float, *, penalty: PenaltyMemory, sizes: ModelSizes, longest: int) -> int:
+    """Bytes at the peak of estimating the Fisher, one row at a time, beside the `loaded` weights alone."""
+    moving = _estimate_moving(method, sizes=sizes, rows=1, longest=longest, checkpointing=False, keeps_logits=True)
+    return _add_overhead(loaded + penalty.estimating + moving)
+
+
+def _add_overhead(held: float) -> int:
+    """What the process itself takes, and what the allocator cannot use again."""
+    return round(1.07 * held + _OVERHEAD)
+
+
+def _warn(recipe: Recipe, *, rows: int, peak: int, machine: Machine, penalty: PenaltyMemory) -> list[str]:
     """What the guide would question; each names its range."""
     found = []
     low, high = RANGES[recipe.method.type]
@@ -253,6 +288,16 @@ def _warn(recipe: Recipe, *, rows: int, peak: int, machine: Machine) -> list[str
     if peak > machine.budget_bytes:
         found.append(
             f"estimated peak {peak / 2**30:.1f} GiB exceeds the {machine.budget_bytes / 2**30:.1f} GiB here; "
-            "use qlora, a shorter max_length or a larger device"
+            f"use qlora, a shorter max_length or a larger device{_advise(penalty)}"
         )
     return found
+
+
+def _advise(penalty: PenaltyMemory) -> str:
+    """What else would help where the penalty takes its part."""
+    if not penalty.kept:
+        return ""
+    return (
+        f"; forgetting.ewc takes {penalty.estimating / 2**30:.1f} GiB of it before the first step and "
+        f"{penalty.kept / 2**30:.1f} after: name fewer method.targets, or use forgetting.replay"
+    )
