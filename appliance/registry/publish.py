@@ -1,7 +1,8 @@
 """Publication: content first, the manifest last, so that a version is visible only when it is complete.
 
 Interrupted anywhere, it leaves at most blobs that nothing points at; the same call finishes the job
-and changes nothing that is visible already.
+and changes nothing that is visible already. A collector may be at work: what is relied on is made young
+first, and looked at again when it is visible.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from appliance.registry.layout import blob_key, check_format, manifest_key
 from appliance.registry.listing import check_files
 from appliance.registry.transfer import transfer_files
 from appliance.store import Store
+
+FRESH_S = 86_400.0
 
 
 def publish(store: Store, *, manifest: Manifest, folder: Path) -> str:
@@ -32,22 +35,41 @@ def publish(store: Store, *, manifest: Manifest, folder: Path) -> str:
         lambda entry: _put_blob(store, folder, entry),
         label=f"publishing {manifest.name}",
     )
-    check_blobs(store, manifest)
+    _restore_blobs(store, manifest, folder)
     _commit(store, key, manifest.encode())
+    _restore_blobs(store, manifest, folder)
     return manifest.version
 
 
 def check_blobs(store: Store, manifest: Manifest) -> None:
     """Raise `RegistryError` when a blob of the manifest is missing or has another size."""
     for entry in manifest.files:
-        found = store.head(blob_key(entry.sha256))
-        if found is None or found.size != entry.size:
-            state = "is missing" if found is None else f"has {found.size} bytes, expected {entry.size}"
-            raise RegistryError(f"{store.url}/{blob_key(entry.sha256)} ({entry.path}) {state}; publish it again")
+        if not _is_whole(store, entry):
+            raise RegistryError(f"{store.url}/{blob_key(entry.sha256)} ({entry.path}) is missing; publish it again")
+
+
+def _is_whole(store: Store, entry: FileEntry) -> bool:
+    """Whether a blob is there. Raises `RegistryError` when it has another size."""
+    found = store.head(blob_key(entry.sha256))
+    if found is not None and found.size != entry.size:
+        state = f"has {found.size} bytes, expected {entry.size}"
+        raise RegistryError(f"{store.url}/{blob_key(entry.sha256)} ({entry.path}) {state}; publish it again")
+    return found is not None
 
 
 def _put_blob(store: Store, folder: Path, entry: FileEntry) -> None:
-    store.put_file(blob_key(entry.sha256), folder / entry.path, sha256=entry.sha256)
+    """An old blob may be planned for collection: written again, it is another object, and no collector's business."""
+    store.put_file(blob_key(entry.sha256), folder / entry.path, sha256=entry.sha256, max_age_s=FRESH_S)
+
+
+def _restore_blobs(store: Store, manifest: Manifest, folder: Path) -> None:
+    """Put back what was collected while this publisher slept. After the manifest no collector takes it any more."""
+
+    def restore(entry: FileEntry) -> None:
+        if not _is_whole(store, entry):
+            _put_blob(store, folder, entry)
+
+    transfer_files(manifest.files, restore, label=f"checking {manifest.name}")
 
 
 def _commit(store: Store, key: str, content: bytes) -> None:
