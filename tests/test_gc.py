@@ -99,6 +99,12 @@ class Stepped:
         return call if name in self._names else method
 
 
+def let_a_second_pass(store: Store) -> None:
+    """S3 tells whole seconds, and these tests write again at once what in life is a day old."""
+    if isinstance(store, S3Store):
+        time.sleep(1.1)
+
+
 def act_at(step: int, done: bool, act: Callable[[], object]) -> Callable[[int, str, str, bool], None]:
     """A `meet` that acts once, before or after the call of this number."""
 
@@ -278,8 +284,46 @@ def test_a_collector_that_sleeps_at_any_step_takes_nothing_that_became_a_version
     steps = count_calls(prepare, CALLS, lambda s: collect(s, days=16))
     for step, done in prepare.list_steps(steps):
         store = prepare()
+        let_a_second_pass(store)
         act = act_at(step, done, lambda s=store: promote(s, registry.publish(s, manifest=manifest, folder=folder)))
         spared += len(collect(Stepped(store, CALLS, act), days=16).spared)
+        check_readable(store, tmp_path / f"pulled{step}{done}")
+        assert check(store, now=time.time() + 100 * DAY).is_sound
+    assert spared > 0 or not prepare.is_thorough
+
+
+def test_a_publisher_that_wakes_while_a_collector_sleeps_ends_with_a_whole_version(
+    make: Callable[..., Maker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It slept for weeks at any step, and goes through between the collector's marks and its first deletion."""
+    monkeypatch.setattr(importlib.import_module("appliance.registry.publish"), "FRESH_S", 0.0)  # all blobs are old
+    folder = make_folder(tmp_path / "third", "third")
+    manifest = make_manifest(folder)
+    prepare = make(lambda store: Sound(store, tmp_path / "source"))
+    steps = count_calls(prepare, CALLS, lambda s: registry.publish(s, manifest=manifest, folder=folder))
+    spared = 0
+    for step, done in prepare.list_steps(steps):
+        store, slept, awake = prepare(), threading.Event(), threading.Event()
+
+        def sleep(slept: threading.Event = slept, awake: threading.Event = awake) -> None:
+            slept.set()
+            assert awake.wait(60)
+
+        with ThreadPoolExecutor(1) as pool:
+            sleepy: Any = Stepped(store, CALLS, act_at(step, done, sleep))
+            publishing = pool.submit(registry.publish, sleepy, manifest=manifest, folder=folder)
+            assert slept.wait(60)
+            plan_garbage(store)
+            let_a_second_pass(store)
+
+            def wake(number: int, *_: object, awake: threading.Event = awake, publishing: Any = publishing) -> None:
+                if number == 1:
+                    awake.set()
+                    publishing.result()
+
+            spared += len(collect(Stepped(store, ("delete",), wake), days=16).spared)
+            awake.set()
+            assert publishing.result() == manifest.version
         check_readable(store, tmp_path / f"pulled{step}{done}")
         assert check(store, now=time.time() + 100 * DAY).is_sound
     assert spared > 0 or not prepare.is_thorough
