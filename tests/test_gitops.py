@@ -458,10 +458,12 @@ def test_the_report_never_checks_out_the_pull_request() -> None:
     assert checkout["with"]["ref"] == "${{ github.event.repository.default_branch }}"
 
 
-def test_the_night_looks_for_damage_whatever_became_of_the_reconcile() -> None:
-    """Its last step has the reconcile's store and credentials, runs after a failure too, and not after a cancel."""
+def test_the_night_looks_for_damage_and_garbage_whatever_became_of_the_reconcile() -> None:
+    """Its last steps have the reconcile's store and credentials, run after a failure too, and not after a cancel."""
     (job,) = yaml.safe_load((ROOT / ".github" / "workflows" / "reconcile.yml").read_text())["jobs"].values()
-    *_, made, checked = job["steps"]
-    assert checked["if"] == "${{ !cancelled() }}"
-    assert checked["env"] == {k: v for k, v in made["env"].items() if k != "SCHEDULE"}
+    *_, made, checked, looked = job["steps"]
+    for step in (checked, looked):
+        assert step["if"] == "${{ !cancelled() }}"
+        assert step["env"] == {k: v for k, v in made["env"].items() if k != "SCHEDULE"}
     assert checked["run"] == '.github/scripts/appliance check --sample 20 --summary "$GITHUB_STEP_SUMMARY"'
+    assert looked["run"] == '.github/scripts/appliance gc --dry-run --summary "$GITHUB_STEP_SUMMARY"'

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from appliance.demo.storage import Storage
 from appliance.digest import digest_bytes
 from appliance.errors import NotFoundError, PreconditionFailedError, StoreError
-from appliance.store import Store, open_store, s3_writing
+from appliance.store import Store, StoredObject, open_store, s3_writing
 from appliance.store import s3 as s3_module
 from appliance.store.local import LocalStore
 from appliance.store.s3 import S3Store
@@ -86,6 +86,102 @@ def test_a_listing_says_when_an_object_was_written(store: Store) -> None:
     (second,) = store.list("")
     assert second.modified is not None
     assert second.modified > first.modified
+
+
+def test_a_head_and_the_clock_tell_time_as_a_listing_does(store: Store) -> None:
+    """One clock for all: what was written a moment ago is a moment old."""
+    store.put("a", b"1")
+    (listed,) = store.list("")
+    head = store.head("a")
+    assert head is not None
+    assert head.modified == listed.modified
+    assert listed.modified is not None
+    assert -1.1 <= store.clock() - listed.modified <= 5
+    assert [o.key for o in store.list("")] == ["a"]
+
+
+def test_only_the_object_that_was_listed_is_deleted(store: Store, tmp_path: Path) -> None:
+    """One that was written again meanwhile, with the same bytes even, stays; one that is gone is success."""
+    sha256 = write_file(tmp_path / "in", b"content")
+    store.put_file("blob", tmp_path / "in", sha256=sha256)
+    (listed,) = store.list("")
+    assert store.put_file("blob", tmp_path / "in", sha256=sha256, max_age_s=60).etag == store.head("blob").etag  # type: ignore[union-attr]
+    assert [o.modified for o in store.list("")] == [listed.modified], "a minute is not over"
+    for _ in range(2):  # back and forth between the two forms that an object has on S3
+        (listed,) = store.list("")
+        store.put_file("blob", tmp_path / "in", sha256=sha256, max_age_s=0)
+        with pytest.raises(PreconditionFailedError, match="blob: was written again"):
+            store.delete("blob", only=listed)
+        assert store.get("blob")[0] == b"content"
+    (listed,) = store.list("")
+    store.delete("blob", only=listed)
+    assert store.head("blob") is None
+    store.delete("blob", only=listed)
+
+
+def test_an_empty_or_damaged_object_is_written_again_or_named(store: Store, tmp_path: Path) -> None:
+    """What has no bytes has no parts either; other bytes are never replaced, however old."""
+    empty = write_file(tmp_path / "empty", b"")
+    store.put_file("empty", tmp_path / "empty", sha256=empty)
+    assert store.put_file("empty", tmp_path / "empty", sha256=empty, max_age_s=0).size == 0
+    sha256 = write_file(tmp_path / "in", b"content")
+    store.put("blob", b"kontent")
+    with pytest.raises(StoreError, match="damaged"):
+        store.put_file("blob", tmp_path / "in", sha256=sha256, max_age_s=0)
+    assert store.get("blob")[0] == b"kontent"
+
+
+def test_sixteen_racing_rewrites_and_deletions_end_with_the_object(store: Store, tmp_path: Path) -> None:
+    """Whoever deletes what was listed before takes at most that; the writers' object is there in the end."""
+    sha256 = write_file(tmp_path / "in", b"content" * 100)
+    store.put_file("blob", tmp_path / "in", sha256=sha256)
+    (listed,) = store.list("")
+    store.put_file("blob", tmp_path / "in", sha256=sha256, max_age_s=0)
+
+    def act(number: int) -> None:
+        if number % 2:
+            store.put_file("blob", tmp_path / "in", sha256=sha256, max_age_s=60)
+        else:
+            store.delete("blob", only=listed)
+
+    results = race(act, racers=8)
+    assert [type(r) for r in results[0::2]] == [PreconditionFailedError] * 4
+    assert results[1::2] == [None] * 4
+    assert store.get("blob")[0] == b"content" * 100
+
+
+def test_unfinished_uploads_are_listed_and_given_back(bucket: S3Store, tmp_path: Path) -> None:
+    """Of this prefix only, with their bytes and begin; twice is success; no object comes of it."""
+    store = replace(bucket, prefix="uploads")
+    steady = bucket.clients.steady
+    for key in ("uploads/a/b", "uploadsx/c"):
+        begun = steady.create_multipart_upload(Bucket=bucket.bucket, Key=key)
+        steady.upload_part(Bucket=bucket.bucket, Key=key, UploadId=begun["UploadId"], PartNumber=1, Body=b"12345")
+    (upload,) = store.list_uploads()
+    assert (upload.key, upload.size) == ("a/b", 5)
+    assert -2 <= store.clock() - upload.begun <= 30
+    store.abort_upload(upload)
+    store.abort_upload(upload)
+    assert list(store.list_uploads()) == []
+    assert len(list(replace(bucket, prefix="uploadsx").list_uploads())) == 1
+    assert list(store.list("")) == []
+
+
+def test_what_a_killed_writer_left_in_a_folder_is_an_unfinished_upload(tmp_path: Path) -> None:
+    """A temporary file of whatever writer; a token cannot lead out of their folder."""
+    store = LocalStore(tmp_path / "store")
+    assert list(store.list_uploads()) == []
+    assert store.clock() == pytest.approx(time.time(), abs=2)
+    assert not store.root.exists(), "to ask for the time makes no store"
+    store.put("a", b"1")
+    (store.root / ".tmp" / "left").write_bytes(b"123")
+    (upload,) = store.list_uploads()
+    assert (upload.key, upload.size) == (".tmp/left", 3)
+    with pytest.raises(StoreError, match="plain relative path"):
+        store.abort_upload(replace(upload, token="../a"))
+    store.abort_upload(upload)
+    store.abort_upload(upload)
+    assert list(store.list_uploads()) == []
 
 
 def test_an_absent_key_is_not_found_and_its_removal_is_success(store: Store, tmp_path: Path) -> None:
@@ -240,6 +336,9 @@ def every_call(store: Store, tmp_path: Path) -> list[Callable[[], object]]:
         lambda: store.digest("k"),
         lambda: store.head("k"),
         lambda: list(store.list("")),
+        lambda: list(store.list_uploads()),
+        lambda: store.delete("k", only=StoredObject("k", 1, "x", 0.0)),
+        store.clock,
     ]
 
 
@@ -396,6 +495,52 @@ def test_a_large_upload_with_a_lost_answer_at_the_end_succeeds(
     stored = store.put_file("blob", tmp_path / "f", sha256=sha256)
     assert stored.size == small_parts
     assert stored.etag.strip('"').endswith("-2")
+
+
+def test_a_large_object_is_written_again_as_another_one(bucket: S3Store, tmp_path: Path, small_parts: int) -> None:
+    """In one piece after parts, in parts after one piece: its ETag differs each time, its bytes never."""
+    store = replace(bucket, prefix="large-again")
+    sha256 = write_file(tmp_path / "f", bytes(small_parts))
+    etags = [
+        store.put_file("blob", tmp_path / "f", sha256=sha256, max_age_s=0).etag.strip('"').partition("-")[2]
+        for _ in range(3)
+    ]
+    assert etags == ["2", "", "2"]
+    assert store.digest("blob")[0] == sha256
+
+
+class WithoutConditions:
+    """A client of a server that knows no conditional deletion: it says so, or deletes whatever is there."""
+
+    def __init__(self, client: Any, *, says_so: bool) -> None:
+        """`says_so`: 501, as servers that do not know a header may answer."""
+        self._client, self._says_so = client, says_so
+
+    def __getattr__(self, name: str) -> Any:
+        """The client's own method, except for the condition of a deletion."""
+        method = getattr(self._client, name)
+
+        def delete(**request: Any) -> Any:
+            if request.pop("IfMatch", None) and self._says_so:
+                raise answer("NotImplemented", 501)
+            return method(**request)
+
+        return delete if name == "delete_object" else method
+
+
+@pytest.mark.parametrize("says_so", [True, False], ids=["refuses", "ignores"])
+def test_a_server_without_conditional_deletion_is_asked_before(bucket: S3Store, says_so: bool) -> None:
+    """The object that was listed goes, one that was written again stays."""
+    clients = Clients(WithoutConditions(bucket.clients.steady, says_so=says_so), bucket.clients.once)  # type: ignore[arg-type]
+    store = replace(bucket, prefix=f"plain-{says_so}", clients=clients)
+    store.put("a", b"1")
+    (listed,) = store.list("")
+    store.put("a", b"2")
+    with pytest.raises(PreconditionFailedError):
+        store.delete("a", only=listed)
+    (listed,) = store.list("")
+    store.delete("a", only=listed)
+    assert store.head("a") is None
 
 
 def test_a_large_file_that_changed_is_not_stored(bucket: S3Store, tmp_path: Path, small_parts: int) -> None:

@@ -31,6 +31,7 @@ VERBS: dict[str, str] = {
     "list": "List models, versions and aliases.",
     "show": "Show one version.",
     "check": "Look for damage in the registry; changes nothing.",
+    "gc": "Delete what nothing in the registry needs, a week after it was planned.",
     "reproduce": "Train a version again and compare it byte by byte.",
     "generate": "Generate with a pulled version, and without it.",
 }

@@ -7,28 +7,36 @@ on the way in and on the way out, and concurrent writers cannot lose each other'
 from __future__ import annotations
 
 from appliance.registry.check import Report, check_registry
+from appliance.registry.collect import Collection, collect_garbage, look_for_garbage
 from appliance.registry.findings import Finding
 from appliance.registry.folder import verify_folder
 from appliance.registry.leases import LEASE_S, Lease, hold_model, read_lease
 from appliance.registry.listing import VersionInfo, find_run, list_names, list_versions, load_manifest
+from appliance.registry.marks import Garbage
 from appliance.registry.moves import AliasMove, read_alias, read_reflog
 from appliance.registry.publish import publish
 from appliance.registry.pull import pull
 from appliance.registry.refs import promote, resolve
+from appliance.registry.walk import GRACE_S
 
 __all__ = [
+    "GRACE_S",
     "LEASE_S",
     "AliasMove",
+    "Collection",
     "Finding",
+    "Garbage",
     "Lease",
     "Report",
     "VersionInfo",
     "check_registry",
+    "collect_garbage",
     "find_run",
     "hold_model",
     "list_names",
     "list_versions",
     "load_manifest",
+    "look_for_garbage",
     "promote",
     "publish",
     "pull",

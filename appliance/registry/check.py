@@ -7,39 +7,22 @@ are told only when nobody can be about to name them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from appliance.digest import digest_bytes
-from appliance.errors import RegistryError
-from appliance.manifest import FileEntry, Manifest
-from appliance.registry.check_aliases import check_aliases
-from appliance.registry.findings import Finding, ask, describe_fault, shorten
-from appliance.registry.layout import (
-    FORMAT,
-    MODELS,
-    Location,
-    blob_key,
-    decode_schema,
-    locate,
-    model_prefix,
-    verify_schema,
-)
-from appliance.registry.leases import read_lease
-from appliance.registry.listing import check_known, verify_manifest
+from appliance.manifest import FileEntry
+from appliance.registry.findings import REPUBLISH, RESTORE, Finding, ask, shorten
+from appliance.registry.layout import blob_key
 from appliance.registry.transfer import transfer_files
+from appliance.registry.walk import GRACE_S, Version, find_loose, walk_registry
 from appliance.store import Store, StoredObject
 
 T = TypeVar("T")
 
-GRACE_S = 7 * 86_400.0
 _READERS = 8
-_TOP_LEVEL = ("blobs", "models", "leases", "checkpoints", "gc", "baselines")
-_RESTORE = "restore it from the bucket's object versions or a backup"
 _UNCERTAIN = ("manifest", "unreadable", "ref", "dangling-ref", "lease")  # a lost version's blobs are no orphans
-_REPUBLISH = f"{_RESTORE}, or remove it and run `appliance publish` on its run folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +48,6 @@ class Report:
         return all(f.severity == "note" for f in self.findings)
 
 
-@dataclass(frozen=True, slots=True)
-class _Version:
-    """A version that was read: its manifest, and the SHA-256 of its bytes."""
-
-    manifest: Manifest
-    sha256: str
-
-
 def check_registry(
     store: Store, *, now: float, name: str | None = None, read: Literal["all"] | int = 0, day: int = 0
 ) -> Report:
@@ -82,36 +57,23 @@ def check_registry(
     `day` (days in a row read all of them, see `pick_sample`). `now` is in seconds since the epoch. Raises
     `StoreError` when the store fails, `RegistryError` on an unknown model or a registry of another schema.
     """
-    listed = list(store.list("" if name is None else model_prefix(name)))
-    if name is not None and not listed:
-        check_known(store, name)
-    locations = [at for at in map(locate, (o.key for o in listed)) if at]
-    findings = [*_check_format(store, is_empty=not listed), *_find_strays(listed)]
-
-    versions = _read_versions(store, [at for at in locations if at.place == "manifest"])
-    sound = {target: found for target, found in versions.items() if isinstance(found, _Version)}
-    findings += [found for found in versions.values() if isinstance(found, Finding)]
-    sealed = {target: found.sha256 if isinstance(found, _Version) else None for target, found in versions.items()}
-    findings += check_aliases(store, locations, sealed=sealed)
-
-    blobs = _collect_blobs(sound)
+    walk = walk_registry(store, name)
+    blobs = _collect_blobs(walk.versions)
     chosen = blobs if read == "all" else pick_sample(blobs, count=read, day=day)
     faults, read_size = _check_blobs(store, blobs, chosen=chosen)
-    findings += faults
-
+    findings = [*walk.findings, *faults]
     unnamed = 0
     if name is None:
-        damaged, is_busy = _check_leases(store, locations, now=now)
-        findings += damaged
-        loose = _find_loose(store, listed, versions=versions, named={e.sha256 for e in blobs})
+        loose = find_loose(walk)
+        is_busy = any(lease.until > now for lease in walk.leases)
         is_certain = not is_busy and not any(f.kind in _UNCERTAIN for f in findings)
         orphans = [_describe_orphan(o) for o in loose if is_certain and _is_old(o, now=now)]
         findings += orphans
         unnamed = len(loose) - len(orphans)
     return Report(
         findings=tuple(sorted(findings, key=lambda f: (f.key, f.kind))),
-        models=len({at.name for at in locations if at.place in ("manifest", "ref")}),
-        versions=len(versions),
+        models=len({at.name for place in ("manifest", "ref") for _, at in walk.select(place)}),
+        versions=len(walk.found),
         blobs=len({e.sha256 for e in blobs}),
         size=sum(e.size for e in blobs),
         read_blobs=len(chosen),
@@ -134,68 +96,7 @@ def pick_sample(blobs: Sequence[T], *, count: int, day: int) -> Sequence[T]:
     return blobs[max(0, end - count) : end] if count else ()
 
 
-def _check_format(store: Store, *, is_empty: bool) -> list[Finding]:
-    """Raises `RegistryError` on another schema: its keys may mean something else."""
-    source = f"{store.url}/{FORMAT}"
-    got = ask(store, FORMAT, lambda: store.get(FORMAT))
-    if isinstance(got, Finding):
-        return [got]
-    action = f"{_RESTORE}, or publish something: that makes it anew"
-    if got is None:
-        missing = Finding("format", FORMAT, found="missing", expected="the mark of a registry", action=action)
-        return [] if is_empty else [missing]
-    try:
-        decode_schema(got[0], source=source)
-    except RegistryError:
-        return [Finding("format", FORMAT, found="damaged", expected="the mark of a registry", action=_RESTORE)]
-    verify_schema(got[0], source=source)
-    return []
-
-
-def _find_strays(listed: Iterable[StoredObject]) -> list[Finding]:
-    """Keys that nothing here writes, a finding each; what lies outside of the registry's folders, one per folder.
-
-    The empty objects that consoles make to show a folder are none.
-    """
-    strays: dict[str, list[str]] = {}
-    for key in (o.key for o in listed if o.size or not f"/{o.key}".endswith("/")):
-        if locate(key) is None:
-            top, separator, _ = key.partition("/")
-            strays.setdefault(key if top in _TOP_LEVEL else top + separator, []).append(key)
-    return [
-        Finding(
-            "unknown-key",
-            group,
-            found="an object" if len(members) == 1 else f"{len(members)} objects",
-            expected="keys of a registry only",
-            action="find out who writes here, and move it elsewhere",
-        )
-        for group, members in strays.items()
-    ]
-
-
-def _read_versions(store: Store, locations: Sequence[Location]) -> dict[tuple[str, str], _Version | Finding]:
-    """Every manifest that is still there, verified."""
-    with ThreadPoolExecutor(_READERS) as pool:
-        found = pool.map(lambda at: ((at.name, at.item), _read_version(store, at)), locations)
-        return {target: version for target, version in found if version is not None}
-
-
-def _read_version(store: Store, at: Location) -> _Version | Finding | None:
-    got = ask(store, at.key, lambda: store.get(at.key))
-    if got is None or isinstance(got, Finding):
-        return got
-    source = f"{store.url}/{at.key}"
-    try:
-        manifest = verify_manifest(got[0], name=at.name, version=at.item, source=source)
-    except RegistryError as fault:
-        found = describe_fault(fault, source=source)
-        expected = f"the manifest of {at.name} whose SHA-256 begins with {at.item.rpartition('-')[2]}"
-        return Finding("manifest", at.key, found=found, expected=expected, action=_REPUBLISH)
-    return _Version(manifest, digest_bytes(got[0]))
-
-
-def _collect_blobs(versions: dict[tuple[str, str], _Version]) -> list[FileEntry]:
+def _collect_blobs(versions: dict[tuple[str, str], Version]) -> list[FileEntry]:
     """Every blob that a version names, by digest; its path says for whom: `name@version/path`.
 
     Two manifests that disagree about a blob's size make two entries, one of which will be wrong.
@@ -238,48 +139,14 @@ def _judge(entry: FileEntry, stored: StoredObject | Finding | None, *, sha256: s
         return [stored]
     key, what = blob_key(entry.sha256), f"{entry.size} bytes of {shorten(entry.path)}"
     if stored is None:
-        action = f"{_RESTORE}, or run `appliance publish` on its run folder"
+        action = f"{RESTORE}, or run `appliance publish` on its run folder"
         return [Finding("missing-blob", key, found="missing", expected=what, action=action)]
     if stored.size != entry.size:
-        return [Finding("wrong-size", key, found=f"{stored.size} bytes", expected=what, action=_REPUBLISH)]
+        return [Finding("wrong-size", key, found=f"{stored.size} bytes", expected=what, action=REPUBLISH)]
     if sha256 is not None and sha256 != entry.sha256:
         found = f"other bytes, SHA-256 {sha256}"
-        return [Finding("wrong-bytes", key, found=found, expected=what, action=_REPUBLISH)]
+        return [Finding("wrong-bytes", key, found=found, expected=what, action=REPUBLISH)]
     return []
-
-
-def _check_leases(store: Store, locations: Sequence[Location], *, now: float) -> tuple[list[Finding], bool]:
-    """Damaged leases, and whether anybody is at work."""
-    damaged, is_busy = [], False
-    for at in (at for at in locations if at.place == "lease"):
-        try:
-            lease = ask(store, at.key, lambda at=at: read_lease(store, at.name))  # type: ignore[misc]
-        except RegistryError as fault:
-            found = describe_fault(fault, source=f"{store.url}/{at.key}")
-            expected, action = f"the lease on {at.name}", "delete it when nobody trains this model"
-            lease = Finding("lease", at.key, found=found, expected=expected, action=action)
-        if isinstance(lease, Finding):
-            damaged.append(lease)
-        elif lease is not None:
-            is_busy = is_busy or lease[0].until > now
-    return damaged, is_busy
-
-
-def _find_loose(
-    store: Store, listed: Sequence[StoredObject], *, versions: Collection[tuple[str, str]], named: set[str]
-) -> list[StoredObject]:
-    """Listed blobs that no manifest names, those of the versions that appeared since the listing included."""
-    loose = {at.item: o for o in listed if (at := locate(o.key)) and at.place == "blob" and at.item not in named}
-    if not loose:
-        return []
-    again = [at for at in map(locate, (o.key for o in store.list(MODELS))) if at and at.place == "manifest"]
-    fresh = _read_versions(store, [at for at in again if (at.name, at.item) not in versions])
-    for version in fresh.values():
-        if not isinstance(version, _Version):
-            return []
-        for entry in version.manifest.files:
-            loose.pop(entry.sha256, None)
-    return list(loose.values())
 
 
 def _is_old(blob: StoredObject, *, now: float) -> bool:
@@ -293,5 +160,5 @@ def _describe_orphan(blob: StoredObject) -> Finding:
         blob.key,
         found=f"{blob.size} bytes that no manifest names, older than {GRACE_S / 86_400:.0f} days",
         expected="a version that needs it",
-        action="it could be collected, and costs nothing but room",
+        action="it could be collected (`appliance gc`), and costs nothing but room",
     )

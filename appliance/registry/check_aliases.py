@@ -9,115 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
-from pydantic import ValidationError
-
-from appliance.digest import digest_bytes
-from appliance.errors import RegistryError
-from appliance.registry.findings import Finding, ask, describe_fault, shorten
-from appliance.registry.layout import Location, is_version, locate, manifest_key, model_prefix, ref_key, reflog_key
-from appliance.registry.moves import AliasMove, Ref, read_ref
+from appliance.registry.findings import RESTORE, Finding, ask, shorten
+from appliance.registry.history import History, Record, name_remedy
+from appliance.registry.layout import is_version, manifest_key, ref_key, reflog_key, tombstone_key
+from appliance.registry.moves import AliasMove, Ref
 from appliance.store import Store
 
 _READERS = 8
-_RESTORE = "restore it from the bucket's object versions or a backup"
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One record of the history as it is stored."""
-
-    key: str
-    sha256: str
-    move: AliasMove
-
-
-@dataclass(frozen=True, slots=True)
-class _History:
-    """The records of all models by key; those that are younger than the listing are read when they are asked for."""
-
-    store: Store
-    records: dict[str, Record | Finding | None] = field(default_factory=dict)
-    moves: dict[tuple[str, str], list[Record]] = field(default_factory=dict)
-
-    def load(self, keys: Sequence[str]) -> None:
-        """Read many records, eight at a time, and sort the sound ones by alias and number."""
-        with ThreadPoolExecutor(_READERS) as pool:
-            self.records.update(zip(keys, pool.map(self._read, keys), strict=True))
-        for record in self.records.values():
-            if isinstance(record, Record):
-                self.moves.setdefault((record.move.name, record.move.alias), []).append(record)
-        for records in self.moves.values():
-            records.sort(key=lambda r: r.move.seq)
-
-    def get(self, key: str) -> Record | Finding | None:
-        """One record, a finding when it is damaged, `None` when it is not there."""
-        if key not in self.records:
-            self.records[key] = self._read(key)
-        return self.records[key]
-
-    def _read(self, key: str) -> Record | Finding | None:
-        got = ask(self.store, key, lambda: self.store.get(key))
-        return got if got is None or isinstance(got, Finding) else _verify_record(key, got[0])
-
-
-def check_aliases(
-    store: Store, locations: Sequence[Location], *, sealed: Mapping[tuple[str, str], str | None]
-) -> list[Finding]:
+def check_aliases(history: History, *, sealed: Mapping[tuple[str, str], str | None]) -> list[Finding]:
     """Every fault of refs and history.
 
     `sealed` has the manifest's SHA-256 of every version that was listed, `None` where the manifest is damaged.
     """
-    history = _History(store)
-    history.load([at.key for at in locations if at.place == "reflog"])
-    aliases = {(at.name, at.item) for at in locations if at.place == "ref"} | history.moves.keys()
     with ThreadPoolExecutor(_READERS) as pool:
-        checked = pool.map(lambda a: list(_check_alias(history, a[0], a[1], sealed=sealed)), sorted(aliases))
+        checked = pool.map(lambda a: list(_check_alias(history, a[0], a[1], sealed=sealed)), sorted(history.refs))
         findings = [finding for each in checked for finding in each]
-    return [*(r for r in history.records.values() if isinstance(r, Finding)), *findings]
-
-
-def _verify_record(key: str, content: bytes) -> Record | Finding:
-    """The record under `key`, if its name is its own digest and number."""
-    at = locate(key)
-    number, _, sealed = at.item.partition("-") if at else ("", "", "")
-    sha256 = digest_bytes(content)
-    if not sha256.startswith(sealed):
-        found = f"altered, SHA-256 {sha256[:12]}..."
-        return Finding("broken-history", key, found=found, expected=f"{sealed}... as in its name", action=_RESTORE)
-    try:
-        move = AliasMove.model_validate_json(content)
-    except ValidationError:
-        move = None
-    if move is None or at is None or (move.name, move.seq) != (at.name, int(number)) or not _has_ref(move):
-        found = "what is no move" if move is None else f"move {move.seq} of {shorten(f'{move.name}@{move.alias}')}"
-        expected = f"move {int(number or 0)} of {at.name if at else 'a model'}, in this release's schema"
-        return Finding("broken-history", key, found=found, expected=expected, action=_RESTORE)
-    return Record(key, sha256, move)
-
-
-def _has_ref(move: AliasMove) -> bool:
-    """Whether the alias can be one: a record is text of whoever wrote it."""
-    at = locate(f"{model_prefix(move.name)}refs/{move.alias}.json")
-    return at is not None and at.place == "ref"
+    return [*history.findings, *findings]
 
 
 def _check_alias(
-    history: _History, name: str, alias: str, *, sealed: Mapping[tuple[str, str], str | None]
+    history: History, name: str, alias: str, *, sealed: Mapping[tuple[str, str], str | None]
 ) -> Iterator[Finding]:
-    key = ref_key(name, alias)
-    moves = history.moves.get((name, alias), [])
-    remedy = f"put the newest record in its place: {moves[-1].key}" if moves else _RESTORE
-    try:
-        ref = ask(history.store, key, lambda: read_ref(history.store, name, alias))
-    except RegistryError as fault:
-        found = describe_fault(fault, source=f"{history.store.url}/{key}")
-        yield Finding("ref", key, found=found, expected=f"a move of {name}@{alias}", action=remedy)
-        return
+    key, moves, ref = ref_key(name, alias), history.moves.get((name, alias), []), history.refs[name, alias]
     if isinstance(ref, Finding):
-        yield ref
         return
+    remedy = name_remedy(moves)
     yield from _check_head(ref, moves, key=key, remedy=remedy)
     if ref is not None:
         yield from _check_own_record(history, ref, moves, key=key)
@@ -144,7 +63,7 @@ def _check_head(ref: Ref | None, moves: Sequence[Record], *, key: str, remedy: s
         )
 
 
-def _check_own_record(history: _History, ref: Ref, moves: Sequence[Record], *, key: str) -> Iterator[Finding]:
+def _check_own_record(history: History, ref: Ref, moves: Sequence[Record], *, key: str) -> Iterator[Finding]:
     """The ref holds a record of the history, byte for byte."""
     own = reflog_key(ref.move.name, seq=ref.move.seq, sha256=ref.sha256)
     if history.get(own) is None:
@@ -154,7 +73,7 @@ def _check_own_record(history: _History, ref: Ref, moves: Sequence[Record], *, k
         yield Finding("ref", key, found=found, expected=f"a copy of the record {own}", action=action)
 
 
-def _follow(history: _History, move: AliasMove) -> tuple[list[Record], list[Finding]]:
+def _follow(history: History, move: AliasMove) -> tuple[list[Record], list[Finding]]:
     """The records before a move, newest first, and what ends the walk; a damaged one is told where it was read."""
     chain: list[Record] = []
     while move.prev is not None:
@@ -162,18 +81,18 @@ def _follow(history: _History, move: AliasMove) -> tuple[list[Record], list[Find
         expected = f"move {move.seq - 1} of {move.name}@{move.alias}, SHA-256 {move.prev[:12]}..."
         record = history.get(key)
         if record is None:
-            return chain, [Finding("broken-history", key, found="missing", expected=expected, action=_RESTORE)]
+            return chain, [Finding("broken-history", key, found="missing", expected=expected, action=RESTORE)]
         if isinstance(record, Finding):
             return chain, []
         if record.sha256 != move.prev or record.move.alias != move.alias:
             found = f"a record of {shorten(record.move.alias)}, SHA-256 {record.sha256}"
-            return chain, [Finding("broken-history", key, found=found, expected=expected, action=_RESTORE)]
+            return chain, [Finding("broken-history", key, found=found, expected=expected, action=RESTORE)]
         chain.append(record)
         move = record.move
     if move.seq == 1:
         return chain, []
     own, found = ref_key(move.name, move.alias), f"a history that begins with move {move.seq}"
-    return chain, [Finding("broken-history", own, found=found, expected="one from move 1 on", action=_RESTORE)]
+    return chain, [Finding("broken-history", own, found=found, expected="one from move 1 on", action=RESTORE)]
 
 
 def _check_targets(
@@ -185,10 +104,9 @@ def _check_targets(
         move, version = record.move, shorten(record.move.version)
         target = (move.name, move.version)
         publish = "publish it again from its run folder"
-        if target not in sealed and not _is_there(store, move):
-            action = (
-                f"promote another version, or {publish}" if record is records[0] else f"{publish}, to go back to it"
-            )
+        is_now = record is records[0]
+        if target not in sealed and not _is_there(store, move, or_collected=not is_now):
+            action = f"promote another version, or {publish}" if is_now else f"{publish}, to go back to it"
             found, expected = f"{version}, which is not there", f"a version of {move.name}"
             yield Finding("dangling-ref", record.key, found=found, expected=expected, action=action)
         elif (sha256 := sealed.get(target)) is not None and sha256 != move.manifest_sha256:
@@ -196,9 +114,10 @@ def _check_targets(
             yield Finding("ref", record.key, found=found, expected=expected, action="promote a version again")
 
 
-def _is_there(store: Store, move: AliasMove) -> bool:
-    """Whether a version that was not listed was published since then."""
+def _is_there(store: Store, move: AliasMove, *, or_collected: bool) -> bool:
+    """Whether a version that was not listed was published since then, or is of the past and was collected."""
     if not is_version(move.version):
         return False
-    key = manifest_key(move.name, move.version)
-    return ask(store, key, lambda: store.head(key)) is not None
+    keys = [manifest_key(move.name, move.version)]
+    keys += [tombstone_key(move.name, move.version)] if or_collected else []
+    return any(ask(store, key, lambda key=key: store.head(key)) is not None for key in keys)  # type: ignore[misc]

@@ -25,6 +25,8 @@ Severity = Literal["damage", "note"]
 
 _NOTES: tuple[Kind, ...] = ("unfinished-move", "orphan")
 _LONGEST = 300
+RESTORE = "restore it from the bucket's object versions or a backup"
+REPUBLISH = f"{RESTORE}, or remove it and run `appliance publish` on its run folder"
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,22 +18,25 @@ from appliance.store import Store
 FORMAT = "FORMAT.json"
 MANIFEST = "manifest.json"
 MODELS = "models/"
+SEAL = "sealed.json"
 _SCHEMA = 1
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _ALIAS = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _VERSION = re.compile(r"[0-9]{8,20}-[0-9a-z]{1,12}-[0-9a-f]{12}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
-Place = Literal["format", "blob", "manifest", "ref", "reflog", "lease", "checkpoint", "reserved"]
+Place = Literal["format", "blob", "manifest", "tombstone", "ref", "reflog", "lease", "checkpoint", "plan", "reserved"]
 _MODEL = rf"{MODELS}(?P<name>{_NAME.pattern})/"
 _PLACES: dict[Place, re.Pattern[str]] = {
     "format": re.compile(re.escape(FORMAT)),
     "blob": re.compile(r"blobs/sha256/(?P<fold>[0-9a-f]{2})/(?P<item>(?P=fold)[0-9a-f]{62})"),
     "manifest": re.compile(rf"{_MODEL}versions/(?P<item>{_VERSION.pattern})/{re.escape(MANIFEST)}"),
+    "tombstone": re.compile(rf"{_MODEL}versions/(?P<item>{_VERSION.pattern})/tombstone\.json"),
     "ref": re.compile(rf"{_MODEL}refs/(?P<item>{_ALIAS.pattern})\.json"),
     "reflog": re.compile(rf"{_MODEL}reflog/(?P<item>[0-9]{{8,}}-[0-9a-f]{{12}})\.json"),
     "lease": re.compile(rf"leases/model-(?P<name>{_NAME.pattern})\.json"),
     "checkpoint": re.compile(rf"checkpoints/(?P<item>{_SHA256.pattern})/.+"),
+    "plan": re.compile(r"gc/(?P<item>[0-9]{8}T[0-9]{6}Z-[0-9a-f]{12})\.json"),
     "reserved": re.compile(r"(gc|baselines)/[^/]+\.json"),  # other releases of this schema may write them
 }
 
@@ -63,6 +66,16 @@ def model_prefix(name: str) -> str:
 def manifest_key(name: str, version: str) -> str:
     """`models/<name>/versions/<vid>/manifest.json`."""
     return f"{model_prefix(name)}versions/{check_version(version)}/{MANIFEST}"
+
+
+def tombstone_key(name: str, version: str) -> str:
+    """`models/<name>/versions/<vid>/tombstone.json`: the version was collected, or is about to be."""
+    return f"{model_prefix(name)}versions/{check_version(version)}/tombstone.json"
+
+
+def plan_key(at: str, *, sha256: str) -> str:
+    """`gc/<ts>-<sha12>.json`, for a UTC time 20260131T120000Z and the digest of the plan."""
+    return f"gc/{at}-{sha256[:12]}.json"
 
 
 def ref_key(name: str, alias: str) -> str:

@@ -49,17 +49,21 @@ class VersionInfo:
 
 
 def list_versions(store: Store, name: str | None = None) -> tuple[VersionInfo, ...]:
-    """Every version (of one model, or of all), by name, then oldest first. An unknown name has none."""
+    """Every version (of one model, or of all), by name, then oldest first. An unknown name has none.
+
+    One that is collected while this reads is left out.
+    """
     keys = [o.key for o in store.list(MODELS if name is None else model_prefix(name))]
     versions = [pair for pair in map(split_version_key, keys) if pair]
     refs = [pair for pair in map(split_ref_key, keys) if pair]
     with ThreadPoolExecutor(_READERS) as pool:
-        manifests = list(pool.map(lambda pair: load_manifest(store, pair[0], pair[1]), versions))
+        manifests = list(pool.map(lambda pair: _read_listed(store, pair[0], pair[1]), versions))
         moves = [m for m in pool.map(lambda pair: read_alias(store, pair[0], pair[1]), refs) if m]
     aliases = _group(moves)
     return tuple(
         VersionInfo(owner, version, aliases.get((owner, version), ()), manifest)
         for (owner, version), manifest in zip(versions, manifests, strict=True)
+        if manifest is not None
     )
 
 
@@ -89,11 +93,22 @@ def load_manifest(store: Store, name: str, version: str) -> Manifest:
 
 def read_manifest(store: Store, name: str, version: str) -> tuple[bytes, Manifest]:
     """The stored bytes and the manifest in them; the digest in the version's name must be theirs."""
-    key = manifest_key(name, version)
     try:
-        content, _ = store.get(key)
+        return _read_stored(store, name, version)
     except NotFoundError as fault:
         raise RegistryError(_describe_missing_version(store, name, version)) from fault
+
+
+def _read_listed(store: Store, name: str, version: str) -> Manifest | None:
+    try:
+        return _read_stored(store, name, version)[1]
+    except NotFoundError:
+        return None
+
+
+def _read_stored(store: Store, name: str, version: str) -> tuple[bytes, Manifest]:
+    key = manifest_key(name, version)
+    content, _ = store.get(key)
     return content, verify_manifest(content, name=name, version=version, source=f"{store.url}/{key}")
 
 

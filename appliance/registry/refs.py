@@ -16,6 +16,7 @@ from appliance.registry.layout import check_alias, check_format, check_name, is_
 from appliance.registry.listing import check_known, describe_missing_alias, load_manifest, read_manifest
 from appliance.registry.moves import AliasMove, Ref, follow_alias, list_aliases, read_alias, read_ref
 from appliance.registry.publish import check_blobs
+from appliance.registry.tombstones import is_collected
 from appliance.store import Store
 
 DEFAULT_ALIAS = "production"
@@ -57,6 +58,7 @@ def promote(
         at=at,
         forced=force,
     )
+    _check_alive(store, wanted)
     return _move_alias(store, wanted, expected=expected)
 
 
@@ -104,14 +106,26 @@ def _find_operation(store: Store, wanted: AliasMove, *, since: int) -> AliasMove
 
 
 def _write_move(store: Store, move: AliasMove, *, etag: str | None) -> bool:
-    """History first, then the ref; `False` when another writer moved the alias meanwhile."""
+    """History first, then the ref; `False` when another writer moved the alias meanwhile.
+
+    Between the two a collector is looked for: one that marks its version later finds the history's word.
+    """
     content = move.encode()
     try:
         store.put(reflog_key(move.name, seq=move.seq, sha256=digest_bytes(content)), content)
+        _check_alive(store, move)
         store.put(ref_key(move.name, move.alias), content, if_none_match=etag is None, if_match=etag)
     except PreconditionFailedError:
         return False
     return True
+
+
+def _check_alive(store: Store, move: AliasMove) -> None:
+    if is_collected(store, move.name, move.version):
+        raise RegistryError(
+            f"{store.url}: {move.name}@{move.version} was collected or is about to be, {move.alias} was not moved; "
+            "promote another version, or look whether it is still there after the next `appliance gc`"
+        )
 
 
 def resolve(store: Store, reference: str) -> tuple[str, Manifest]:

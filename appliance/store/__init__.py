@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from appliance.store.base import Store, StoredObject
+from appliance.store.base import Store, StoredObject, Upload
 from appliance.store.opening import open_store
 
-__all__ = ["Store", "StoredObject", "open_store"]
+__all__ = ["Store", "StoredObject", "Upload", "open_store"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +15,26 @@ from appliance.errors import StoreError
 class StoredObject:
     """What a store knows of one key. `etag` is opaque; `list` may leave it empty, nothing else may.
 
-    `modified` is when it was written, in seconds since the epoch by the store's clock; only `list` tells it.
+    `modified` is when it was written, in seconds since the epoch by the store's clock; `list` and `head` tell it.
     """
 
     key: str
     size: int
     etag: str
     modified: float | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A write that was begun and not finished; `token` is its name in the store, `size` what it holds by now.
+
+    `begun` is in seconds since the epoch by the store's clock.
+    """
+
+    key: str
+    token: str
+    size: int
+    begun: float
 
 
 class Store(Protocol):
@@ -41,10 +55,11 @@ class Store(Protocol):
         """Write the whole object at once; with a condition, write it only if the condition holds."""
         ...
 
-    def put_file(self, key: str, path: Path, *, sha256: str) -> StoredObject:
+    def put_file(self, key: str, path: Path, *, sha256: str, max_age_s: float = math.inf) -> StoredObject:
         """Create `key` from a file, verified against `sha256` by the store; an equal object that exists is success.
 
-        A different object under `key` is damage: it is never overwritten, and `StoreError` names it.
+        One that was written `max_age_s` ago or before is written again, as an object of now that no `delete` of
+        the old one can take. A different object under `key` is damage: never overwritten, `StoreError` names it.
         """
         ...
 
@@ -64,15 +79,30 @@ class Store(Protocol):
         ...
 
     def head(self, key: str) -> StoredObject | None:
-        """Size and ETag, or `None` when there is no such key."""
+        """Size, ETag and time, or `None` when there is no such key."""
         ...
 
     def list(self, prefix: str) -> Iterator[StoredObject]:
         """Every object whose key starts with `prefix`, in key order."""
         ...
 
-    def delete(self, key: str) -> None:
-        """Remove `key`; removing what is not there is success."""
+    def delete(self, key: str, *, only: StoredObject | None = None) -> None:
+        """Remove `key`; removing what is not there is success.
+
+        With `only`, as `list` told it, an object that was written since then stays: `PreconditionFailedError`.
+        """
+        ...
+
+    def list_uploads(self) -> Iterator[Upload]:
+        """Every write that was begun and not finished, by whomever, also those that are going on."""
+        ...
+
+    def abort_upload(self, upload: Upload) -> None:
+        """Give back what an unfinished write holds; one that is finished or gone is success."""
+        ...
+
+    def clock(self) -> float:
+        """Now, in seconds since the epoch by the clock that dates the objects."""
         ...
 
 

@@ -11,15 +11,17 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import math
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from appliance.digest import digest_bytes, digest_file, fsync_folder
 from appliance.errors import NotFoundError, PreconditionFailedError, StoreError
-from appliance.store.base import StoredObject, check_key
+from appliance.store.base import StoredObject, Upload, check_key
 from appliance.store.fetching import describe_disk_fault, write_verified
 
 _CHUNK = 1 << 20
@@ -50,18 +52,24 @@ class LocalStore:
                 self._replace(temporary, target, key=key, if_match=if_match)
         return made
 
-    def put_file(self, key: str, path: Path, *, sha256: str) -> StoredObject:
+    def put_file(self, key: str, path: Path, *, sha256: str, max_age_s: float = math.inf) -> StoredObject:
         """See `Store.put_file`."""
         target = self._target(key)
-        if target.is_file():
-            return self._check_equal(key, size=path.stat().st_size, sha256=sha256)
-        with self._faults(key), path.open("rb") as source, self._temporary(_read(source.fileno())) as temporary:
-            found = digest_file(temporary)
-            if found != sha256:
-                raise StoreError(f"{path}: SHA-256 is {found}, expected {sha256}; the file changed, make it again")
-            with contextlib.suppress(PreconditionFailedError):
-                self._create(temporary, target, key)
-        return self._check_equal(key, size=path.stat().st_size, sha256=sha256)
+        found = self._find_equal(key, path, sha256=sha256)
+        if found is None or self._is_aged(found, max_age_s):
+            with self._faults(key), path.open("rb") as source, self._temporary(_read(source.fileno())) as temporary:
+                read = digest_file(temporary)
+                if read != sha256:
+                    raise StoreError(f"{path}: SHA-256 is {read}, expected {sha256}; the file changed, make it again")
+                with contextlib.suppress(PreconditionFailedError):
+                    if found is None:
+                        self._create(temporary, target, key)
+                    else:
+                        self._replace(temporary, target, key=key, if_match=None)
+            found = self._find_equal(key, path, sha256=sha256)
+        if found is None:
+            raise StoreError(f"{self.url}/{key}: vanished after it was written; look for a clean-up job on the folder")
+        return found
 
     def get(self, key: str) -> tuple[bytes, StoredObject]:
         """See `Store.get`."""
@@ -84,7 +92,8 @@ class LocalStore:
         """See `Store.head`; reads the object, because the ETag is its digest."""
         try:
             with self._faults(key), self._target(key).open("rb"):
-                return StoredObject(key, self._target(key).stat().st_size, digest_file(self._target(key)))
+                status = self._target(key).stat()
+                return StoredObject(key, status.st_size, digest_file(self._target(key)), status.st_mtime)
         except NotFoundError:
             return None
 
@@ -99,15 +108,40 @@ class LocalStore:
                 status = (self.root / key).stat()
                 yield StoredObject(key, status.st_size, "", status.st_mtime)
 
-    def delete(self, key: str) -> None:
-        """See `Store.delete`."""
+    def delete(self, key: str, *, only: StoredObject | None = None) -> None:
+        """See `Store.delete`; writers of the same key wait meanwhile, so that the condition is exact."""
         target = self._target(key)
         with self._faults(key):
             if not target.exists():
                 return
             with self._locked():
+                if only is not None and target.exists() and not _is_same(target, only):
+                    raise PreconditionFailedError(f"{self.url}/{key}: was written again meanwhile")
                 target.unlink(missing_ok=True)
                 fsync_folder(target.parent)
+
+    def list_uploads(self) -> Iterator[Upload]:
+        """See `Store.list_uploads`; here they are temporary files."""
+        folder = self.root / _TEMPORARY
+        with self._faults(_TEMPORARY):
+            names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                status = (folder / name).stat()
+                yield Upload(f"{_TEMPORARY}/{name}", name, status.st_size, status.st_mtime)
+
+    def abort_upload(self, upload: Upload) -> None:
+        """See `Store.abort_upload`."""
+        check_key(upload.token)
+        with self._faults(upload.key):
+            (self.root / _TEMPORARY / upload.token).unlink(missing_ok=True)
+
+    def clock(self) -> float:
+        """See `Store.clock`; asked of the file system where it may be written to, since it may be another machine's."""
+        if not os.access(self.root, os.W_OK):
+            return time.time()
+        with self._faults(_TEMPORARY), self._temporary(()) as temporary:
+            return temporary.stat().st_mtime
 
     def _target(self, key: str) -> Path:
         return self.root / check_key(key)
@@ -132,14 +166,19 @@ class LocalStore:
             temporary.replace(target)
             fsync_folder(target.parent)
 
-    def _check_equal(self, key: str, *, size: int, sha256: str) -> StoredObject:
+    def _find_equal(self, key: str, path: Path, *, sha256: str) -> StoredObject | None:
+        """The object under `key` if it is this file, `None` if absent. Raises `StoreError` if it is another."""
         found = self.head(key)
-        if found is None or (found.size, found.etag) != (size, sha256):
-            what = "it is gone" if found is None else f"it holds {found.size} bytes, SHA-256 {found.etag}"
+        size = path.stat().st_size if found else 0
+        if found is not None and (found.size, found.etag) != (size, sha256):
             raise StoreError(
-                f"{self.url}/{key}: damaged, {what}, expected {size} bytes, {sha256}; remove it and publish again"
+                f"{self.url}/{key}: damaged, it holds {found.size} bytes, SHA-256 {found.etag}, "
+                f"expected {size} bytes, {sha256}; remove it and publish again"
             )
         return found
+
+    def _is_aged(self, found: StoredObject, max_age_s: float) -> bool:
+        return max_age_s < math.inf and self.clock() - (found.modified or 0.0) >= max_age_s
 
     @contextlib.contextmanager
     def _temporary(self, chunks: Iterable[bytes]) -> Iterator[Path]:
@@ -176,6 +215,12 @@ class LocalStore:
 def _read(descriptor: int) -> Iterator[bytes]:
     while chunk := os.read(descriptor, _CHUNK):
         yield chunk
+
+
+def _is_same(target: Path, listed: StoredObject) -> bool:
+    """Whether a file is the one that was listed: every write makes a new one, with a time of its own."""
+    status = target.stat()
+    return (status.st_size, status.st_mtime) == (listed.size, listed.modified)
 
 
 def _make_folder(folder: Path) -> None:

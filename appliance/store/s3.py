@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from appliance.digest import digest_bytes
 from appliance.errors import NotFoundError, PreconditionFailedError, StoreError
-from appliance.store.base import StoredObject, check_key
+from appliance.store.base import StoredObject, Upload, check_key
 from appliance.store.fetching import describe_disk_fault, write_verified
-from appliance.store.s3_faults import translate_faults
+from appliance.store.s3_faults import read_answer, translate_faults
 from appliance.store.s3_writing import Clients, Write, create_large, encode_crc32, encode_sha256, write_once
 
 T = TypeVar("T")
 
 _SINGLE_PUT_BYTES = 64 << 20
+_LARGEST_PUT_BYTES = 5 << 30
 _CHUNK = 1 << 20
 _ATTEMPTS = 3
 _CONNECT_S, _READ_S, _CONNECTIONS = 5, 60, 32
@@ -89,13 +92,17 @@ class S3Store:
             raise PreconditionFailedError(f"{self._subject(key)}: is gone") from fault
         return StoredObject(key, len(content), answers[0]) if answers else self.get(key)[1]
 
-    def put_file(self, key: str, path: Path, *, sha256: str) -> StoredObject:
+    def put_file(self, key: str, path: Path, *, sha256: str, max_age_s: float = math.inf) -> StoredObject:
         """See `Store.put_file`."""
         with self._faults(key):
             found = self._find_equal(key, path, sha256)
             if found is None:
                 self._create_file(key, path, sha256)
-                found = self._find_equal(key, path, sha256)
+            elif max_age_s < math.inf and self.clock() - (found.modified or 0.0) >= max_age_s:
+                self._rewrite_file(found, path, sha256)
+            else:
+                return found
+            found = self._find_equal(key, path, sha256)
         if found is None:
             raise StoreError(
                 f"{self._subject(key)}: vanished after it was written; look for a clean-up job on the bucket"
@@ -132,7 +139,7 @@ class S3Store:
         """See `Store.head`."""
         with self._faults(key):
             answer = self._head(key)
-        return None if answer is None else StoredObject(key, answer["ContentLength"], answer["ETag"])
+        return None if answer is None else _describe(key, answer)
 
     def list(self, prefix: str) -> Iterator[StoredObject]:
         """See `Store.list`; sorted here, because some servers list in folder order."""
@@ -148,10 +155,54 @@ class S3Store:
             ]
         yield from sorted(found, key=lambda o: o.key)
 
-    def delete(self, key: str) -> None:
-        """See `Store.delete`."""
-        with self._faults(key):
-            self.clients.steady.delete_object(**self._target(key))
+    def delete(self, key: str, *, only: StoredObject | None = None) -> None:
+        """See `Store.delete`; a server that ignores If-Match is asked right before, which leaves it a moment."""
+        with self._faults(key), contextlib.suppress(NotFoundError):
+            if only is None:
+                self.clients.steady.delete_object(**self._target(key))
+                return
+            if self._is_same(key, only):
+                try:
+                    self._delete_matching(key, etag=only.etag)
+                except PreconditionFailedError:  # also the answer to a retry whose first answer was lost
+                    if self._is_same(key, only):
+                        raise
+
+    def list_uploads(self) -> Iterator[Upload]:
+        """See `Store.list_uploads`."""
+        start = len(self._full(""))
+        with self._faults(""):
+            pages = self.clients.steady.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self.bucket, Prefix=self._full("")
+            )
+            found = [u for page in pages for u in page.get("Uploads", ())]
+        for each in found:
+            size = self._measure_upload(each["Key"], each["UploadId"])
+            if size is not None:
+                yield Upload(each["Key"][start:], each["UploadId"], size, each["Initiated"].timestamp())
+
+    def abort_upload(self, upload: Upload) -> None:
+        """See `Store.abort_upload`."""
+        with self._faults(upload.key), contextlib.suppress(NotFoundError):
+            self.clients.steady.abort_multipart_upload(**self._target(upload.key), UploadId=upload.token)
+
+    def clock(self) -> float:
+        """See `Store.clock`: the time in the header of an answer, to the second."""
+        from botocore.exceptions import ClientError
+
+        with self._faults(""):
+            try:
+                answer = self.clients.steady.head_bucket(Bucket=self.bucket)
+            except ClientError:
+                self._check_bucket()
+                raise
+        try:
+            return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
+        except (KeyError, ValueError) as fault:
+            raise StoreError(
+                f"{self.url}: {self.clients.endpoint} does not say what time it is (no Date header), "
+                "so that nothing in it has an age; look at what is between here and the store"
+            ) from fault
 
     def _fetch(self, key: str, use: Callable[[dict[str, Any]], T]) -> T:
         """What `use` made of a GET's answer; a body that broke off is fetched anew, which boto3 does not do."""
@@ -177,13 +228,66 @@ class S3Store:
 
         try:
             if path.stat().st_size > _SINGLE_PUT_BYTES:
-                create_large(self.clients, target, path, sha256=sha256, write=write)
+                create_large(self.clients, target, path, sha256=sha256, write=write, condition={"IfNoneMatch": "*"})
             else:
                 write_once(send, write)
         except PreconditionFailedError:
             return
         except OSError as fault:
             raise StoreError(describe_disk_fault(fault, str(path))) from fault
+
+    def _rewrite_file(self, found: StoredObject, path: Path, sha256: str) -> None:
+        """The same bytes as another object: in parts if it was in one piece, or the reverse, for another ETag."""
+        target, size = self._target(found.key), path.stat().st_size
+        write = self._write(found.key, is_ours=lambda: False)
+
+        def send() -> None:
+            with path.open("rb") as body:
+                self.clients.once.put_object(**target, Body=body, ChecksumSHA256=encode_sha256(sha256))
+
+        if size == 0 or ("-" in found.etag and size <= _LARGEST_PUT_BYTES):
+            write_once(send, write)
+        else:
+            create_large(self.clients, target, path, sha256=sha256, write=write, condition={})
+
+    def _is_same(self, key: str, listed: StoredObject) -> bool:
+        """Whether the object is there. Raises `PreconditionFailedError` if it is not the one that was listed."""
+        answer = self._head(key)
+        if answer is None:
+            return False
+        found = _describe(key, answer)
+        if (found.etag, found.modified) != (listed.etag, math.floor(listed.modified or 0.0)):
+            raise PreconditionFailedError(f"{self._subject(key)}: was written again meanwhile")
+        return True
+
+    def _delete_matching(self, key: str, *, etag: str) -> None:
+        from botocore.exceptions import ClientError
+
+        with self._faults(key):
+            try:
+                self.clients.steady.delete_object(**self._target(key), IfMatch=etag)
+            except ClientError as fault:
+                if read_answer(fault)[0] != "NotImplemented":
+                    raise
+                self.clients.steady.delete_object(**self._target(key))
+
+    def _measure_upload(self, full_key: str, upload_id: str) -> int | None:
+        """The bytes of the parts that have arrived, `None` when the upload has ended meanwhile."""
+        from botocore.exceptions import ClientError
+
+        pages = self.clients.steady.get_paginator("list_parts")
+        with self._faults(full_key):
+            try:
+                parts = [
+                    part
+                    for page in pages.paginate(Bucket=self.bucket, Key=full_key, UploadId=upload_id)
+                    for part in page.get("Parts", ())
+                ]
+            except ClientError as fault:
+                if read_answer(fault)[0] != "NoSuchUpload":
+                    raise
+                return None
+        return sum(int(part["Size"]) for part in parts)
 
     def _find_equal(self, key: str, path: Path, sha256: str) -> StoredObject | None:
         """The object under `key` if it is this file, `None` if absent. Raises `StoreError` if it is another."""
@@ -196,7 +300,7 @@ class S3Store:
                 f"{self._subject(key)}: damaged, it holds {answer['ContentLength']} bytes that are not the expected "
                 f"{size} bytes, SHA-256 {sha256}; remove the object and publish again"
             )
-        return StoredObject(key, size, answer["ETag"])
+        return _describe(key, answer)
 
     def _head(self, key: str) -> dict[str, Any] | None:
         """The HEAD answer, or `None`; a missing bucket is told apart, since HEAD answers 404 to both."""
@@ -241,6 +345,11 @@ class S3Store:
 
     def _faults(self, key: str) -> Any:
         return translate_faults(self._subject(key), endpoint=self.clients.endpoint)
+
+
+def _describe(key: str, answer: dict[str, Any]) -> StoredObject:
+    """What a HEAD answer says of an object."""
+    return StoredObject(key, answer["ContentLength"], answer["ETag"], answer["LastModified"].timestamp())
 
 
 def _hash_body(body: Any) -> tuple[str, int]:

@@ -42,7 +42,7 @@ def translate_faults(subject: str, *, endpoint: str) -> Iterator[None]:
 def describe_answer(fault: Any, *, subject: str, endpoint: str) -> StoreError:
     """The error for an answer of the server (a botocore `ClientError`)."""
     code, status = read_answer(fault)
-    if code in ("NoSuchKey", "404", "NotFound"):
+    if code in ("NoSuchKey", "NoSuchUpload", "404", "NotFound"):
         return NotFoundError(f"{subject}: no such object at {endpoint}")
     if status == 412:
         return PreconditionFailedError(f"{subject}: exists already or was changed by another writer")

@@ -98,15 +98,17 @@ def encode_crc32(path: Path) -> str:
     return base64.b64encode(value.to_bytes(4, "big")).decode()
 
 
-def create_large(clients: Clients, target: dict[str, str], path: Path, *, sha256: str, write: Write) -> None:
-    """Create an object by multipart upload, with the condition and the full CRC-32 at the end.
+def create_large(
+    clients: Clients, target: dict[str, str], path: Path, *, sha256: str, write: Write, condition: dict[str, str]
+) -> None:
+    """Create an object by multipart upload, with `condition` and the full CRC-32 at the end.
 
     `target` holds `Bucket` and `Key`. A part or upload that the server lost (409, NoSuchUpload)
     starts the upload anew unless the object is there. Raises `PreconditionFailedError`, `StoreError`.
     """
     for _ in range(_ATTEMPTS):
         try:
-            _upload(clients, target, path, sha256=sha256, write=write)
+            _upload(clients, target, path, sha256=sha256, write=write, condition=condition)
         except _UploadLostError:
             if write.is_ours():
                 return
@@ -117,7 +119,9 @@ def create_large(clients: Clients, target: dict[str, str], path: Path, *, sha256
     )
 
 
-def _upload(clients: Clients, target: dict[str, str], path: Path, *, sha256: str, write: Write) -> None:
+def _upload(
+    clients: Clients, target: dict[str, str], path: Path, *, sha256: str, write: Write, condition: dict[str, str]
+) -> None:
     begun = clients.steady.create_multipart_upload(**target, ChecksumAlgorithm="CRC32", ChecksumType="FULL_OBJECT")
     upload = {**target, "UploadId": begun["UploadId"]}
     parts, crc, found = _send_parts(clients, upload, path)
@@ -125,7 +129,13 @@ def _upload(clients: Clients, target: dict[str, str], path: Path, *, sha256: str
         clients.steady.abort_multipart_upload(**upload)
         raise StoreError(f"{path}: SHA-256 is {found}, expected {sha256}; the file changed, make it again")
     size = path.stat().st_size
-    write_once(lambda: _complete(clients, upload, parts=parts, size=size, crc=crc), write)
+    ending = {
+        "MultipartUpload": {"Parts": parts},
+        "MpuObjectSize": size,
+        "ChecksumType": "FULL_OBJECT",
+        "ChecksumCRC32": crc,
+    }
+    write_once(lambda: _complete(clients, {**upload, **ending, **condition}), write)
 
 
 def _send_parts(clients: Clients, upload: dict[str, str], path: Path) -> tuple[list[dict[str, Any]], str, str]:
@@ -139,18 +149,11 @@ def _send_parts(clients: Clients, upload: dict[str, str], path: Path) -> tuple[l
     return parts, base64.b64encode(crc.to_bytes(4, "big")).decode(), digest.hexdigest()
 
 
-def _complete(clients: Clients, upload: dict[str, str], *, parts: list[dict[str, Any]], size: int, crc: str) -> None:
+def _complete(clients: Clients, request: dict[str, Any]) -> None:
     from botocore.exceptions import ClientError
 
     try:
-        clients.once.complete_multipart_upload(
-            **upload,
-            MultipartUpload={"Parts": parts},
-            IfNoneMatch="*",
-            MpuObjectSize=size,
-            ChecksumType="FULL_OBJECT",
-            ChecksumCRC32=crc,
-        )
+        clients.once.complete_multipart_upload(**request)
     except ClientError as fault:
         code, status = read_answer(fault)
         if status == 409 or code == "NoSuchUpload":
