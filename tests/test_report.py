@@ -49,7 +49,8 @@ def make_card(*, champion: bool = False, **changes: Any) -> dict[str, Any]:
         },
         "training": {
             "learning_rate": 2e-4, "effective_batch": 8, "trainable_parameters": 4_884_480,
-            "total_parameters": 139_400_064, "steps": 4, "tokens": 12_000, "trained_tokens": 3_000, "seconds": 80.0,
+            "total_parameters": 139_400_064, "steps": 4, "tokens": 12_000, "tokens_computed": 9_000,
+            "trained_tokens": 3_000, "seconds": 80.0,
             "tokens_per_second": 150.0, "first_loss": 2.5, "last_loss": 0.125, "best_validation_loss": 0.25,
             "last_validation_loss": 0.25, "device": "cpu", "dtype": "bf16", "peak_memory_bytes": 2**30,
             "micro_batch": 8, "predicted": {"peak_memory_bytes": 3 * 2**29, "micro_batch": 8},

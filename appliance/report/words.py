@@ -76,6 +76,12 @@ def _say_mfu(training: dict[str, Any]) -> str:
     return f", MFU {say_percent(training['mfu'])}" if "mfu" in training else ""
 
 
+def _say_shared(training: dict[str, Any]) -> str:
+    """How many tokens passed through the model, where rows shared what they begin with."""
+    computed = training.get("tokens_computed")
+    return f"; shared prefixes once: {computed:,} computed" if computed and computed < training["tokens"] else ""
+
+
 def _say_predicted(training: dict[str, Any]) -> str:
     """What the plan had said, and of which micro-batch if it was another; nothing in cards from before it was told."""
     predicted = training.get("predicted")
@@ -115,7 +121,7 @@ def list_facts(card: dict[str, Any]) -> dict[str, dict[str, str]]:
         "Training": {
             "steps": say_number(training.get("steps")),
             "tokens": f"{say_number(training.get('tokens'))}, "
-            f"{say_number(training.get('trained_tokens'))} of them trained on",
+            f"{say_number(training.get('trained_tokens'))} of them trained on{_say_shared(training)}",
             "time": f"{say_number(training.get('seconds'))} s, "
             f"{say_number(training.get('tokens_per_second'))} tokens/s{_say_mfu(training)}",
             "loss": f"{say_number(training.get('first_loss'))} to {say_number(training.get('last_loss'))}",
