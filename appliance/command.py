@@ -209,9 +209,10 @@ def forward_signals(child: subprocess.Popen[str]) -> Iterator[list[int]]:
         with contextlib.suppress(ProcessLookupError):
             child.terminate()
         if not timers:
-            timers.append(threading.Timer(_GRACE_S, child.kill))
-            timers[0].daemon = True
-            timers[0].start()
+            timer = threading.Timer(_GRACE_S, child.kill)  # a second signal may come anywhere in here
+            timer.daemon = True
+            timers.append(timer)
+            timer.start()
 
     before = {s: signal.signal(s, forward) for s in list_stop_signals()}
     try:
