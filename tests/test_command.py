@@ -6,6 +6,8 @@ import json
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +143,31 @@ def test_who_is_to_outlive_the_terminal_does(lead: str, names: str) -> None:
     """A closed terminal stops a process, unless it was started to ignore that (nohup)."""
     argv = ["sh", "-c", f'{lead} exec "$0" -c "$1"', sys.executable, STOPS]
     assert subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True).stdout.strip() == names
+
+
+def test_a_second_stop_signal_may_come_while_the_first_is_answered(tmp_path: Path) -> None:
+    """Two in one moment, at the worst of places: the child is asked to stop, and nothing is left ticking."""
+
+    class Impatient(subprocess.Popen[str]):
+        """A real child; whoever first prepares its kill is signalled again meanwhile."""
+
+        again = True
+
+        @property
+        def kill(self) -> Any:
+            if self.again:
+                self.again = False
+                signal.raise_signal(signal.SIGTERM)
+            return super().kill
+
+    child = Impatient(["sleep", "60"])
+    before = threading.active_count()
+    with command.forward_signals(child) as received:
+        signal.raise_signal(signal.SIGTERM)
+        assert child.wait(timeout=10) == -signal.SIGTERM
+    assert received == [signal.SIGTERM, signal.SIGTERM]
+    for _ in range(100):
+        if threading.active_count() == before:
+            break
+        time.sleep(0.05)
+    assert threading.active_count() == before, "timers end with what they were for"
