@@ -20,10 +20,11 @@ from appliance.digest import canonical_json, digest_file, digest_folder, write_a
 from appliance.errors import DatasetError
 from appliance.example import decode_examples, encode_examples
 from appliance.general import choose_general
+from appliance.method import FullMethod
 from appliance.model import TokenRow, fit_template, load_template
 from appliance.plan import check_device, read_machine
 from appliance.preparation import Origin, Prepared, Workspace, plan_run, prepare, read_versions
-from appliance.recipe import FullMethod, Recipe
+from appliance.recipe import Recipe
 from appliance.release import build_manifest, collect_files, promote_by_verdict
 from appliance.run import Run, open_run
 from appliance.store import Store

@@ -19,34 +19,10 @@ from appliance.digest import digest_json
 from appliance.errors import RecipeError
 from appliance.method import (
     VIRTUAL_TOKENS,
-    FullMethod,
-    Ia3Method,
-    LoraMethod,
     Method,
     PrefixTuningMethod,
-    PromptTuningMethod,
-    PTuningMethod,
-    QloraMethod,
     Section,
 )
-
-__all__ = [
-    "VIRTUAL_TOKENS",
-    "FullMethod",
-    "Ia3Method",
-    "LoraMethod",
-    "Method",
-    "PTuningMethod",
-    "PrefixTuningMethod",
-    "PromptTuningMethod",
-    "QloraMethod",
-    "Recipe",
-    "Section",
-    "count_steps",
-    "is_packed",
-    "load_recipe",
-    "parse_recipe",
-]
 
 Line = dict[tuple[str | int, ...], int]
 _EWC_METHODS = ("full", "lora", "qlora")

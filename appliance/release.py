@@ -10,8 +10,9 @@ from appliance.command import run_command
 from appliance.digest import digest_file, list_files
 from appliance.errors import CommandError
 from appliance.manifest import FileEntry, Manifest
+from appliance.method import FullMethod
 from appliance.preparation import Origin, Prepared, read_versions
-from appliance.recipe import FullMethod, Recipe
+from appliance.recipe import Recipe
 from appliance.run import Run
 from appliance.store import Store
 

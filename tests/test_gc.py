@@ -24,6 +24,7 @@ from appliance import registry
 from appliance.cli import main
 from appliance.digest import digest_bytes
 from appliance.errors import RegistryError, StoreError
+from appliance.manifest import Manifest
 from appliance.registry.layout import blob_key, manifest_key, tombstone_key
 from appliance.registry.marks import Kind
 from appliance.store import Store, open_store
@@ -266,13 +267,19 @@ def test_a_publisher_that_sleeps_for_weeks_at_any_step_ends_with_a_whole_version
     assert taken > 0
 
 
+@pytest.fixture
+def aged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Manifest]:
+    """A version to publish, for whose publisher every blob that is there is an old one."""
+    monkeypatch.setattr(importlib.import_module("appliance.registry.publish"), "FRESH_S", 0.0)
+    folder = make_folder(tmp_path / "third", "third")
+    return folder, make_manifest(folder)
+
+
 def test_a_collector_that_sleeps_at_any_step_takes_nothing_that_became_a_version(
-    make: Callable[..., Maker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Maker], tmp_path: Path, aged: tuple[Path, Manifest]
 ) -> None:
     """Old blobs that were planned are published, from first to last call, around each of the collector's calls."""
-    monkeypatch.setattr(importlib.import_module("appliance.registry.publish"), "FRESH_S", 0.0)  # all blobs are old
-    folder = make_folder(tmp_path / "third", "third")
-    manifest = make_manifest(folder)
+    folder, manifest = aged
 
     def build(store: Store) -> None:
         Sound(store, tmp_path / "source")
@@ -293,12 +300,10 @@ def test_a_collector_that_sleeps_at_any_step_takes_nothing_that_became_a_version
 
 
 def test_a_publisher_that_wakes_while_a_collector_sleeps_ends_with_a_whole_version(
-    make: Callable[..., Maker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Maker], tmp_path: Path, aged: tuple[Path, Manifest]
 ) -> None:
     """It slept for weeks at any step, and goes through between the collector's marks and its first deletion."""
-    monkeypatch.setattr(importlib.import_module("appliance.registry.publish"), "FRESH_S", 0.0)  # all blobs are old
-    folder = make_folder(tmp_path / "third", "third")
-    manifest = make_manifest(folder)
+    folder, manifest = aged
     prepare = make(lambda store: Sound(store, tmp_path / "source"))
     steps = count_calls(prepare, CALLS, lambda s: registry.publish(s, manifest=manifest, folder=folder))
     spared = 0

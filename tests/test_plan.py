@@ -9,11 +9,12 @@ import pytest
 from tiny import make_recipe, write_base
 
 from appliance.errors import ModelError
+from appliance.method import LoraMethod
 from appliance.model.shapes import read_sizes, read_weight_shapes
 from appliance.plan import Machine, Plan, build_plan, read_machine
 from appliance.plan.machine import parse_gpu
 from appliance.plan.plan import count_trainable, select_micro_batch
-from appliance.recipe import LoraMethod, Recipe, count_steps
+from appliance.recipe import Recipe, count_steps
 from appliance.training.arguments import build_adapter_arguments
 
 SMALL = Machine(cores=2, memory_bytes=8 << 30)

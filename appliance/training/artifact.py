@@ -17,8 +17,9 @@ from transformers import AutoTokenizer
 
 from appliance.digest import digest_folder, fsync_folder
 from appliance.errors import TrainingError
+from appliance.method import FullMethod
 from appliance.model.weights import Precision, load_model
-from appliance.recipe import FullMethod, is_packed
+from appliance.recipe import is_packed
 from appliance.training import attention
 from appliance.training.arguments import select_learning_rate
 from appliance.training.checkpoints import is_sound, name_checkpoint

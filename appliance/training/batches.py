@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 from appliance.model import TokenRow
+from appliance.training.levers import Prefix
 
-Prefix = Literal["standard", "shared"]
 _IGNORED = -100
 
 
@@ -44,11 +44,10 @@ def collate_packed(records: Sequence[dict[str, Any]], *, prefix: Prefix = "stand
     known: dict[tuple[int, int], int] = {}
     for record in records:
         row = record["input_ids"]
-        shared = _find_prefix(record, known) if prefix == "shared" else []
-        own = range(len(ids), len(ids) + len(row) - len(shared))
-        flat = [*shared, *own]
+        shared = _find_prefix(record, known)
+        flat = [*shared, *range(len(ids), len(ids) + len(row) - len(shared))]
         if prefix == "shared":
-            _add_prefix(record, flat, known)
+            known |= _name_prefix(record, flat)
         ids += row[len(shared) :]
         positions += range(len(shared), len(row))
         origins += range(len(places) + len(shared), len(places) + len(row))
@@ -86,11 +85,10 @@ def _find_prefix(record: dict[str, Any], known: dict[tuple[int, int], int]) -> l
     return places
 
 
-def _add_prefix(record: dict[str, Any], flat: list[int], known: dict[tuple[int, int], int]) -> None:
-    """Put the part of a row that later rows may share into the tree."""
-    end = _measure_prompt(record)
+def _name_prefix(record: dict[str, Any], flat: list[int]) -> dict[tuple[int, int], int]:
+    """The part of a row at these flat positions that later rows may share, as branches of the tree."""
     before = [-1, *flat]
-    known |= {(before[i], record["input_ids"][i]): flat[i] for i in range(end)}
+    return {(before[i], record["input_ids"][i]): flat[i] for i in range(_measure_prompt(record))}
 
 
 def _measure_prompt(record: dict[str, Any]) -> int:

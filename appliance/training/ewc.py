@@ -19,8 +19,8 @@ from peft.tuners.lora import LoraLayer
 from appliance.child import Emit
 from appliance.digest import digest_file
 from appliance.errors import TrainingError
+from appliance.method import FullMethod
 from appliance.model.weights import Precision
-from appliance.recipe import FullMethod
 from appliance.training.fisher import Fisher, estimate_inputs, estimate_weights, load_fisher
 from appliance.training.launch import TrainingJob
 from appliance.training.rows import load_rows

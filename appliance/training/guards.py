@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from appliance.errors import TrainingError
+from appliance.method import FullMethod
 from appliance.model import TokenRow
 from appliance.model.weights import Precision
-from appliance.recipe import FullMethod
-from appliance.training.batches import Prefix, build_records, collate_packed
+from appliance.training.batches import build_records, collate_packed
 from appliance.training.launch import TrainingJob
+from appliance.training.levers import Prefix
 from appliance.training.methods import Weights, without_training
 
 _PARITY = {"bf16": 0.05, "fp32": 1e-3}

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict
 from appliance.command import WorkerEnd, run_worker
 from appliance.digest import write_atomic
 from appliance.errors import DeviceError, InterruptedRunError, TrainingError
-from appliance.recipe import EwcSection, Method, TrainingSection
+from appliance.method import Method
+from appliance.recipe import EwcSection, TrainingSection
 from appliance.training.board import open_board
 from appliance.training.checkpoints import read_facts
 from appliance.training.mirror import Mirror, fetch_checkpoints, follow_checkpoints

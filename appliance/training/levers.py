@@ -12,6 +12,8 @@ from typing import Any, Literal
 from appliance.method import LoraMethod, Method, QloraMethod
 from appliance.recipe import TrainingSection, is_packed
 
+Prefix = Literal["standard", "shared"]
+
 
 @dataclass(frozen=True, slots=True)
 class Levers:
@@ -20,7 +22,7 @@ class Levers:
     attention: Literal["standard", "packed"]
     head: Literal["standard", "labelled", "fused"]
     lora: Literal["standard", "fused"]
-    prefix: Literal["standard", "shared"]
+    prefix: Prefix
     compile: bool
 
     def to_json(self) -> dict[str, object]:

@@ -5,8 +5,8 @@ arXiv 2204.02311, appendix B): each weight of a matrix product costs 2 FLOPs a t
 backward for its input's gradient and 2 for its own. Frozen weights have no gradient of their own: 6
 a token for full training, 4 for every method on a frozen base. What is recomputed (gradient
 checkpointing), attention's scores and the adapter itself are not counted; a prefix that rows share
-counts as often as it is computed. Where the device's peak
-or the model's cost is not known there is no figure: a guessed one would be worse than none.
+counts as often as it is computed. Where the device's peak or the model's cost is not known there is
+no figure: a guessed one would be worse than none.
 """
 
 from __future__ import annotations
