@@ -85,6 +85,7 @@ def run_worker(
     to the child as SIGTERM; the child then has 120 s to save a checkpoint before it is killed. On Linux
     a SIGKILL of this process takes the child with it: nobody would be there to start the next one after it.
     A child that the kernel killed for memory ends like one that ran out of memory by itself: with code 34.
+    It sees one GPU, see `name_one_gpu`.
     """
     failure = ""
     kills_before = count_memory_kills()
@@ -98,7 +99,7 @@ def run_worker(
                 stdin=subprocess.DEVNULL,
                 text=True,
                 errors="replace",
-                env={**os.environ, **(env or {})},
+                env={**os.environ, **name_one_gpu(os.environ), **(env or {})},
                 start_new_session=True,
                 preexec_fn=_die_with_parent(signal.SIGKILL),  # noqa: PLW1509 - as in start_server
             )
@@ -116,6 +117,16 @@ def run_worker(
     if code == -signal.SIGKILL and count_memory_kills() > kills_before:
         return WorkerEnd(DeviceError.exit_code, _OUT_OF_MEMORY.format(log=log))
     return WorkerEnd(code, failure or (_describe_death(code, log) if code else ""))
+
+
+def name_one_gpu(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables by which a process sees one GPU: the first that this one may use, as the driver's tool counts them.
+
+    A process that sees several and was not started once for each would share out every batch among
+    them (`nn.DataParallel` of transformers' trainer); TRL refuses to.
+    """
+    first = environment.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
+    return {"CUDA_DEVICE_ORDER": environment.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"), "CUDA_VISIBLE_DEVICES": first}
 
 
 def count_memory_kills() -> int:

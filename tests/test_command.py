@@ -77,6 +77,19 @@ def test_any_other_kill_is_a_kill(events: Path, kills: int, number: str) -> None
     assert f"killed by signal {-end.code}" in end.failure
 
 
+@pytest.mark.parametrize(("visible", "seen"), [(None, "0"), ("2,3", "2"), ("GPU-5a", "GPU-5a"), ("", "")])
+def test_a_worker_sees_one_gpu(visible: str | None, seen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first that this process may use; a trainer that sees several would share out the batch among them."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    events: list[dict[str, Any]] = []
+    script = 'printf \'{"gpu": "%s", "order": "%s"}\' "$CUDA_VISIBLE_DEVICES" "$CUDA_DEVICE_ORDER"'
+    end = run_worker(["/bin/sh", "-c", script], log=tmp_path / "log", on_event=events.append)
+    assert end.code == 0
+    assert events == [{"gpu": seen, "order": "PCI_BUS_ID"}]
+
+
 WORKER = """#!/bin/sh
 grep -o '"micro_batch": [0-9]*' "$3/job.json" >> "$3/tried"
 if grep -q '"micro_batch": [48],' "$3/job.json"; then

@@ -144,6 +144,42 @@ def test_the_driver_says_what_the_gpu_is(line: str, parsed: tuple[str, int, floa
     assert parse_gpu(line) == parsed
 
 
+DRIVER = """#!/bin/sh
+case "$*" in
+*--id=0*) echo "NVIDIA A100-SXM4-80GB, 81920, 8.0" ;;
+*--id=1* | *--id=GPU-5a*) echo "Tesla T4, 15360, 7.5" ;;
+*--id=*) echo "No devices were found"; exit 6 ;;
+*) printf 'NVIDIA A100-SXM4-80GB, 81920, 8.0\nTesla T4, 15360, 7.5\n' ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpu"),
+    [
+        (None, "NVIDIA A100-SXM4-80GB"),
+        ("1", "Tesla T4"),
+        ("1,0", "Tesla T4"),
+        ("GPU-5a", "Tesla T4"),
+        ("MIG-1c", "NVIDIA A100-SXM4-80GB"),
+        ("", ""),
+        ("-1", ""),
+    ],
+)
+def test_of_several_gpus_the_plan_means_the_one_that_a_run_will_see(
+    visible: str | None, gpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first that CUDA_VISIBLE_DEVICES lets through, by number or name; of a slice, the GPU that it is cut from."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(DRIVER)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert read_machine(tmp_path).gpu == gpu
+
+
 def test_emulated_bf16_is_warned_about(base: Path) -> None:
     """It works, and is slower than fp32; `auto` never chooses it."""
     old = Machine(cores=2, memory_bytes=8 << 30, gpu="Tesla T4", gpu_memory_bytes=16 << 30, has_bf16=False)

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from appliance.command import run_command
+from appliance.command import name_one_gpu, run_command
 from appliance.errors import CommandError, DeviceError
 from appliance.model.processor import has_cpu_bf16
 from appliance.recipe import Recipe
@@ -70,10 +70,12 @@ def _read_memory(cgroup: Path) -> int:
 
 
 def _read_gpu() -> tuple[str, int, float]:
-    """Name, memory and compute capability of the first CUDA device, asked of the driver: torch is not needed."""
+    """Name, memory and compute capability of the GPU that a child will see; the driver is asked, torch not needed."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    device = name_one_gpu(os.environ)["CUDA_VISIBLE_DEVICES"]
+    whole = [] if device.startswith("MIG-") else [f"--id={device}"]  # a slice is not asked for, its GPU is
     try:
-        first = run_command(query, timeout_s=20.0).splitlines()[0]
+        first = run_command([*query, *whole], timeout_s=20.0).splitlines()[0]
     except (CommandError, IndexError):
         return "", 0, 0.0
     return parse_gpu(first)
