@@ -267,6 +267,25 @@ ON_A_TERMINAL = (
 )
 
 
+@pytest.mark.parametrize("loaded", ["click.globals", "click.core", "click"])
+def test_a_stop_before_anything_began_is_no_traceback(loaded: str, tmp_path: Path) -> None:
+    """Ctrl-C while the command's own modules are loaded ends it as it ends any program."""
+    child = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "appliance", "list", "--store", f"file://{tmp_path}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with child:
+        for line in child.stderr or ():
+            if line.rpartition("|")[2].strip() == loaded:
+                child.send_signal(signal.SIGINT)
+                break
+        _, errors = child.communicate(timeout=60)
+    assert "Traceback" not in errors
+    assert child.returncode in (-signal.SIGINT, 33)
+
+
 def test_a_closed_terminal_stops_a_run_like_sigterm(project: Path, tmp_path: Path) -> None:
     """The kernel's own SIGHUP, with output that goes nowhere from then on: a checkpoint, and exit 33."""
     out = tmp_path / "out"

@@ -24,8 +24,7 @@ _BUG, _USAGE, _INTERRUPTED = 70, 2, 33
 def run_guarded(group: click.Group, argv: Sequence[str] | None) -> int:
     """Run `group`; return 0 or the exit code of what went wrong, after saying it."""
     for number in list_stop_signals():
-        if number != signal.SIGINT:  # Python's own KeyboardInterrupt
-            signal.signal(number, _stop)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _stop)
     try:
         result = group.main(args=argv, prog_name="appliance", standalone_mode=False)
     except click.exceptions.Exit as done:
