@@ -208,6 +208,33 @@ def test_a_strictly_deterministic_run_ends_in_the_same_bytes(base: Path, tmp_pat
     assert digest_folder(strict.adapter) == digest_folder(plain.adapter)
 
 
+def test_the_worst_step_is_computed_as_the_run_will_be(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast and with checkpointing where the run has them: else it wants memory that no step wants."""
+    from appliance.training import trainer
+
+    prove, found = trainer.prove_worst_step, []
+
+    def look(live: Any, rows: Any, *, micro_batch: int) -> None:
+        compute = live.compute_loss
+
+        def compute_and_look(model: Any, inputs: Any) -> Any:
+            layers = [m.gradient_checkpointing for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+            found.append((any(layers), torch.is_autocast_enabled("cpu")))
+            return compute(model, inputs)
+
+        live.compute_loss = compute_and_look
+        prove(live, rows, micro_batch=micro_batch)
+        live.compute_loss = compute
+
+    monkeypatch.setattr(trainer, "prove_worst_step", look)
+    recipe = make_recipe(method={"type": "full"}, training={"precision": "bf16"})
+    job = make_job(base, tmp_path, recipe).model_copy(update={"checkpointing": True})
+    run_in_process(job)
+    assert found == [(True, True)]
+
+
 @pytest.mark.parametrize(
     ("fault", "kind"),
     [
