@@ -11,7 +11,7 @@ ARG BASE_IMAGE=docker.io/nvidia/cuda:13.0.3-base-ubuntu24.04@sha256:7c7413a56200
 # hadolint ignore=DL3006 # the argument has the digest
 FROM ${BASE_IMAGE} AS system
 ENV DEBIAN_FRONTEND=noninteractive LANG=C.UTF-8
-# gcc and Python's headers: Triton compiles its launchers where a recipe says training.speed.compile: on.
+# gcc and Python's headers: Triton compiles its launchers, of the LM head's kernel in every run on a GPU.
 # hadolint ignore=DL3008 # the base's digest and the day's security updates decide; a pin here breaks in weeks
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates gcc git libc6-dev python3 python3-dev tini \

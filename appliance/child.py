@@ -1,7 +1,7 @@
 """The child's side of a worker process: signals as a flag, events as JSON lines, failures as words and a code.
 
 Exit codes: 0 done; 1 refused, `failure` says why; 33 stopped by a signal, the same job goes on; 34
-out of memory. Any other end is a bug or a kill, and the log has the traceback.
+out of memory; 35 the device failed. Any other end is a bug or a kill, and the log has the traceback.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "WANDB_MODE": "disabled",
 }
+# Batches differ in length: without it the pieces that torch's CUDA allocator keeps fit ever fewer of them
+# (pytorch.org, "CUDA semantics", expandable_segments). Whoever set either name decides.
+_ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_ALLOCATOR = "expandable_segments:True"
 
 Emit = Callable[..., None]
 
@@ -56,6 +60,8 @@ def run_child(work: Callable[[StopFlag, Emit], None]) -> int:
     """Do `work` and return the exit code; an expected failure is told to the parent as `failure`."""
     stop = StopFlag()
     os.environ.update(_QUIET)
+    if not any(name in os.environ for name in _ALLOCATORS):
+        os.environ[_ALLOCATORS[0]] = _ALLOCATOR
     try:
         work(stop, emit)
     except ApplianceError as fault:

@@ -68,6 +68,12 @@ class DeviceError(ApplianceError):
     exit_code = 34
 
 
+class LostDeviceError(DeviceError):
+    """The device itself failed, not for want of memory: what a child says to its parent, see `appliance.child`."""
+
+    exit_code = 35
+
+
 # The last one is torch.save's: its writer (caffe2/serialize/inline_container.cc) loses the errno.
 _DISK_FULL = ("No space left on device", "file write failed", "File too large", "unexpected pos")
 

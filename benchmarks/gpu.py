@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import random
 import statistics
@@ -124,13 +125,19 @@ def run_contender(job: str, contender: str, *, is_tiny: bool) -> dict[str, Any]:
     """One figure from a process of its own; a failure is a figure too."""
     argv = [sys.executable, __file__, "--run", job, contender, *(["--tiny"] if is_tiny else [])]
     try:
-        done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=900)
+        done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=900, env=build_environment())
     except subprocess.TimeoutExpired:
         return {"failed": "no end after 900 s"}
     if done.returncode != 0:
         return {"failed": (done.stderr.strip().splitlines() or ["?"])[-1][-300:]}
     figure: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return figure
+
+
+def build_environment() -> dict[str, str]:
+    """One device, which TRL insists on in one process, and for every contender the allocator of the product's child."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": first, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 def describe_figure(job: str, contender: str, figure: dict[str, Any]) -> str:

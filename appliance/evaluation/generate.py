@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from appliance.command import run_worker
 from appliance.digest import digest_json, write_atomic
-from appliance.errors import EvaluationError, InterruptedRunError
+from appliance.errors import DeviceError, EvaluationError, InterruptedRunError, LostDeviceError
 from appliance.evaluation.arms import Arm, Prompt
 from appliance.evaluation.outputs import Output, decode_outputs
 from appliance.progress import Progress
@@ -42,7 +42,7 @@ def generate(
     note: Callable[[str], None],
     env: Mapping[str, str] | None = None,
 ) -> tuple[Output, ...]:
-    """One output per prompt. Raises `EvaluationError`, or `InterruptedRunError` on a signal."""
+    """One output per prompt. Raises `EvaluationError`, `DeviceError`, or `InterruptedRunError` on a signal."""
     _start_over_if_changed(job, prompts)
     write_atomic(job.folder / "prompts.jsonl", b"".join(msgspec.json.encode(p) + b"\n" for p in prompts))
     write_atomic(job.folder / "job.json", job.model_dump_json(indent=1).encode())
@@ -62,6 +62,13 @@ def generate(
         )
     if end.code == InterruptedRunError.exit_code:
         raise InterruptedRunError("evaluation stopped by a signal; run the same command to go on")
+    if end.code == DeviceError.exit_code:
+        raise DeviceError(
+            f"evaluation: out of memory: {end.failure}; the answers so far are kept: run the same command on a device "
+            "with more, or where nothing else takes its memory"
+        )
+    if end.code == LostDeviceError.exit_code:
+        raise DeviceError(f"evaluation: the device failed: {end.failure}; run the same command to go on")
     if end.code:
         raise EvaluationError(f"evaluation: {end.failure}")
     return decode_outputs((job.folder / "outputs.jsonl").read_bytes())

@@ -16,6 +16,7 @@ from appliance.evaluation.arms import Arm, Prompt
 from appliance.evaluation.generate import GenerationJob
 from appliance.evaluation.outputs import decode_outputs
 from appliance.model import load_template
+from appliance.model.faults import device_faults_as_errors
 
 
 def main(folder: Path) -> int:
@@ -26,8 +27,9 @@ def main(folder: Path) -> int:
     def work(stop: StopFlag, emit: Emit) -> None:
         done = _load_done(folder / "outputs.jsonl")
         emit(done=len(done), arm="")
-        for arms in group_arms(job.arms):
-            _run_arms(job, arms, arms[0].model, prompts=prompts, done=done, stop=stop, emit=emit)
+        with device_faults_as_errors():
+            for arms in group_arms(job.arms):
+                _run_arms(job, arms, arms[0].model, prompts=prompts, done=done, stop=stop, emit=emit)
 
     return run_child(work)
 

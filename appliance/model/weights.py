@@ -5,6 +5,7 @@ Imported only by the workers. Never passes `trust_remote_code`; safetensors only
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -14,16 +15,42 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from appliance.errors import ModelError
+from appliance.errors import LostDeviceError, ModelError
+from appliance.model.faults import name_fault
 from appliance.model.processor import has_cpu_bf16
 
+_DRIVER = Path("/dev/nvidiactl")
 Precision = Literal["bf16", "fp32"]
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def select_device() -> torch.device:
-    """The first CUDA device where there is one, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    """The first CUDA device where there is one, else the CPU.
+
+    Raises `LostDeviceError` where the driver has a GPU that this torch cannot use: the plan was made for it, and
+    days on a CPU instead are nobody's wish.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    if torch.version.cuda and is_gpu_expected(_DRIVER, os.environ.get("CUDA_VISIBLE_DEVICES")):
+        raise LostDeviceError(
+            f"there is a GPU and torch {torch.__version__} does not see it ({_explain_cuda()}); look with `appliance "
+            "doctor`: update the driver, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+        )
+    return torch.device("cpu")
+
+
+def is_gpu_expected(driver: Path, visible: str | None) -> bool:
+    """Whether NVIDIA's driver is loaded here (its control device is there) and nobody hid the GPUs."""
+    return driver.exists() and (visible is None or visible.strip() not in ("", "-1"))
+
+
+def _explain_cuda() -> str:
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as fault:
+        return str(fault).splitlines()[0]
+    return "no device"
 
 
 def select_precision(wanted: Literal["auto", "bf16", "fp32"], *, device: torch.device) -> Precision:
@@ -33,6 +60,11 @@ def select_precision(wanted: Literal["auto", "bf16", "fp32"], *, device: torch.d
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if has_cpu_bf16(Path("/proc/cpuinfo")) else "fp32"
+
+
+def compute_as_trained(precision: Precision, *, device: torch.device) -> torch.autocast:
+    """The trainer's arithmetic: autocast to bf16 whatever the weights are kept in, or none."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def load_model(
@@ -55,6 +87,8 @@ def load_model(
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as fault:
+        if name_fault(fault) != "other":
+            raise
         first = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
         raise ModelError(
             f"base model {folder}: cannot be loaded ({first}); delete the folder and fetch it again"

@@ -101,7 +101,8 @@ def build_plan(
     parameters = sum(math.prod(s) for s in weights.values())
     sizes = read_sizes(base)
     trainable = count_trainable(recipe.method, weights, sizes)
-    static = _estimate_static(recipe.method, weights=weights, trainable=trainable)
+    width = _measure_width(recipe, machine)
+    static = _estimate_static(recipe.method, weights=weights, trainable=trainable, width=width)
     keeps_logits = not (machine.gpu and _is_head_fused(recipe))
     penalty = _measure_penalty(recipe, weights=weights, base=base)
 
@@ -113,6 +114,7 @@ def build_plan(
             longest=longest,
             checkpointing=checkpointing,
             keeps_logits=keeps_logits,
+            width=width,
         )
         return _add_overhead(static + penalty.kept + max(moving, penalty.passing))
 
@@ -132,6 +134,7 @@ def build_plan(
             penalty=penalty,
             sizes=sizes,
             longest=longest_general or section.max_length,
+            width=width,
         )
         peak = max(peak, first)
     return Plan(
@@ -220,8 +223,15 @@ def _is_head_fused(recipe: Recipe) -> bool:
     return is_packed(recipe.training, recipe.method) and recipe.training.speed.head in ("auto", "fused")
 
 
-def _estimate_static(method: Method, *, weights: Mapping[str, Shape], trainable: int) -> float:
-    """Bytes of weights, gradients and optimizer: bf16 bases, fp32 master weights and moments for what is trained.
+def _measure_width(recipe: Recipe, machine: Machine) -> float:
+    """Bytes a value of a frozen base and of an activation: 4 on a GPU that trains in fp32, else 2."""
+    precision = recipe.training.precision
+    is_full_width = precision == "fp32" or (precision == "auto" and not machine.has_bf16)
+    return 4.0 if machine.gpu and is_full_width else 2.0
+
+
+def _estimate_static(method: Method, *, weights: Mapping[str, Shape], trainable: int, width: float) -> float:
+    """Bytes of weights, gradients and optimizer: frozen bases, fp32 master weights and moments for what is trained.
 
     4-bit matrices take 0.516 bytes a weight with their doubly quantised scales (arXiv 2305.14314).
     """
@@ -229,22 +239,29 @@ def _estimate_static(method: Method, *, weights: Mapping[str, Shape], trainable:
     if isinstance(method, FullMethod):
         return 16.0 * parameters
     linear = sum(math.prod(s) for s in list_linears(weights).values())
-    matrices = (0.516 if isinstance(method, QloraMethod) else 2.0) * linear
-    return matrices + 2.0 * (parameters - linear) + 16.0 * trainable
+    matrices = (0.516 if isinstance(method, QloraMethod) else width) * linear
+    return matrices + width * (parameters - linear) + 16.0 * trainable
 
 
 def _estimate_moving(
-    method: Method, *, sizes: ModelSizes, rows: int, longest: int, checkpointing: bool, keeps_logits: bool
+    method: Method,
+    *,
+    sizes: ModelSizes,
+    rows: int,
+    longest: int,
+    checkpointing: bool,
+    keeps_logits: bool,
+    width: float,
 ) -> float:
-    """Bytes of activations and head for `rows` rows; factors for a Llama layer in bf16.
+    """Bytes of activations and head for `rows` rows; factors for a Llama layer in values of `width` bytes.
 
     Virtual tokens before the embeddings cost what tokens cost; a prefix costs its keys and values.
     """
     hidden, layers = sizes.hidden, sizes.layers
     tokens = rows * (longest + _count_virtual(method))
-    activations = tokens * hidden * ((2.0 * layers + 56.0) if checkpointing else 56.0 * layers)
-    if isinstance(method, PrefixTuningMethod):  # in bf16, once as made and once with each layer's own keys behind it
-        activations += 2.0 * 4.0 * rows * layers * sizes.keys * (longest + method.tokens)
+    activations = tokens * hidden * width * ((layers + 28.0) if checkpointing else 28.0 * layers)
+    if isinstance(method, PrefixTuningMethod):  # once as made and once with each layer's own keys behind it
+        activations += width * 4.0 * rows * layers * sizes.keys * (longest + method.tokens)
     return activations + (12.3 * tokens * sizes.vocabulary if keeps_logits else float(1 << 28))
 
 
@@ -255,9 +272,13 @@ def _measure_penalty(recipe: Recipe, *, weights: Mapping[str, Shape], base: Path
     return measure_penalty(recipe.method, weights, dtypes)
 
 
-def _estimate_fisher(method: Method, loaded: float, *, penalty: PenaltyMemory, sizes: ModelSizes, longest: int) -> int:
+def _estimate_fisher(
+    method: Method, loaded: float, *, penalty: PenaltyMemory, sizes: ModelSizes, longest: int, width: float
+) -> int:
     """Bytes at the peak of estimating the Fisher, one row at a time, beside the `loaded` weights alone."""
-    moving = _estimate_moving(method, sizes=sizes, rows=1, longest=longest, checkpointing=False, keeps_logits=True)
+    moving = _estimate_moving(
+        method, sizes=sizes, rows=1, longest=longest, checkpointing=False, keeps_logits=True, width=width
+    )
     return _add_overhead(loaded + penalty.estimating + moving)
 
 

@@ -12,21 +12,24 @@ prefix's keys and values here, for the length of one attention.
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from typing import Any
 
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 NAME = "appliance_packed"
 _PLAIN_LIMIT = 1024
 
 
 def register() -> None:
-    """Make `attn_implementation="appliance_packed"` known to transformers."""
+    """Make `attn_implementation="appliance_packed"` known to transformers.
+
+    With no function for a mask beside it: documents are separated in `attend`, and what transformers does before it
+    asks for a mask has a GPU wait in every forward pass (`masking_utils._preprocess_mask_arguments`).
+    """
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, _no_mask)
 
 
 def attend(
@@ -65,13 +68,16 @@ def attend(
             f"a row of {max_length_q} tokens exceeds the window of {sliding_window}; set training.packing: false"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if has_varlen(query) and dropout == 0.0:
+    if query.device.type == "cuda":
+        query, key, value = (x.to(select_dtype(x)) for x in (query, key, value))
+    if dropout == 0.0 and value.shape[-1] == query.shape[-1] and has_varlen(query):
         rows = (query, key, value)
         if row_places is not None:
             rows = tuple(x.index_select(2, row_places) for x in rows)
         mixed = _attend_varlen(*rows, cumulative=cu_seq_lens_q, longest=int(max_length_q), scale=scale)
         return (mixed if row_origins is None else mixed.index_select(1, row_origins)), None
-    index, real = _spread_index(cu_seq_lens_q, int(max_length_q))
+    tokens = query.shape[2] if row_places is None else row_places.numel()
+    index, real = _spread_index(cu_seq_lens_q, int(max_length_q), tokens=tokens)
     if row_places is not None and row_origins is not None:
         index = functional.pad(row_places, (0, 1), value=query.shape[2])[index]
         real = real[row_origins]
@@ -87,11 +93,32 @@ def attend(
     return mixed.transpose(1, 2).flatten(0, 1).index_select(0, real)[None], None
 
 
+def select_dtype(x: torch.Tensor) -> torch.dtype:
+    """The precision that torch's own attention would compute in: autocast's, which knows no other kernel.
+
+    Under autocast fp32 master weights give values in bf16, but rotated queries and keys in fp32.
+    """
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def has_varlen(query: torch.Tensor) -> bool:
-    """Whether torch's variable-length flash kernel takes it: half precision on an Ampere or newer GPU."""
-    if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16) or query.shape[-1] > 256:
+    """Whether torch's variable-length flash kernel takes this query on its device."""
+    if query.device.type != "cuda":
         return False
-    return bool(torch.cuda.get_device_capability(query.device) >= (8, 0))
+    return takes_varlen(query.dtype, query.shape[-1], torch.cuda.get_device_capability(query.device))
+
+
+def takes_varlen(dtype: torch.dtype, width: int, capability: tuple[int, int]) -> bool:
+    """Whether the kernel has heads of this `width` in this precision on such a GPU, forward and backward.
+
+    Half precision, Ampere or newer, at most 256 in eights (flash_attn/flash_api.cpp, `mha_varlen_fwd`: nothing pads
+    here); backward of 193 to 224 does not fit into the shared memory of sm_86, sm_89 and sm_12x (sdp_utils.cpp).
+    """
+    if dtype not in (torch.bfloat16, torch.float16) or capability < (8, 0) or width > 256 or width % 8:
+        return False
+    is_small = (8, 6) <= capability <= (8, 9) or capability[0] == 12
+    return not (is_small and 192 < width <= 224)
 
 
 def _attend_varlen(
@@ -100,17 +127,22 @@ def _attend_varlen(
     """The flash kernel over documents end to end, (1, T, H, D): no padding and no mask."""
     from torch.nn.attention.varlen import varlen_attn
 
-    known = inspect.signature(varlen_attn).parameters
-    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    causal = _name_causal(varlen_attn)
     queries, keys, values = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    if "enable_gqa" in known:
-        causal["enable_gqa"] = True
-    else:
+    if "enable_gqa" not in causal:
         groups = queries.shape[1] // keys.shape[1]
         keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     lengths = cumulative.to(torch.int32)
     mixed: torch.Tensor = varlen_attn(queries, keys, values, lengths, lengths, longest, longest, scale=scale, **causal)
     return mixed[None]
+
+
+@cache
+def _name_causal(kernel: Any) -> dict[str, Any]:
+    """What this release of torch calls causal attention of grouped heads; looked up once, not in every layer."""
+    known = inspect.signature(kernel).parameters
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
 def _attend_plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
@@ -123,13 +155,17 @@ def _attend_plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, s
     return torch.matmul(shares, value).view(documents, heads, longest, -1)
 
 
-def _spread_index(cumulative: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which flat position each of the (N * longest) places holds, T for padding; and the places that are real."""
+def _spread_index(cumulative: torch.Tensor, longest: int, *, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which flat position each of the (N * longest) places holds, T for padding; and the places that are real.
+
+    Computed for each layer, so nothing here waits for a GPU: the real places are counted, not looked for.
+    """
     starts, lengths = cumulative[:-1], cumulative.diff()
     steps = torch.arange(longest, device=cumulative.device)
-    is_real = steps < lengths[:, None]
-    index = torch.where(is_real, starts[:, None] + steps, cumulative[-1])
-    return index.flatten(), is_real.flatten().nonzero()[:, 0]
+    index = torch.where(steps < lengths[:, None], starts[:, None] + steps, cumulative[-1])
+    flat = torch.arange(tokens, device=cumulative.device)
+    document = torch.searchsorted(cumulative[1:].to(flat.dtype), flat, right=True)
+    return index.flatten(), document * longest + flat - starts[document]
 
 
 def _spread(flat: torch.Tensor, index: torch.Tensor, documents: int) -> torch.Tensor:
@@ -137,7 +173,3 @@ def _spread(flat: torch.Tensor, index: torch.Tensor, documents: int) -> torch.Te
     heads, width = flat.shape[1], flat.shape[-1]
     rows = functional.pad(flat[0].transpose(0, 1).flatten(1), (0, 0, 0, 1))
     return rows.index_select(0, index).view(documents, -1, heads, width).transpose(1, 2)
-
-
-def _no_mask(*_arguments: Any, **_options: Any) -> None:
-    """Documents are separated in `attend`; transformers need not build a mask."""

@@ -96,17 +96,20 @@ def _measure_prompt(record: dict[str, Any]) -> int:
     return max(0, int(record["spans"][0][0]) - 1)
 
 
-def count_row_tokens(batch: dict[str, Any]) -> int:
-    """Real tokens of the rows of a batch, padded or packed; a shared one counts in each of its rows."""
+def count_row_tokens(batch: dict[str, Any]) -> Any:
+    """Real tokens of the rows of a batch, padded or packed; a shared one counts in each of its rows.
+
+    A number, or a tensor of one where the batch's device has to count: nothing here waits for it.
+    """
     if "row_places" in batch:
         return int(batch["row_places"].numel())
     return count_computed_tokens(batch)
 
 
-def count_computed_tokens(batch: dict[str, Any]) -> int:
-    """Real tokens that pass through the model."""
+def count_computed_tokens(batch: dict[str, Any]) -> Any:
+    """Real tokens that pass through the model, as `count_row_tokens` counts."""
     mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None else int(batch["input_ids"].numel())
+    return mask.sum() if mask is not None else int(batch["input_ids"].numel())
 
 
 def spread_labels(batch: dict[str, Any]) -> dict[str, Any]:

@@ -77,13 +77,14 @@ class Penalty:
 
     def add_gradients(self) -> float:
         """Add the penalty's gradient to `.grad` of what is trained; returns its value in nats per token."""
-        total = 0.0
+        values = []
         for term in self.terms:
             value, gradients = term.pull()
-            total += float(value)
+            values.append(value)
             for weight, gradient in gradients:
                 scaled = gradient.mul_(self.strength).to(weight.dtype)
                 weight.grad = scaled if weight.grad is None else weight.grad.add_(scaled)
+        total: float = sum(torch.stack(values).tolist())  # a GPU is waited for once, not for each matrix
         return self.strength * total
 
 

@@ -12,8 +12,12 @@ from typing import Any
 
 import torch
 
-from appliance.model.weights import Precision
+from appliance.child import Emit
+from appliance.model import TokenRow
+from appliance.model.weights import Precision, compute_as_trained
 from appliance.training.launch import TrainingJob
+
+_PROBED = 32  # tokens: which operators run does not depend on how many there are
 
 
 def build_fingerprint(job: TrainingJob, *, precision: Precision, device: torch.device) -> dict[str, str]:
@@ -42,20 +46,21 @@ def describe_device(device: torch.device) -> str:
 def make_deterministic(device: torch.device) -> None:
     """Equal inputs, equal bits, on CUDA too; a CPU needs nothing.
 
-    Operators that have no deterministic form warn (in the log) and run. cuBLAS reads its variable when
-    its first handle is made. See pytorch.org, "Reproducibility".
+    Strictly: with `warn_only` the backward of every fused attention adds in the order in which its blocks end
+    (aten/src/ATen/native/transformers/cuda/attention_backward.cu). cuBLAS reads its variable when its first handle
+    is made. See pytorch.org, "Reproducibility".
     """
     if device.type != "cuda":
         return
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
 
 
-def make_repeatable(model: Any) -> None:
-    """Keep 4-bit weights on a CPU as they were quantised.
+def make_repeatable(model: Any, row: TokenRow, *, precision: Precision, emit: Emit) -> None:
+    """Keep 4-bit weights on a CPU as they were quantised, and find out what a GPU cannot repeat.
 
     bitsandbytes repacks them at the first evaluation and packs them back at the next save, with other
     scales than before: steps after an evaluation would not be those of a run that starts there
@@ -64,6 +69,27 @@ def make_repeatable(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    if torch.are_deterministic_algorithms_enabled():
+        settle_determinism(model, row, precision=precision, emit=emit)
+
+
+def settle_determinism(model: Any, row: TokenRow, *, precision: Precision, emit: Emit) -> None:
+    """Let a model run that has an operator without a deterministic form, and say so; all others stay strict.
+
+    Found by one small pass forward and backward, which leaves nothing behind.
+    """
+    ids = torch.tensor([row.input_ids[:_PROBED]], device=model.device)
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices), compute_as_trained(precision, device=model.device):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    except RuntimeError as fault:
+        if "deterministic" not in str(fault):
+            raise
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        emit(note=f"{str(fault).split(maxsplit=1)[0]} is not deterministic here: a resumed run may end in other bits")
+    finally:
+        model.zero_grad(set_to_none=True)
 
 
 def _flatten(prefix: str, section: Mapping[str, Any]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch
 from appliance.errors import TrainingError
 from appliance.method import FullMethod
 from appliance.model import TokenRow
-from appliance.model.weights import Precision
+from appliance.model.weights import Precision, compute_as_trained
 from appliance.training.batches import build_records, collate_packed
 from appliance.training.launch import TrainingJob
 from appliance.training.levers import Prefix
@@ -21,11 +21,11 @@ _LEAK = {"bf16": 1e-2, "fp32": 1e-5}
 _LOOKED_AT = 16
 
 
-def check_base(model: Any, row: TokenRow, *, device: torch.device) -> None:
+def check_base(model: Any, row: TokenRow, *, precision: Precision, device: torch.device) -> None:
     """The base's loss on a row is finite: what starts as NaN can only stay NaN."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.eval()
-    loss = _mean_loss(base, build_records([row]), device=device, alone=True)
+    loss = _mean_loss(base, build_records([row]), precision, device=device, alone=True)
     base.train()
     if not math.isfinite(loss):
         raise TrainingError(
@@ -43,11 +43,11 @@ def check_packing(
     used = base.config._attn_implementation  # noqa: SLF001 - transformers has a setter and no getter
     model.eval()
     try:
-        packed = _mean_loss(model, records, device=device, prefix=prefix)
+        packed = _mean_loss(model, records, precision, device=device, prefix=prefix)
         base.set_attn_implementation("sdpa")
-        losses = [(_mean_loss(model, [r], device=device, alone=True), _count_trained(r)) for r in records]
+        losses = [(_mean_loss(model, [r], precision, device=device, alone=True), _count_trained(r)) for r in records]
         base.set_attn_implementation(used)
-        leak = _measure_leak(model, records, device=device, prefix=prefix)
+        leak = _measure_leak(model, records, precision, device=device, prefix=prefix)
     except (ValueError, TypeError, IndexError) as fault:
         raise TrainingError(f"this model cannot train packed rows ({fault}); set training.packing: false") from fault
     finally:
@@ -66,7 +66,9 @@ def check_packing(
         )
 
 
-def _measure_leak(model: Any, records: list[dict[str, Any]], *, device: torch.device, prefix: Prefix) -> float:
+def _measure_leak(
+    model: Any, records: list[dict[str, Any]], precision: Precision, *, device: torch.device, prefix: Prefix
+) -> float:
     """How far the last row's logits move when every other row's tokens change, by their standard deviation.
 
     A loss can hide it: a model that has learnt nothing says the same whatever it sees. The last few
@@ -81,7 +83,7 @@ def _measure_leak(model: Any, records: list[dict[str, Any]], *, device: torch.de
         batch = collate_packed([*moved, last], prefix=prefix)
         kept = {k: v for k, v in _move(batch, device).items() if k not in ("labels", "shift_labels")}
         kept["logits_to_keep"] = start
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
+        with torch.no_grad(), compute_as_trained(precision, device=device):
             logits.append(model(**kept, use_cache=False).logits[0, -start:].float())
     return float((logits[0] - logits[1]).abs().max() / logits[0].std().clamp(min=1e-9))
 
@@ -93,6 +95,7 @@ def _move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 def _mean_loss(
     model: Any,
     records: list[dict[str, Any]],
+    precision: Precision,
     *,
     device: torch.device,
     prefix: Prefix = "standard",
@@ -101,7 +104,7 @@ def _mean_loss(
     batch = _move(collate_packed(records, prefix=prefix), device)
     if alone:
         batch = {k: v for k, v in batch.items() if k not in ("cu_seq_lens_q", "max_length_q")}
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
+    with torch.no_grad(), compute_as_trained(precision, device=device):
         return float(model(**batch, use_cache=False).loss)
 
 

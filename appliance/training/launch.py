@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from appliance.command import WorkerEnd, run_worker
 from appliance.digest import write_atomic
-from appliance.errors import DeviceError, InterruptedRunError, TrainingError
+from appliance.errors import DeviceError, InterruptedRunError, LostDeviceError, TrainingError
 from appliance.method import Method
 from appliance.recipe import EwcSection, TrainingSection
 from appliance.training.board import open_board
@@ -131,5 +131,10 @@ def _explain(end: WorkerEnd) -> TrainingError | InterruptedRunError | DeviceErro
     if end.code == DeviceError.exit_code:
         return DeviceError(
             f"out of memory with micro-batch 1: {end.failure}; use a shorter max_length, qlora or a larger device"
+        )
+    if end.code == LostDeviceError.exit_code:
+        return DeviceError(
+            f"the device failed: {end.failure}; run the same command to go on from the newest checkpoint, here when "
+            "nvidia-smi is well again or on another machine of this kind"
         )
     return TrainingError(f"training: {end.failure}")

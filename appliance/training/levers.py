@@ -6,7 +6,11 @@ by a test or by a guard before the first step. The recipe can set every one of t
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from appliance.method import LoraMethod, Method, QloraMethod
@@ -54,8 +58,17 @@ def select_levers(section: TrainingSection, *, method: Method, on_cuda: bool) ->
 def settle_levers(levers: Levers, model: Any) -> Levers:
     """The levers for this very model: with dropout every row draws its own noise, so nothing is shared.
 
-    Nor where a router's loss counts tokens. Dropout is a module, or a number in the configuration.
+    Nor where a router's loss counts tokens. Dropout is a module, or a number in the configuration. On CUDA the fused
+    head is a kernel that Triton builds here: where it cannot, the head scores the labelled positions plainly.
     """
+    if levers.head == "fused" and model.device.type == "cuda" and not has_compiler():
+        levers = replace(levers, head="labelled")
     draws = any(type(m).__name__.startswith("Dropout") and m.p > 0 for m in model.modules())
     counts = any(getattr(model.config, key, 0) for key in ("attention_dropout", "output_router_logits"))
     return replace(levers, prefix="standard") if draws or counts else levers
+
+
+def has_compiler() -> bool:
+    """Whether Triton can build what launches its kernels: a C compiler, Python's headers (triton/runtime/build.py)."""
+    compiler = os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
+    return compiler is not None and (Path(sysconfig.get_path("include")) / "Python.h").is_file()

@@ -101,8 +101,9 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if self.model.training:
-            self.tokens_seen += count_row_tokens(inputs)
-            self.tokens_computed += count_computed_tokens(inputs)
+            seen, computed = count_row_tokens(inputs), count_computed_tokens(inputs)
+            self.tokens_seen: Any = self.tokens_seen + seen  # not in place: it may be a tensor
+            self.tokens_computed: Any = self.tokens_computed + computed
         if self.head == "fused":
             inputs = {**spread_labels(inputs), "fused_lm_head": True}
         elif self.head == "standard" and "logits_to_keep" in inputs:

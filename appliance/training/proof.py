@@ -1,8 +1,9 @@
 """The worst step, done once before the first real one: what would run out of memory at night does so now.
 
 Padded or packed, the longest rows together are the largest batch that training can meet. One
-forward, backward and optimizer step on them reserves what the run will need; then every effect is
-taken back, so that a run with the proof and one without it are the same, byte for byte.
+forward, backward and optimizer step on them, computed as the run will be (autocast, checkpointing),
+reserves what the run will need; then every effect is taken back, so that a run with the proof and one
+without it are the same, byte for byte.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ def prove_worst_step(trainer: Any, rows: Sequence[TokenRow], *, micro_batch: int
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(devices=devices):
         trainer.model.train()
+        if trainer.args.gradient_checkpointing:
+            _recompute_activations(trainer.model)
         inputs = trainer._prepare_inputs(trainer.collate_apart(build_records(longest)))  # noqa: SLF001 - moves them
-        with trainer.compute_loss_context_manager():
+        with trainer.accelerator.autocast():  # accelerate wraps the model in it, but not before `train`
             loss = trainer.compute_loss(trainer.model, inputs)
         loss.backward()
         trainer.model.zero_grad(set_to_none=False)  # its memory is what is proven, not its values
@@ -34,3 +37,9 @@ def prove_worst_step(trainer: Any, rows: Sequence[TokenRow], *, micro_batch: int
     trainer.optimizer = None
     trainer.model.zero_grad(set_to_none=True)
     trainer.tokens_seen = trainer.tokens_computed = 0
+
+
+def _recompute_activations(model: Any) -> None:
+    """As `train` will, which comes later; the older name is that of transformers without it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()

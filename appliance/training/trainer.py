@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,7 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from appliance.child import Emit, StopFlag
 from appliance.digest import canonical_json, write_atomic
-from appliance.errors import DeviceError, InterruptedRunError
+from appliance.errors import InterruptedRunError
+from appliance.model.faults import device_faults_as_errors
 from appliance.model.weights import select_device, select_precision
 from appliance.recipe import count_steps, is_packed
 from appliance.training.artifact import build_summary, load_kept_weights, name_device, save_artifact
@@ -33,7 +32,12 @@ from appliance.training.checkpoints import (
     read_seal,
 )
 from appliance.training.ewc import Penalty, build_penalty
-from appliance.training.fingerprint import build_fingerprint, describe_device, make_deterministic, make_repeatable
+from appliance.training.fingerprint import (
+    build_fingerprint,
+    describe_device,
+    make_deterministic,
+    make_repeatable,
+)
 from appliance.training.guards import check_base, check_packing, check_trained
 from appliance.training.journal import Journal
 from appliance.training.launch import TrainingJob
@@ -46,21 +50,10 @@ from appliance.training.rows import load_rows
 from appliance.training.utilisation import find_yardstick
 from appliance.training.watch import Watch
 
-_NO_MEMORY = (
-    "can't allocate memory",  # torch's allocator
-    "not enough memory",
-    "Cannot allocate memory",  # the kernel, ENOMEM
-    "failed to map segment",  # the same while a library is loaded
-    "bad_alloc",
-    "could not create a memory",  # oneDNN
-    "could not create a primitive",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
-
 
 def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
     """Train as `job` says and put the artifact at `job.adapter`. Raises `ApplianceError`s only."""
-    with _out_of_memory_as_device_error():
+    with device_faults_as_errors():
         # 1. The machine: device, precision, threads, seeds.
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -80,8 +73,8 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
         levers = select_levers(job.training, method=job.method, on_cuda=device.type == "cuda")
         model = build_model(job, precision=precision, device=device)
         levers = settle_levers(levers, model)
-        make_repeatable(model)
-        check_base(model, train_rows[0], device=device)
+        make_repeatable(model, train_rows[0], precision=precision, emit=emit)
+        check_base(model, train_rows[0], precision=precision, device=device)
         if is_packed(job.training, job.method):
             check_packing(model, train_rows, prefix=levers.prefix, precision=precision, device=device)
         penalty = build_penalty(job, model, precision=precision, emit=emit)
@@ -168,16 +161,3 @@ def _state_facts(job: TrainingJob, resume: Path | None) -> Facts:
     if resume is None or seal is None:
         return Facts(threads=torch.get_num_threads(), micro_batches=((0, job.micro_batch),))
     return decode_facts(seal).continue_with(job.micro_batch, step=count_steps_done(resume))
-
-
-@contextmanager
-def _out_of_memory_as_device_error() -> Iterator[None]:
-    """Torch says out of memory in two ways; both mean: try again with a smaller micro-batch."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as fault:
-        raise DeviceError(str(fault).splitlines()[0] if str(fault) else "out of memory") from fault
-    except (RuntimeError, OSError, ImportError) as fault:
-        if any(words in str(fault) for words in _NO_MEMORY):
-            raise DeviceError(str(fault).splitlines()[0]) from fault
-        raise

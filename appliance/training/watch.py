@@ -52,7 +52,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def on_step_begin(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:
         """A step's own time, without evaluations and checkpoints."""
         self._step_began = time.monotonic()
-        self._tokens, self._computed = self.trainer.tokens_seen, self.trainer.tokens_computed
+        self._tokens, self._computed = int(self.trainer.tokens_seen), int(self.trainer.tokens_computed)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:
         """A signal is answered at the end of a step, with a checkpoint."""
@@ -92,7 +92,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def _log_step(self, state: Any, logs: dict[str, Any]) -> None:
         now = time.monotonic()
-        tokens, computed = self.trainer.tokens_seen, self.trainer.tokens_computed
+        tokens, computed = int(self.trainer.tokens_seen), int(self.trainer.tokens_computed)
         seconds = max(now - self._step_began, 1e-9)
         record = {
             "step": state.global_step,
