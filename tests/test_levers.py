@@ -19,9 +19,17 @@ from appliance.model import load_template, render_row
 from appliance.model.weights import load_model
 from appliance.recipe import Recipe
 from appliance.training import attention
-from appliance.training.batches import build_records, collate_packed, spread_labels
+from appliance.training.batches import (
+    Sizes,
+    build_records,
+    collate_packed,
+    count_computed_tokens,
+    count_row_tokens,
+    round_up,
+    spread_labels,
+)
 from appliance.training.fused import fuse_lora
-from appliance.training.levers import select_levers, settle_levers
+from appliance.training.levers import Prefix, select_levers, settle_levers
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +155,32 @@ def test_a_prefix_computed_once_has_the_loss_and_the_gradients_of_every_row_by_i
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("prefix", ["standard", "shared"])
+def test_what_rounds_up_a_batch_changes_neither_loss_nor_gradients(base: Path, prefix: Prefix) -> None:
+    """Positions that no row holds: nothing sees them, and they are not counted."""
+    template = load_template(base)
+    records = build_records([render_row(e, template) for e in make_related_examples()])
+    exact, rounded = (collate_packed(records, prefix=prefix, sizes=s) for s in ("exact", "rounded"))
+    assert rounded["input_ids"].numel() == round_up(exact["input_ids"].numel()) > exact["input_ids"].numel()
+    assert count_row_tokens(rounded) == count_row_tokens(exact) == sum(len(r["input_ids"]) for r in records)
+    assert count_computed_tokens(rounded) == exact["input_ids"].numel()
+    model = build_adapted(base)
+    loss, expected = read_gradients(model, exact)
+    other, found = read_gradients(model, rounded)
+    assert other == pytest.approx(loss, rel=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@given(st.integers(1, 1 << 20))
+def test_sizes_are_few_and_little_is_added(size: int) -> None:
+    """Never less, at most a sixteenth more, and sixteen sizes between a power of two and the next."""
+    rounded = round_up(size)
+    assert size <= rounded <= size * 17 / 16
+    assert rounded == round_up(rounded)
+    assert rounded & ((1 << max(0, rounded.bit_length() - 5)) - 1) == 0
+
+
 def test_every_kernel_gives_each_row_its_own_copy_of_the_prefix(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused causal kernel and one over rows end to end, as CUDA has, agree with the plain product."""
     template = load_template(base)
@@ -181,11 +215,14 @@ def test_every_kernel_gives_each_row_its_own_copy_of_the_prefix(base: Path, monk
 TOKENS = st.lists(st.integers(0, 2), min_size=2, max_size=8)
 
 
-@given(st.lists(st.tuples(TOKENS, st.lists(st.integers(0, 2), min_size=1, max_size=3)), min_size=1, max_size=6))
-def test_a_shared_batch_spells_every_row(rows: list[tuple[list[int], list[int]]]) -> None:
+@given(
+    st.lists(st.tuples(TOKENS, st.lists(st.integers(0, 2), min_size=1, max_size=3)), min_size=1, max_size=6),
+    st.sampled_from(["exact", "rounded"]),
+)
+def test_a_shared_batch_spells_every_row(rows: list[tuple[list[int], list[int]]], sizes: Sizes) -> None:
     """Whatever rows share: each can be read back, position by position, and trains what it trained alone."""
     records = [{"input_ids": p + a, "spans": [[len(p), len(p) + len(a)]]} for p, a in rows]
-    batch = collate_packed(records, prefix="shared")
+    batch = collate_packed(records, prefix="shared", sizes=sizes)
     ids, positions = batch["input_ids"][0].tolist(), batch["position_ids"][0].tolist()
     places = batch.get("row_places", torch.arange(len(ids))).tolist()
     origins = batch.get("row_origins", torch.arange(len(ids))).tolist()
@@ -198,7 +235,9 @@ def test_a_shared_batch_spells_every_row(rows: list[tuple[list[int], list[int]]]
         for i in range(*record["spans"][0]):
             assert (kept.pop(0), targets.pop(0)) == (row[i - 1], record["input_ids"][i])
     assert not kept
-    assert [places[i] for i in origins] == list(range(len(ids))), "each position has one row that computes it"
+    held = max(places) + 1
+    assert [places[i] for i in origins[:held]] == list(range(held)), "each position has one row that computes it"
+    assert origins[held:] == [0] * ((round_up(held) if sizes == "rounded" else held) - held)
     assert len(set(batch["logits_to_keep"].tolist())) == len(batch["logits_to_keep"]), "a label of its own for each"
 
 

@@ -4,19 +4,21 @@ With `logits_to_keep` the head scores only the positions whose next token carrie
 short chats with a long vocabulary is a third of the work. What rows begin with alike, a system
 prompt or a whole conversation, is in a shared batch once: under a causal mask a position depends on
 what is before it and on nothing else, so its activations are the same in every row, and its
-gradient is the sum over the rows.
+gradient is the sum over the rows. On a CPU the flat batches have few sizes, see `round_up`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from appliance.model import TokenRow
 from appliance.training.levers import Prefix
 
 _IGNORED = -100
+_BITS = 5
+Sizes = Literal["exact", "rounded"]
 
 
 def build_records(rows: Sequence[TokenRow]) -> list[dict[str, Any]]:
@@ -24,13 +26,15 @@ def build_records(rows: Sequence[TokenRow]) -> list[dict[str, Any]]:
     return [{"input_ids": r.input_ids, "spans": [list(s) for s in r.spans]} for r in rows]
 
 
-def collate_packed(records: Sequence[dict[str, Any]], *, prefix: Prefix = "standard") -> dict[str, Any]:
+def collate_packed(
+    records: Sequence[dict[str, Any]], *, prefix: Prefix = "standard", sizes: Sizes = "exact"
+) -> dict[str, Any]:
     """One flat batch: input_ids (1, T), position_ids (1, T), labels and kept positions (K).
 
     `shift_labels[k]` is the token that follows position `logits_to_keep[k]`; `cu_seq_lens_q` are the
-    cumulative lengths of the rows. With a shared prefix T is less than their sum R, and two more
-    tensors say who shares what: `row_places` (R) is the flat position of every token of every row,
-    and `row_origins` (T) the first of those R that holds a flat position.
+    cumulative lengths of the rows. With a shared prefix or a rounded size T is not their sum R, and two
+    more tensors say who holds what: `row_places` (R) is the flat position of every token of every row,
+    and `row_origins` (T) the first of those R that holds a flat position, 0 where none does.
     """
     import torch
 
@@ -55,6 +59,10 @@ def collate_packed(records: Sequence[dict[str, Any]], *, prefix: Prefix = "stand
         kept += [flat[i - 1] for start, end in record["spans"] for i in range(start, end)]
         targets += [row[i] for start, end in record["spans"] for i in range(start, end)]
         lengths.append(len(places))
+    empty = round_up(len(ids)) - len(ids) if sizes == "rounded" else 0
+    ids += ids[:1] * empty
+    positions += [0] * empty
+    origins += [0] * empty
     labels = torch.tensor([targets])
     batch = {
         "input_ids": torch.tensor([ids]),
@@ -65,9 +73,18 @@ def collate_packed(records: Sequence[dict[str, Any]], *, prefix: Prefix = "stand
         "cu_seq_lens_q": torch.tensor(lengths, dtype=torch.int32),
         "max_length_q": max(b - a for a, b in pairwise(lengths)),
     }
-    if len(ids) < len(places):
+    if empty or len(ids) < len(places):
         batch |= {"row_places": torch.tensor(places), "row_origins": torch.tensor(origins)}
     return batch
+
+
+def round_up(size: int) -> int:
+    """The next size of five significant bits: at most 6% more, 3% on average, and 16 sizes between n and 2n.
+
+    A CPU keeps kernels for each size that it has met, and its allocator pieces that fit no other.
+    """
+    step = 1 << max(0, size.bit_length() - _BITS)
+    return -(-size // step) * step
 
 
 def _find_prefix(record: dict[str, Any], known: dict[tuple[int, int], int]) -> list[int]:
@@ -108,6 +125,8 @@ def count_row_tokens(batch: dict[str, Any]) -> Any:
 
 def count_computed_tokens(batch: dict[str, Any]) -> Any:
     """Real tokens that pass through the model, as `count_row_tokens` counts."""
+    if "row_places" in batch:  # what rounds up the size is held by no row
+        return batch["row_places"].max() + 1
     mask = batch.get("attention_mask")
     return mask.sum() if mask is not None else int(batch["input_ids"].numel())
 

@@ -61,7 +61,9 @@ def build_trainer(
         output=job.checkpoints,
     )
     packed = is_packed(job.training, job.method)
-    collate_apart = collate_packed if packed else partial(collate_padded, pad_id=tokenizer.pad_token_id)
+    is_rounded = model.device.type == "cpu" and levers.prefix == "shared"  # so nothing counts or draws by position
+    pack = partial(collate_packed, sizes="rounded" if is_rounded else "exact")
+    collate_apart = pack if packed else partial(collate_padded, pad_id=tokenizer.pad_token_id)
     if levers.lora == "fused":
         fuse_lora(model)
     with keep_dtypes(model):
@@ -70,7 +72,7 @@ def build_trainer(
             args=SFTConfig(**arguments),
             train_dataset=Dataset.from_list(build_records(train_rows)),
             eval_dataset=Dataset.from_list(build_records(validation_rows)) if validation_rows else None,
-            data_collator=partial(collate_packed, prefix=levers.prefix) if packed else collate_apart,
+            data_collator=partial(pack, prefix=levers.prefix) if packed else collate_apart,
             processing_class=tokenizer,
             callbacks=[watch],
         )
