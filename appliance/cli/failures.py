@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from appliance.digest import write_atomic
 from appliance.errors import ApplianceError, InterruptedRunError, is_disk_full
 
 _BUG, _USAGE, _INTERRUPTED = 70, 2, 33
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def run_guarded(group: click.Group, argv: Sequence[str] | None) -> int:
@@ -41,6 +43,9 @@ def run_guarded(group: click.Group, argv: Sequence[str] | None) -> int:
         if is_disk_full(fault):
             place = getattr(fault, "filename", None) or "the disk"
             return _fail(f"{place}: no space left; free some and run the same command to go on", 1)
+        if isinstance(fault, OSError) and fault.errno in _DENIED and fault.filename:
+            words = str(fault.strerror).lower()
+            return _fail(f"{fault.filename}: {words}; give this user access to it, or name another place", 1)
         return _report_bug()
     return result if isinstance(result, int) else 0
 
