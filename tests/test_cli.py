@@ -246,6 +246,21 @@ def test_a_folder_that_may_not_be_written_is_one_message(project: Path, tmp_path
     assert f"{out}/repository: read-only file system; give this user access to it" in done.stderr
 
 
+@pytest.mark.parametrize("value", ["", "1"])
+def test_no_color_means_no_color(value: str) -> None:
+    """On a terminal, findings and errors are coloured unless NO_COLOR is set."""
+    terminal, side = pty.openpty()
+    env = {**os.environ, "NO_COLOR": value, "TERM": "xterm"}
+    for verb in (["data", "check", "none"], ["run", "none.yaml"]):
+        command = [sys.executable, "-m", "appliance", *verb]
+        assert subprocess.run(command, env=env, stdout=side, stderr=side, timeout=60, check=False).returncode == 1
+    os.close(side)
+    said = os.read(terminal, 4096)
+    os.close(terminal)
+    assert said.count(b"error") >= 2
+    assert (b"\x1b" in said) == (value == "")
+
+
 def test_wrong_credentials_are_one_message(storage: Storage, project: Path) -> None:
     """The server's refusal names the bucket, what was refused and where credentials come from."""
     env = {**storage.environment, "AWS_SECRET_ACCESS_KEY": "wrong"}

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 import click
 
@@ -29,7 +30,7 @@ def run_guarded(group: click.Group, argv: Sequence[str] | None) -> int:
         if number != signal.SIGINT:  # Python's own KeyboardInterrupt
             signal.signal(number, _stop)
     try:
-        result = group.main(args=argv, prog_name="appliance", standalone_mode=False)
+        result = group.main(args=argv, prog_name="appliance", standalone_mode=False, color=_choose_color())
     except click.exceptions.Exit as done:
         return done.exit_code
     except click.ClickException as fault:
@@ -56,9 +57,14 @@ def _stop(number: int, _frame: FrameType | None) -> None:
     raise InterruptedRunError(f"stopped by {name}; what was finished is kept: run the same command to go on")
 
 
+def _choose_color() -> Literal[False] | None:
+    """Never where NO_COLOR (https://no-color.org) is set and not empty, else by the terminal."""
+    return False if os.environ.get("NO_COLOR") else None
+
+
 def _fail(message: str, code: int) -> int:
-    color = sys.stderr.isatty()
-    lead = "\x1b[31merror:\x1b[0m " if color else "error: "
+    is_colored = sys.stderr.isatty() and _choose_color() is None
+    lead = "\x1b[31merror:\x1b[0m " if is_colored else "error: "
     sys.stderr.write(f"{lead}{message}\n")
     _write_failure(message, code)
     return code
