@@ -40,7 +40,10 @@ class BaseSection(Section):
     @model_validator(mode="after")
     def _pin_hub_models(self) -> BaseSection:
         if self.is_hub and not _is_commit(self.revision):
-            message = "a hub model needs 'revision' with its 40-digit commit, so that a retrain uses the same weights"
+            message = (
+                "a hub model needs 'revision' with its 40-digit commit, so that a retrain uses the same weights; "
+                f"`git ls-remote https://huggingface.co/{self.model} HEAD` shows it"
+            )
             raise ValueError(message)
         return self
 
@@ -322,6 +325,8 @@ def _describe(error: Any, *, lines: Line, source: str) -> str:
         return f"{where}: unknown key {_dotted(path)}{_did_you_mean(error['loc'])}"
     if error["type"] == "missing":
         return f"{where}: key {_dotted(path)} is missing; add it"
+    if error["type"] == "union_tag_not_found":
+        return f"{where}: key {_dotted((*path, 'type'))} is missing; use one of {', '.join(_METHODS)}"
     found = f", found {error['input']!r}" if not isinstance(error["input"], dict | Recipe) else ""
     text = error["msg"].removeprefix("Value error, ").removeprefix(f"{_dotted(path)}: ")
     return f"{where}: {_dotted(path) or 'recipe'}: {text}{found}"

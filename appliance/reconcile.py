@@ -138,7 +138,10 @@ def read_origin(root: Path, *, actor: str) -> Origin:
             f"{root}: not a Git repository with a commit; run it in the team's repository ({fault})"
         ) from fault
     if not line:
-        raise CommandError(f"{root}: no commit touches recipes/ or {POINTER}; commit a recipe and a dataset first")
+        raise CommandError(
+            f"{root}: no commit touches recipes/ or {POINTER} here; commit a recipe and a dataset first, "
+            "or start in the repository's root (--root)"
+        )
     commit, _, time = line.partition(" ")
     if commit in _read_cut_commits(root):
         raise CommandError(

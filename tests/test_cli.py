@@ -175,6 +175,8 @@ def test_a_run_goes_from_rows_to_a_pulled_version(project: Path, tmp_path: Path)
     assert "already there" in second.stdout, second.stderr
     rows = json.loads(call("list", "--json", cwd=project, env=env).stdout)
     assert len(rows) == 1
+    assert "no versions of nope" in (told := call("list", "nope", cwd=project, env=env).stdout)
+    assert "there is colours" in told, "a misspelt name never makes the registry look empty"
     version = f"colours@{rows[0]['version']}"
     assert rows[0]["version"] in call("show", version, cwd=project, env=env).stdout
     forced = call("promote", version, "production", "--force", cwd=project, env=env)
@@ -184,10 +186,10 @@ def test_a_run_goes_from_rows_to_a_pulled_version(project: Path, tmp_path: Path)
     card = json.loads((tmp_path / "pulled" / "card" / "card.json").read_bytes())
     assert card["versions"]["image"] == image, "what it was made in is on the card and in the manifest"
     assert image in call("show", version, "--json", cwd=project, env=env).stdout
-    told = card["training"]
-    assert told["predicted"]["micro_batch"] == told["micro_batch"]
-    assert min(told["predicted"]["peak_memory_bytes"], told["peak_memory_bytes"]) > 0
-    assert "mfu" not in told, "no figure on a CPU, rather than a guess"
+    training = card["training"]
+    assert training["predicted"]["micro_batch"] == training["micro_batch"]
+    assert min(training["predicted"]["peak_memory_bytes"], training["peak_memory_bytes"]) > 0
+    assert "mfu" not in training, "no figure on a CPU, rather than a guess"
     said = call(
         "generate",
         str(tmp_path / "pulled"),
@@ -225,6 +227,38 @@ def test_a_full_disk_is_one_message_and_the_same_command_finishes(project: Path,
     assert "first=1\n" in done.stdout, done.stdout
     assert "second=3\n" in done.stdout, done.stderr
     assert len(list(store.glob("models/**/manifest.json"))) == 1
+
+
+def test_a_folder_that_may_not_be_written_is_one_message(project: Path, tmp_path: Path) -> None:
+    """Runs or a repository on a read-only disk: exit 1 with the place and what to do, not a bug report."""
+    out = tmp_path / "out"
+    out.mkdir()
+    script = f"mount -t tmpfs -o ro tmpfs {out} || exit 77; " + "; ".join(
+        f"{sys.executable} -m appliance {verb}; echo $?"
+        for verb in (f"train recipes/colours.yaml --runs {out}", f"init --root {out}/repository")
+    )
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=250, check=False)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("this machine lets nobody mount a small file system")
+    assert "Traceback" not in done.stderr
+    assert done.stdout == "1\n1\n", done.stderr
+    assert f"{out}/repository: read-only file system; give this user access to it" in done.stderr
+
+
+@pytest.mark.parametrize("value", ["", "1"])
+def test_no_color_means_no_color(value: str) -> None:
+    """On a terminal, findings and errors are coloured unless NO_COLOR is set."""
+    terminal, side = pty.openpty()
+    env = {**os.environ, "NO_COLOR": value, "TERM": "xterm"}
+    for verb in (["data", "check", "none"], ["run", "none.yaml"]):
+        command = [sys.executable, "-m", "appliance", *verb]
+        assert subprocess.run(command, env=env, stdout=side, stderr=side, timeout=60, check=False).returncode == 1
+    os.close(side)
+    said = os.read(terminal, 4096)
+    os.close(terminal)
+    assert said.count(b"error") >= 2
+    assert (b"\x1b" in said) == (value == "")
 
 
 def test_wrong_credentials_are_one_message(storage: Storage, project: Path) -> None:

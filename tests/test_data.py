@@ -117,6 +117,36 @@ def test_a_misspelt_key_is_answered_with_the_right_one(tmp_path: Path) -> None:
     assert finding.id == "r0"
 
 
+STRANGE: list[tuple[str, str, str]] = [
+    ("encoding", "\ufeff" + json.dumps(make_row(0)), "byte-order mark"),
+    ("json", json.dumps([make_row(0), make_row(1)], indent=1), "each row as one line of JSON"),
+    ("schema", '{"prompt": "a", "completion": "red"}', "docs/data.md shows how"),
+    ("schema", '{"instruction": "a", "input": "", "output": "red"}', "docs/data.md shows how"),
+    ("schema", '{"conversations": [{"from": "human", "value": "a"}]}', "docs/data.md shows how"),
+    ("schema", '{"id": "a", "messages": [{"from": "human", "value": "a"}]}', "docs/data.md shows how"),
+    ("schema", '{"messages": [{"role": "user", "content": "a"}]}', "a row needs id, messages and provenance"),
+    ("schema", '{"id": "a", "messages": [{"role": "human", "content": "a"}]}', "one of system, user, assistant, tool"),
+    ("schema", json.dumps({**make_row(0), "provenance": "me"}), "one of human, synthetic, program"),
+]
+
+
+@pytest.mark.parametrize(("rule", "text", "fix"), STRANGE, ids=range(len(STRANGE)))
+def test_rows_in_another_form_are_met_with_what_to_do(tmp_path: Path, rule: str, text: str, fix: str) -> None:
+    """A JSON array, a byte-order mark, the keys of other trainers: an error by line with the way out, and no crash."""
+    folder = write_dataset(tmp_path / "d")
+    (folder / "rows.jsonl").write_text(text, "utf-8")
+    first = check_dataset(folder, split=SPLIT).errors[0]
+    assert (first.rule, first.where) == (rule, f"{folder / 'rows.jsonl'}:1")
+    assert fix in str(first)
+
+
+def test_a_folder_without_rows_says_what_it_has(tmp_path: Path) -> None:
+    """Who brought a CSV is told that it was seen and is not read."""
+    folder = write_dataset(tmp_path / "d")
+    (folder / "rows.jsonl").rename(folder / "rows.csv")
+    assert "no *.jsonl file, only rows.csv" in str(check_dataset(folder, split=SPLIT).errors[0])
+
+
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
 def test_an_empty_file_is_an_error(tmp_path: Path, content: bytes) -> None:
     """No rows are never silently no rows."""

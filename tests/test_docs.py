@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import get_args
@@ -13,6 +15,7 @@ import yaml
 from test_cli import walk
 
 from appliance.cli import appliance
+from appliance.data import load_dataset
 from appliance.data.findings import Rule
 from appliance.recipe import Recipe, render_schema
 
@@ -72,6 +75,32 @@ def test_every_rule_is_explained() -> None:
     cells = [line.split("|")[1] for line in table.splitlines()[2:] if line.startswith("|")]
     told = [rule for cell in cells for rule in re.findall(r"`([a-z-]+)`", cell)]
     assert sorted(told) == sorted(get_args(Rule))
+
+
+def test_the_conversion_makes_rows(tmp_path: Path) -> None:
+    """The script of docs/data.md turns each of the forms that it names into rows that can be read."""
+    (script,) = re.findall(r"```python\n(.*?)```", read("docs/data.md"), re.DOTALL)
+    theirs = [
+        {"prompt": "a", "completion": "b"},
+        {"instruction": "a", "input": "c", "output": "b"},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"messages": [{"role": "user", "content": "\u00e4"}, {"role": "assistant", "content": "b"}]},
+    ]
+    (tmp_path / "theirs.jsonl").write_text("\ufeff" + "\n".join(map(json.dumps, theirs)) + "\n", "utf-8")
+    (tmp_path / "dataset.yaml").write_text("name: x\n")
+    command = [sys.executable, "-c", script, str(tmp_path / "theirs.jsonl")]
+    done = subprocess.run(command, capture_output=True, check=True)
+    (tmp_path / "theirs.jsonl").unlink()
+    (tmp_path / "rows.jsonl").write_bytes(done.stdout)
+    rows = load_dataset(tmp_path).examples
+    assert [(r.request, r.answer) for r in rows] == [("a", "b"), ("a\n\nc", "b"), ("a", "b"), ("\u00e4", "b")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_page_says_a_thing_twice(page: Path) -> None:
+    """No long line stands twice on a page: an edit that went wrong pastes a block a second time."""
+    lines = [line for line in page.read_text("utf-8").splitlines() if len(line) > 60]
+    assert [line for line in lines if lines.count(line) > 1] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

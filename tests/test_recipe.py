@@ -60,6 +60,8 @@ def test_all_faults_are_reported_at_once_with_their_lines() -> None:
         ("name: [\n", "r.yaml:2"),
         (GOOD + "name: b\n", "r.yaml:5: key name is given twice"),
         (GOOD.replace("./base", "owner/model"), "needs 'revision'"),
+        (GOOD.replace("./base", "owner/model"), "`git ls-remote https://huggingface.co/owner/model HEAD` shows it"),
+        (GOOD.replace("type: lora", "rank: 8"), "r.yaml:4: key method.type is missing; use one of lora, qlora"),
         (GOOD.replace("lora", "lroa"), "r.yaml:4: method"),
         (GOOD.replace("method: {type: lora}", ""), "key method is missing"),
         (GOOD + "training: {learning_rate: .nan}\n", "r.yaml:5: training.learning_rate"),

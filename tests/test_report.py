@@ -256,3 +256,13 @@ def test_a_card_with_little_in_it_is_still_a_card() -> None:
     card["training"] |= {"masks": [], "rows": {}}
     assert "By category" not in read_page(render_html(card)).text
     assert "By category" not in render_markdown(card)
+
+
+def test_only_a_shipped_version_is_fetched_by_its_alias() -> None:
+    """Who copies the commands of a card that moved no alias must not get what the alias is at."""
+    assert "appliance pull colours@production ./colours" in render_markdown(make_card())
+    held = make_card()
+    held["verdict"]["outcome"] = "hold"
+    for text in (render_markdown(held), read_page(render_html(held)).text):
+        assert "appliance pull colours@VERSION ./colours" in text
+        assert "@production" not in text

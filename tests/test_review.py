@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import write_dataset
+from tiny import make_recipe, write_dataset
 
-from appliance.cli.changes import describe_diff
+from appliance.cli.changes import describe_diff, diff_revisions
 from appliance.cli.prices import describe_cost, load_prices
 from appliance.cli.sections import Section, render_sections
 from appliance.data import diff_folders, select_side
@@ -88,6 +88,46 @@ def test_a_trained_row_that_moves_to_the_test_is_told_first(tmp_path: Path) -> N
     assert section.rows[0][1] == f"r{victim}"
     assert section.rows[0][4] == "train -> test"
     assert any("1 rows that were trained on are in the test now" in line for line in section.lines)
+
+
+def test_a_new_salt_is_told_by_the_rows_that_it_moves(tmp_path: Path) -> None:
+    """Rotating the test set changes no row: who was trained on and is in the test now is told by the older split."""
+    root = tmp_path / "repository"
+    write_dataset(root / "datasets" / "colours", rows=40)
+    recipe = make_recipe().model_dump(mode="json", exclude_none=True)
+
+    def commit(salt: str) -> None:
+        recipe["dataset"]["split"] = {"salt": salt, "test": 0.3}
+        (root / "recipes").mkdir(exist_ok=True)
+        (root / "recipes" / "colours.yaml").write_text(json.dumps(recipe))
+        for command in (["git", "add", "--all"], ["git", "commit", "--quiet", "--message", salt]):
+            subprocess.run(command, cwd=root, check=True)
+
+    for command in (
+        ["git", "init", "--quiet"],
+        ["git", "config", "user.name", "t"],
+        ["git", "config", "user.email", "t@t"],
+    ):
+        subprocess.run(command, cwd=root, check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet"], cwd=root, check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "add", "--quiet", "datasets"], cwd=root, check=True)
+    commit("one")
+    commit("two")
+    examples = decode_examples((root / "datasets" / "colours" / "rows.jsonl").read_bytes())
+    before, after = (SplitSection(salt=salt, test=0.3) for salt in ("one", "two"))
+    sides = [(e.id, select_side(e.group_key, before), select_side(e.group_key, after)) for e in examples]
+    for revisions in (("HEAD~1", None), ("HEAD~1", "HEAD")):
+        (diff,) = diff_revisions(root, *revisions)
+        assert [(c.id, c.before, c.after) for c in diff.changes] == [s for s in sides if s[1] != s[2]]
+        assert {c.kind for c in diff.changes} == {"moved"}
+        leaks = sum(a != "test" and b == "test" for _, a, b in sides)
+        assert leaks
+        assert any(
+            f"{leaks} rows that were trained on are in the test now" in line
+            for line in describe_diff(diff, limit=1)[0].lines
+        )
+    (same,) = diff_revisions(root, "HEAD", None)
+    assert same.changes == ()
 
 
 def test_a_price_is_the_teams_and_has_a_day_and_a_source(tmp_path: Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from appliance.cli.sections import Section
+from appliance.command import run_command
 from appliance.data import DatasetDiff, diff_folders, fetch_revision, load_pointer
 from appliance.data.diff import KINDS
 from appliance.errors import DatasetError, RecipeError
-from appliance.recipe import SplitSection, load_recipe
+from appliance.recipe import Recipe, SplitSection, load_recipe, parse_recipe
 from appliance.reconcile import POINTER
 
 
@@ -25,8 +28,13 @@ def diff_revisions(root: Path, before: str, after: str | None) -> tuple[DatasetD
             old = _fetch(root, before, Path(home, "before"))
         new = _fetch(root, after, Path(home, "after")) if after else root / load_pointer(root / POINTER).out
         names = sorted({p.parent.name for folder in (old, new) for p in folder.glob("*/*.jsonl")})
-        splits = _read_splits(root)
-        return tuple(diff_folders(old / name, new / name, split=splits.get(name, SplitSection())) for name in names)
+        splits, earlier = _read_splits(root, after), _read_splits(root, before)
+        return tuple(
+            diff_folders(
+                old / name, new / name, split=splits.get(name, SplitSection()), earlier_split=earlier.get(name)
+            )
+            for name in names
+        )
 
 
 class _NoPointerError(DatasetError):
@@ -42,14 +50,22 @@ def _fetch(root: Path, revision: str, folder: Path) -> Path:
         raise
 
 
-def _read_splits(root: Path) -> dict[str, SplitSection]:
-    """The split of each dataset by the first recipe that reads it."""
+def _read_splits(root: Path, revision: str | None) -> dict[str, SplitSection]:
+    """The split of each dataset by the first recipe that reads it, at a commit or (`None`) on this disk."""
     splits: dict[str, SplitSection] = {}
-    for path in sorted((root / "recipes").glob("*.yaml")):
+    for load in _list_recipes(root, revision):
         with contextlib.suppress(RecipeError):  # the review tells it
-            section = load_recipe(path).dataset
+            section = load().dataset
             splits.setdefault(section.name, section.split)
     return splits
+
+
+def _list_recipes(root: Path, revision: str | None) -> list[Callable[[], Recipe]]:
+    if revision is None:
+        return [partial(load_recipe, path) for path in sorted((root / "recipes").glob("*.yaml"))]
+    names = run_command(["git", "ls-tree", "--name-only", revision, "recipes/"], cwd=root).splitlines()
+    texts = {n: run_command(["git", "show", f"{revision}:{n}"], cwd=root) for n in names if n.endswith(".yaml")}
+    return [partial(parse_recipe, text, source=name) for name, text in texts.items()]
 
 
 def describe_diff(diff: DatasetDiff, *, limit: int | None) -> tuple[Section, ...]:

@@ -144,7 +144,8 @@ def print_finished(finished: Finished) -> int:
         click.echo(f"          {reason}")
     if finished.folder is not None:
         click.echo(f"run       {finished.folder}")
-        click.echo(f"card      {finished.folder / 'card' / 'card.html'}" if finished.outcome else "")
+        made = f"card      {finished.folder / 'card' / 'card.html'}"
+        click.echo(made if finished.outcome else f"adapter   {finished.folder / 'adapter'}")
     if finished.version:
         click.echo(f"version   {finished.name}@{finished.version}" + (" (already there)" if finished.was_done else ""))
     if finished.alias:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 import click
 
@@ -19,6 +21,7 @@ from appliance.digest import write_atomic
 from appliance.errors import ApplianceError, InterruptedRunError, is_disk_full
 
 _BUG, _USAGE, _INTERRUPTED = 70, 2, 33
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def run_guarded(group: click.Group, argv: Sequence[str] | None) -> int:
@@ -26,7 +29,7 @@ def run_guarded(group: click.Group, argv: Sequence[str] | None) -> int:
     for number in list_stop_signals():
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _stop)
     try:
-        result = group.main(args=argv, prog_name="appliance", standalone_mode=False)
+        result = group.main(args=argv, prog_name="appliance", standalone_mode=False, color=_choose_color())
     except click.exceptions.Exit as done:
         return done.exit_code
     except click.ClickException as fault:
@@ -40,6 +43,9 @@ def run_guarded(group: click.Group, argv: Sequence[str] | None) -> int:
         if is_disk_full(fault):
             place = getattr(fault, "filename", None) or "the disk"
             return _fail(f"{place}: no space left; free some and run the same command to go on", 1)
+        if isinstance(fault, OSError) and fault.errno in _DENIED and fault.filename:
+            words = str(fault.strerror).lower()
+            return _fail(f"{fault.filename}: {words}; give this user access to it, or name another place", 1)
         return _report_bug()
     return result if isinstance(result, int) else 0
 
@@ -50,9 +56,14 @@ def _stop(number: int, _frame: FrameType | None) -> None:
     raise InterruptedRunError(f"stopped by {name}; what was finished is kept: run the same command to go on")
 
 
+def _choose_color() -> Literal[False] | None:
+    """Never where NO_COLOR (https://no-color.org) is set and not empty, else by the terminal."""
+    return False if os.environ.get("NO_COLOR") else None
+
+
 def _fail(message: str, code: int) -> int:
-    color = sys.stderr.isatty()
-    lead = "\x1b[31merror:\x1b[0m " if color else "error: "
+    is_colored = sys.stderr.isatty() and _choose_color() is None
+    lead = "\x1b[31merror:\x1b[0m " if is_colored else "error: "
     sys.stderr.write(f"{lead}{message}\n")
     _write_failure(message, code)
     return code

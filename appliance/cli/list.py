@@ -24,6 +24,8 @@ def command(*, name: str | None, store_url: str, as_json: bool) -> None:
         print_json(rows)
         return
     if not versions:
-        click.echo(f"no versions in {store.url} yet; `appliance reconcile` makes them")
+        names = ", ".join(registry.list_names(store))
+        here = f"no versions of {name} in {store.url}; there is {names}" if names else f"no versions in {store.url} yet"
+        click.echo(here if names else f"{here}; `appliance reconcile` makes them")
     for v in versions:
         click.echo(f"{v.name}@{v.version}  {v.verdict:12}  {' '.join(v.aliases)}".rstrip())

@@ -10,8 +10,8 @@ from appliance import registry
 from appliance.cli.changes import describe_diff, diff_revisions
 from appliance.cli.common import build_workspace, json_option, print_json, say, store_option, workspace_options
 from appliance.cli.prices import Prices, describe_cost, load_prices
-from appliance.cli.sections import Section, print_section, render_sections
-from appliance.cli.summary import describe_outcomes
+from appliance.cli.sections import Section, print_section
+from appliance.cli.summary import append_section, describe_outcomes
 from appliance.data import load_pointer, pull_data
 from appliance.errors import ApplianceError, RegistryError, StoreError
 from appliance.general import preview_rows
@@ -51,9 +51,8 @@ def command(
     workspace = build_workspace(root=root, cache=cache, runs=runs)
     store = open_store(store_url) if store_url else None
     sections, faults = review(workspace, since=since if since and since.strip("0") else None, store=store)
-    if summary is not None:
-        with summary.open("a", encoding="utf-8") as stream:
-            stream.write(render_sections(sections))
+    for section in sections:
+        append_section(summary, section)
     if as_json:
         print_json({"sections": [s.to_json() for s in sections], "faults": faults})
     else:

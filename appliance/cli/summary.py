@@ -43,6 +43,7 @@ def told_in(summary: Path | None, *, title: str) -> Iterator[None]:
 def append_section(summary: Path | None, section: Section) -> None:
     """Append a section to the summary as Markdown, where there is one."""
     if summary is not None:
+        summary.parent.mkdir(parents=True, exist_ok=True)
         with summary.open("a", encoding="utf-8") as stream:
             stream.write(render_sections([section]))
 

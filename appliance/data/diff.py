@@ -1,6 +1,7 @@
 """What a commit does to a dataset, by row: added, edited, removed, and what that does to the splits.
 
-A row is known by its id; a row whose content comes back under another id is told as renamed. Files and
+A row is known by its id; a row whose content comes back under another id is told as renamed, one that a new
+split puts on another side as moved. Files and
 their order mean nothing.
 """
 
@@ -17,8 +18,8 @@ from appliance.data.split import select_side
 from appliance.example import Example
 from appliance.recipe import SplitSection
 
-Kind = Literal["added", "edited", "removed", "renamed"]
-KINDS: tuple[Kind, ...] = ("added", "edited", "removed", "renamed")
+Kind = Literal["added", "edited", "removed", "renamed", "moved"]
+KINDS: tuple[Kind, ...] = ("added", "edited", "removed", "renamed", "moved")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +65,15 @@ class DatasetDiff:
         }
 
 
-def diff_folders(before: Path, after: Path, *, split: SplitSection) -> DatasetDiff:
-    """The changes from one folder of a dataset to another; rows that cannot be read are left to the checks."""
+def diff_folders(
+    before: Path, after: Path, *, split: SplitSection, earlier_split: SplitSection | None = None
+) -> DatasetDiff:
+    """The changes from one folder of a dataset to another; rows that cannot be read are left to the checks.
+
+    `earlier_split` is how the rows of `before` were divided, where that was another way.
+    """
     old, new = _read_rows(before), _read_rows(after)
+    splits = (earlier_split or split, split)
     gone = {i: r for i, r in old.items() if i not in new}
     by_content = {r.example.content_hash: i for i, r in gone.items()}
     changes = []
@@ -74,19 +81,24 @@ def diff_folders(before: Path, after: Path, *, split: SplitSection) -> DatasetDi
         earlier = old.get(identity)
         if earlier is None and row.example.content_hash in by_content:
             earlier = gone.pop(by_content.pop(row.example.content_hash))
-            changes.append(_describe("renamed", row, earlier.example, split))
+            changes.append(_describe("renamed", row, earlier.example, splits))
         elif earlier is None:
-            changes.append(_describe("added", row, None, split))
+            changes.append(_describe("added", row, None, splits))
         elif earlier.example != row.example:
-            changes.append(_describe("edited", row, earlier.example, split))
+            changes.append(_describe("edited", row, earlier.example, splits))
+        elif (change := _describe("moved", row, earlier.example, splits)).before != change.after:
+            changes.append(change)
     changes += [
-        RowChange("removed", i, _place(r), before=select_side(r.example.group_key, split)) for i, r in gone.items()
+        RowChange("removed", i, _place(r), before=select_side(r.example.group_key, splits[0])) for i, r in gone.items()
     ]
     return DatasetDiff(
         name=after.name,
         changes=tuple(changes),
         sides=_pair(
-            *(Counter[str](select_side(r.example.group_key, split) for r in rows.values()) for rows in (old, new))
+            *(
+                Counter[str](select_side(r.example.group_key, chosen) for r in rows.values())
+                for rows, chosen in zip((old, new), splits, strict=True)
+            )
         ),
         categories=_pair(*(Counter(r.example.category or "-" for r in rows.values()) for rows in (old, new))),
     )
@@ -97,14 +109,14 @@ def _read_rows(folder: Path) -> dict[str, Row]:
     return {r.example.id: r for r in dataset.rows} if dataset else {}
 
 
-def _describe(kind: Kind, row: Row, earlier: Example | None, split: SplitSection) -> RowChange:
+def _describe(kind: Kind, row: Row, earlier: Example | None, splits: tuple[SplitSection, SplitSection]) -> RowChange:
     return RowChange(
         kind=kind,
         id=row.example.id,
         where=_place(row),
         fields=_differ(earlier, row.example) if kind == "edited" and earlier else (),
-        before=select_side(earlier.group_key, split) if earlier else "",
-        after=select_side(row.example.group_key, split),
+        before=select_side(earlier.group_key, splits[0]) if earlier else "",
+        after=select_side(row.example.group_key, splits[1]),
     )
 
 

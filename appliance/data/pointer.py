@@ -29,7 +29,7 @@ _REASONS = (
         "Unable to locate credentials",
         "no credentials for the DVC remote; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     ),
-    ("Forbidden", "the DVC remote refuses these credentials; check AWS_ACCESS_KEY_ID and the bucket's policy"),
+    ("Forbidden", "the DVC remote refuses these credentials; check both keys and the bucket's policy"),
     ("InvalidAccessKeyId", "the DVC remote refuses these credentials; check AWS_ACCESS_KEY_ID"),
     ("SignatureDoesNotMatch", "the DVC remote refuses these credentials; check AWS_SECRET_ACCESS_KEY"),
     ("Could not connect", "the DVC remote cannot be reached; check the endpoint and the network"),

@@ -6,11 +6,12 @@ has the right types; whether the rows are fit to train on is for the checks.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import yaml
@@ -20,10 +21,16 @@ from appliance.contract import Contract, TextContract
 from appliance.data.findings import Finding, Rule
 from appliance.digest import digest_folder
 from appliance.errors import DatasetError
-from appliance.example import Example, Message
+from appliance.example import Example, Message, Provenance, Role
 
 _SHOWN = 20
 _UNKNOWN = re.compile(r"Object contains unknown field `(.+?)`")
+_CHOICES = {"role": Role, "provenance": Provenance}
+# Keys of rows as other trainers read them: prompt and completion, Alpaca, ShareGPT.
+_FOREIGN = {
+    *("prompt", "completion", "response", "instruction", "input", "output", "question", "answer", "text"),
+    *("conversations", "conversation", "from", "value"),
+}
 
 
 class DatasetCard(BaseModel):
@@ -78,12 +85,15 @@ def load_dataset(folder: Path) -> Dataset:
 def read_dataset(folder: Path) -> tuple[Dataset | None, tuple[Finding, ...]]:
     """The rows that can be read, and a finding for everything that cannot; no dataset without a card."""
     if not folder.is_dir():
-        fix = "run `dvc pull`, or correct dataset.path in the recipe"
-        return None, (_fault("missing", folder, "no such folder", fix),)
+        message = "a file, not a folder" if folder.exists() else "no such folder"
+        fix = "run `dvc pull`, correct dataset.path in the recipe, or start in the repository's root (--root)"
+        return None, (_fault("missing", folder, message, fix),)
     card, findings = _read_card(folder / "dataset.yaml")
     files = sorted(folder.glob("*.jsonl"))
     if not files:
-        findings.append(_fault("missing", folder, "no *.jsonl file", "add rows, one JSON object a line"))
+        others = ", ".join(sorted(p.name for p in folder.iterdir() if p.name != "dataset.yaml")[:_SHOWN])
+        message = f"no *.jsonl file, only {others}" if others else "no *.jsonl file"
+        findings.append(_fault("missing", folder, message, "add rows, one JSON object a line"))
     rows: list[Row] = []
     for file in files:
         found = _read_file(file, rows)
@@ -132,25 +142,36 @@ def _read_file(file: Path, rows: list[Row]) -> list[Finding]:
 
 def _describe_row_fault(where: str, line: bytes, fault: Exception) -> Finding:
     """A schema fault names the row and the key; anything else is a broken line."""
+    if line.startswith(codecs.BOM_UTF8):
+        return Finding("error", "encoding", where, "it begins with a BOM", "save it as UTF-8 without byte-order mark")
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as bad:
         return Finding("error", "encoding", where, f"not UTF-8 at byte {bad.start + 1}", "save the file as UTF-8")
-    if not isinstance(fault, msgspec.ValidationError):
-        return Finding("error", "json", where, f"not one JSON object: {fault}", "write the row as one line of JSON")
-    unknown = _UNKNOWN.search(str(fault))
-    fix = "see docs/data.md for the keys of a row"
-    if unknown:
-        known = sorted({*Example.__struct_fields__, *Message.__struct_fields__})
-        close = difflib.get_close_matches(unknown[1], known, n=1)
-        fix = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-    return Finding("error", "schema", where, str(fault), fix, id=_guess_id(line))
-
-
-def _guess_id(line: bytes) -> str | None:
-    value = msgspec.json.decode(line)
+    try:
+        value = msgspec.json.decode(line)
+    except (msgspec.DecodeError, RecursionError) as broken:  # what begins as something else may be no JSON at all
+        return Finding("error", "json", where, f"not one JSON object: {broken}", "write each row as one line of JSON")
     found = value.get("id") if isinstance(value, dict) else None
-    return found if isinstance(found, str) else None
+    row = found if isinstance(found, str) else None
+    return Finding("error", "schema", where, str(fault), _suggest(str(fault)), id=row)
+
+
+def _suggest(fault: str) -> str:
+    """What to do about a schema fault, by msgspec's words for it."""
+    kind, keys = ("turn", Message.__struct_fields__) if "$.messages[" in fault else ("row", Example.__struct_fields__)
+    unknown = _UNKNOWN.search(fault)
+    if unknown:
+        close = difflib.get_close_matches(unknown[1], keys, n=1)
+        if close:
+            return f"did you mean {close[0]}?"
+        if unknown[1] in _FOREIGN:
+            return "a row has messages of {role, content}: docs/data.md shows how to turn other forms into it"
+        return f"a {kind} has {', '.join(keys)}"
+    if "missing required field" in fault:
+        return "a turn needs role and content" if kind == "turn" else "a row needs id, messages and provenance"
+    choices = next((get_args(c) for key, c in _CHOICES.items() if f".{key}`" in fault), ())
+    return f"use one of {', '.join(choices)}" if choices else "see docs/data.md for the keys of a row"
 
 
 def _fault(rule: Rule, where: Path, message: str, fix: str) -> Finding:

@@ -15,6 +15,7 @@ from appliance.report.words import (
     VERDICT_WORDS,
     list_alerts,
     list_facts,
+    list_use,
     say_interval,
     say_percent,
     say_share,
@@ -159,8 +160,5 @@ def _render_facts(card: dict[str, Any]) -> str:
 
 
 def _render_use(card: dict[str, Any]) -> str:
-    name, alias = escape(card["name"]), escape(card["alias"])
-    return (
-        f"<section><h2>Use</h2><pre>appliance pull {name}@{alias} ./{name}\n"
-        f"appliance generate ./{name} --prompt '...' --compare</pre></section>"
-    )
+    commands = escape("\n".join(list_use(card)), quote=False)
+    return f"<section><h2>Use</h2><pre>{commands}</pre></section>"

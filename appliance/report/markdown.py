@@ -12,6 +12,7 @@ from appliance.report.words import (
     VERDICT_WORDS,
     list_alerts,
     list_facts,
+    list_use,
     say_interval,
     say_percent,
     say_share,
@@ -103,9 +104,8 @@ def _render_facts(title: str, facts: dict[str, str]) -> str:
 
 
 def _render_use(card: dict[str, Any]) -> str:
-    name, alias = card["name"], card["alias"]
-    pull, use = f"appliance pull {name}@{alias} ./{name}", f"appliance generate ./{name} --prompt '...' --compare"
-    return f"## Use\n\n```\n{pull}\n{use}\n```"
+    commands = "\n".join(list_use(card))
+    return f"## Use\n\n```\n{commands}\n```"
 
 
 def _escape(text: str) -> str:

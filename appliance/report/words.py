@@ -162,3 +162,11 @@ def _list_mask(training: dict[str, Any]) -> dict[str, dict[str, str]]:
     if thinking != "fixed":
         facts["thinking"] = f"{thinking}; serve with enable_thinking: {'true' if thinking == 'on' else 'false'}"
     return {"Mask": facts}
+
+
+def list_use(card: dict[str, Any]) -> tuple[str, ...]:
+    """The commands that fetch and try the version; only `ship` moved the alias to it."""
+    name, is_shipped = card["name"], card["verdict"]["outcome"] == "ship"
+    note = () if is_shipped else (f"appliance list {name}    # VERSION: no alias was moved to this one",)
+    pull = f"appliance pull {name}@{card['alias'] if is_shipped else 'VERSION'} ./{name}"
+    return (*note, pull, f"appliance generate ./{name} --prompt '...' --compare")

@@ -30,7 +30,8 @@ def write_verified(chunks: Iterable[bytes], path: Path, *, sha256: str | None, s
         found = _write_hashed(chunks, partial)
         if sha256 is not None and found != sha256:
             raise StoreError(
-                f"{subject}: damaged, SHA-256 is {found}, expected {sha256}; run `appliance publish` again"
+                f"{subject}: damaged, SHA-256 is {found}, expected {sha256}; "
+                "remove it and run `appliance publish` again"
             )
         partial.chmod(0o644)
         partial.replace(path)
