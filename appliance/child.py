@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
-from appliance.errors import ApplianceError, is_disk_full
+from appliance.errors import ApplianceError, describe_place
 
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -71,8 +71,9 @@ def run_child(work: Callable[[StopFlag, Emit], None]) -> int:
         emit(failure=f"{fault.name} is not installed; pip install 'appliance[train]'")
         return 1
     except Exception as fault:
-        if not is_disk_full(fault):
+        words = describe_place(fault)
+        if not words:
             raise
-        emit(failure=f"no space left on the disk ({fault}); free some and run the same command to go on")
+        emit(failure=words)
         return 1
     return 0

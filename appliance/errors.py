@@ -83,3 +83,19 @@ def is_disk_full(fault: BaseException) -> bool:
     if isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
     return any(words in str(fault) for words in _DISK_FULL)
+
+
+def is_denied(fault: BaseException) -> bool:
+    """Whether a failure means that this user may not read or write a place, or that nobody may write there."""
+    return isinstance(fault, OSError) and fault.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def describe_place(fault: BaseException) -> str:
+    """What is wrong with the place that something was written to, and what to do; empty for any other failure."""
+    place = getattr(fault, "filename", None)
+    if is_disk_full(fault):
+        return f"{place or 'the disk'}: no space left; free some and run the same command to go on"
+    if place and is_denied(fault):
+        words = str(getattr(fault, "strerror", "")).lower()
+        return f"{place}: {words}; give this user access to it, or name another place"
+    return ""

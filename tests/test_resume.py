@@ -278,7 +278,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_valid(
     # A limit on the size of a file: what a write beyond it gets is what a full disk gives (setrlimit(2), EFBIG).
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     assert warm.wait(pid) == 1
-    assert "no space left on the disk" in (job.folder / "worker.log").read_text()
+    assert "no space left" in (job.folder / "worker.log").read_text()
     assert not job.adapter.exists()
     assert (held / SEAL).is_file() or any((c / SEAL).is_file() for c in list_newest_first(job.checkpoints))
     assert finish(warm, job) == uninterrupted("lora", **SHORT)

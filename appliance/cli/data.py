@@ -67,7 +67,7 @@ def check(*, folder: Path | None, recipe_path: Path | None, root: Path, cache: P
 @click.option("--root", type=click.Path(path_type=Path), default=".", show_default=True, help="The repository.")
 @json_option
 def diff(*, revisions: str, root: Path, as_json: bool) -> int:
-    """Show by row what changed between two commits: added, edited, removed, and the effect on the splits.
+    """Show by row what changed between two commits: added, edited, removed, renamed, moved, and the splits.
 
     Left out, the first revision is HEAD~1 and the second what is on this disk. Exit code 0 whatever changed.
     """

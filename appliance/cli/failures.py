@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
@@ -18,10 +17,9 @@ import click
 from appliance.child import list_stop_signals
 from appliance.command import leave_closed_terminal
 from appliance.digest import write_atomic
-from appliance.errors import ApplianceError, InterruptedRunError, is_disk_full
+from appliance.errors import ApplianceError, InterruptedRunError, describe_place
 
 _BUG, _USAGE, _INTERRUPTED = 70, 2, 33
-_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def run_guarded(group: click.Group, argv: Sequence[str] | None) -> int:
@@ -40,13 +38,8 @@ def run_guarded(group: click.Group, argv: Sequence[str] | None) -> int:
     except ApplianceError as fault:
         return _fail(str(fault), fault.exit_code)
     except Exception as fault:  # noqa: BLE001 - the last line of defence: a bug is told as one
-        if is_disk_full(fault):
-            place = getattr(fault, "filename", None) or "the disk"
-            return _fail(f"{place}: no space left; free some and run the same command to go on", 1)
-        if isinstance(fault, OSError) and fault.errno in _DENIED and fault.filename:
-            words = str(fault.strerror).lower()
-            return _fail(f"{fault.filename}: {words}; give this user access to it, or name another place", 1)
-        return _report_bug()
+        words = describe_place(fault)
+        return _fail(words, 1) if words else _report_bug()
     return result if isinstance(result, int) else 0
 
 

@@ -13,10 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from appliance.digest import fsync_folder
-from appliance.errors import StoreError
+from appliance.errors import StoreError, is_denied
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def write_verified(chunks: Iterable[bytes], path: Path, *, sha256: str | None, subject: str) -> None:
@@ -57,6 +56,6 @@ def describe_disk_fault(fault: OSError, subject: str) -> str:
     """One line for an operating system error: what happened to `subject` and what to do."""
     if fault.errno in _NO_SPACE:
         return f"{subject}: no space left on the disk ({fault.strerror}); free some and run the same command again"
-    if fault.errno in _DENIED:
+    if is_denied(fault):
         return f"{subject}: permission denied ({fault.strerror}); give this user write access or choose another folder"
     return f"{subject}: {fault.strerror or fault}; look at the disk and the path, then run the same command again"
