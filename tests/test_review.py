@@ -21,7 +21,7 @@ from appliance.cli.changes import describe_diff, diff_revisions
 from appliance.cli.prices import describe_cost, load_prices
 from appliance.cli.sections import Section, render_sections
 from appliance.data import diff_folders, select_side
-from appliance.errors import RecipeError
+from appliance.errors import DatasetError, RecipeError
 from appliance.example import decode_examples
 from appliance.recipe import SplitSection
 
@@ -128,6 +128,8 @@ def test_a_new_salt_is_told_by_the_rows_that_it_moves(tmp_path: Path) -> None:
         )
     (same,) = diff_revisions(root, "HEAD", None)
     assert same.changes == ()
+    with pytest.raises(DatasetError, match="start in the repository's root"):
+        diff_revisions(root / "recipes", "HEAD~1", "HEAD")
 
 
 def test_a_price_is_the_teams_and_has_a_day_and_a_source(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ def fetch_revision(root: Path, revision: str, *, pointer: str, folder: Path) -> 
 
     Raises `CommandError` for an unknown revision and `DatasetError` when there is no pointer or no data.
     """
+    if not (root / _PLACE).is_dir():
+        raise DatasetError(f"{root}: no folder {_PLACE}; start in the repository's root (--root), or run `dvc init`")
     write_atomic(folder / pointer, _read_pointer(root, revision, pointer=pointer).encode())
     (folder / _PLACE).mkdir(exist_ok=True)
     for name in ("config", "config.local"):
