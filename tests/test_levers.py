@@ -141,18 +141,22 @@ def make_related_examples() -> list[Example]:
     return [Example(f"r{i}", messages, provenance="program") for i, messages in enumerate(rows)]
 
 
+def check_same_step(model: Any, batch: dict[str, Any], other: dict[str, Any]) -> None:
+    """Two batches of the same rows have one loss and one gradient."""
+    loss, expected = read_gradients(model, batch)
+    other_loss, found = read_gradients(model, other)
+    assert other_loss == pytest.approx(loss, rel=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_a_prefix_computed_once_has_the_loss_and_the_gradients_of_every_row_by_itself(base: Path) -> None:
     """Rows that share system prompts, turns or everything: fewer positions, the same loss and gradients."""
     template = load_template(base)
     records = build_records([render_row(e, template) for e in make_related_examples()])
     apart, together = collate_packed(records), collate_packed(records, prefix="shared")
     assert together["input_ids"].numel() < 0.6 * apart["input_ids"].numel()
-    model = build_adapted(base)
-    loss, expected = read_gradients(model, apart)
-    shared_loss, found = read_gradients(model, together)
-    assert shared_loss == pytest.approx(loss, rel=1e-6)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+    check_same_step(build_adapted(base), apart, together)
 
 
 @pytest.mark.parametrize("prefix", ["standard", "shared"])
@@ -164,12 +168,7 @@ def test_what_rounds_up_a_batch_changes_neither_loss_nor_gradients(base: Path, p
     assert rounded["input_ids"].numel() == round_up(exact["input_ids"].numel()) > exact["input_ids"].numel()
     assert count_row_tokens(rounded) == count_row_tokens(exact) == sum(len(r["input_ids"]) for r in records)
     assert count_computed_tokens(rounded) == exact["input_ids"].numel()
-    model = build_adapted(base)
-    loss, expected = read_gradients(model, exact)
-    other, found = read_gradients(model, rounded)
-    assert other == pytest.approx(loss, rel=1e-6)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+    check_same_step(build_adapted(base), exact, rounded)
 
 
 @given(st.integers(1, 1 << 20))
