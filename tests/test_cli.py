@@ -17,6 +17,7 @@ from pathlib import Path
 import click
 import pytest
 import yaml
+from test_command import run_beside_read_only
 from tiny import make_recipe, write_base, write_dataset
 
 from appliance.cli import VERBS, appliance
@@ -232,15 +233,11 @@ def test_a_full_disk_is_one_message_and_the_same_command_finishes(project: Path,
 def test_a_folder_that_may_not_be_written_is_one_message(project: Path, tmp_path: Path) -> None:
     """Runs or a repository on a read-only disk: exit 1 with the place and what to do, not a bug report."""
     out = tmp_path / "out"
-    out.mkdir()
-    script = f"mount -t tmpfs -o ro tmpfs {out} || exit 77; " + "; ".join(
+    script = "; ".join(
         f"{sys.executable} -m appliance {verb}; echo $?"
         for verb in (f"train recipes/colours.yaml --runs {out}", f"init --root {out}/repository")
     )
-    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=250, check=False)
-    if done.returncode == 77 or "unshare" in done.stderr:
-        pytest.skip("this machine lets nobody mount a small file system")
+    done = run_beside_read_only(out, script, cwd=project)
     assert "Traceback" not in done.stderr
     assert done.stdout == "1\n1\n", done.stderr
     assert f"{out}/repository: read-only file system; give this user access to it" in done.stderr

@@ -77,17 +77,23 @@ def test_any_other_kill_is_a_kill(events: Path, kills: int, number: str) -> None
     assert f"killed by signal {-end.code}" in end.failure
 
 
+def run_beside_read_only(out: Path, script: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a shell script that finds the new folder `out` a read-only file system; `arguments` are its $0, $1, ..."""
+    out.mkdir()
+    mounted = f"mount -t tmpfs -o ro tmpfs {out} || exit 77; {script}"
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounted, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False, **options)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("this machine lets nobody mount a small file system")
+    return done
+
+
 def test_a_child_tells_a_place_that_became_read_only(tmp_path: Path) -> None:
     """The place and what to do, with code 1: a disk that turns read-only in the night is no bug."""
     out = tmp_path / "out"
-    out.mkdir()
     work = f"lambda stop, emit: pathlib.Path({str(out / 'x')!r}).write_bytes(b'')"
     child = f"import pathlib; from appliance.child import run_child; raise SystemExit(run_child({work}))"
-    script = f'mount -t tmpfs -o ro tmpfs {out} || exit 77; exec "$0" -c "{child}"'
-    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, sys.executable]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    if done.returncode == 77 or "unshare" in done.stderr:
-        pytest.skip("this machine lets nobody mount a small file system")
+    done = run_beside_read_only(out, f'exec "$0" -c "{child}"', sys.executable)
     assert done.returncode == 1, done.stderr
     told = json.loads(done.stdout)["failure"]
     assert told == f"{out / 'x'}: read-only file system; give this user access to it, or name another place"

@@ -6,16 +6,13 @@ faults, which every store can meet.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from appliance.digest import fsync_folder
-from appliance.errors import StoreError, is_denied
-
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from appliance.errors import StoreError, is_denied, is_disk_full
 
 
 def write_verified(chunks: Iterable[bytes], path: Path, *, sha256: str | None, subject: str) -> None:
@@ -54,7 +51,7 @@ def _write_hashed(chunks: Iterable[bytes], path: Path) -> str:
 
 def describe_disk_fault(fault: OSError, subject: str) -> str:
     """One line for an operating system error: what happened to `subject` and what to do."""
-    if fault.errno in _NO_SPACE:
+    if is_disk_full(fault):
         return f"{subject}: no space left on the disk ({fault.strerror}); free some and run the same command again"
     if is_denied(fault):
         return f"{subject}: permission denied ({fault.strerror}); give this user write access or choose another folder"
