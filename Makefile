@@ -7,7 +7,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 .PHONY: help
 help:  ## Show the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .venv/ready: pyproject.toml uv.lock .ci/setup
 	@.ci/setup
@@ -25,7 +25,7 @@ test: .venv/ready  ## The fast tests, two at a time
 
 .PHONY: test-slow
 test-slow: .venv/ready .cache/act/bin/act  ## The tests that train the real base model
-	@$(PYTHON) -m pytest -m slow --timeout 1800 $(ARGS)
+	@$(PYTHON) -m pytest -m 'slow and not image' --timeout 1800 $(ARGS)
 
 .PHONY: e2e
 e2e: .venv/ready .cache/act/bin/act  ## The loop for real: git push, act runs the workflows, a consumer pulls the adapter
@@ -37,8 +37,13 @@ e2e: .venv/ready .cache/act/bin/act  ## The loop for real: git push, act runs th
 
 .PHONY: image-test
 image-test: .venv/ready .cache/act/bin/act  ## Build the image without CUDA and run it for real (needs buildah, podman, runc, debootstrap)
-	@$(PYTHON) -m pytest -m image --timeout 2400 tests/test_image.py tests/test_e2e.py $(ARGS)
+	@$(PYTHON) -m pytest -m 'image and not slow' --timeout 2400 tests/test_image.py tests/test_e2e.py $(ARGS)
 	@$(PYTHON) benchmarks/image.py
+
+.PHONY: image-test-cuda
+image-test-cuda: .venv/ready  ## The same with CUDA, by argument alone: 3 GB of packages
+	@$(PYTHON) -m pytest -m 'image and slow' --timeout 3600 tests/test_image.py $(ARGS)
+	@$(PYTHON) benchmarks/image.py --cuda
 
 .PHONY: lint
 lint: .venv/ready  ## ruff, mypy, the house's layers, zizmor, shellcheck, actionlint, hadolint

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = ("buildah", "podman", "runc", "debootstrap")
-BASE, IMAGE = "localhost/appliance-test-base", "localhost/appliance-test"
+BASE, IMAGE, CUDA_IMAGE = "localhost/appliance-test-base", "localhost/appliance-test", "localhost/appliance-test-cuda"
 # Raising limits is not permitted in some sandboxes, so runc gets the bundle without them.
 WRAPPER = f"""#!{sys.executable}
 import json, os, sys
@@ -36,9 +36,10 @@ os.execvp("runc", ["runc", *argv])
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """Podman with the settings of this machine, in `folder`."""
+    """Podman with the settings of this machine, in `folder`, and the image that it runs."""
 
     folder: Path
+    image: str = IMAGE
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -61,18 +62,18 @@ class Engine:
 
     def build_argv(self, *options: str, arguments: tuple[str, ...]) -> list[str]:
         """The image with these options and the appliance's own arguments."""
-        return ["podman", "run", "--rm", *options, IMAGE, *arguments]
+        return ["podman", "run", "--rm", *options, self.image, *arguments]
 
     def find_digest(self) -> str:
         """The image as `NAME@sha256:...`."""
-        return f"{IMAGE}@{json.loads(self.call('image', 'inspect', IMAGE))[0]['Digest']}"
+        return f"{self.image}@{json.loads(self.call('image', 'inspect', self.image))[0]['Digest']}"
 
     def call(self, *arguments: str, timeout_s: float = 120) -> str:
         """Any other podman command. Raises when it fails."""
         return execute("podman", *arguments, env=self.environment, timeout_s=timeout_s)
 
 
-def open_engine(folder: Path) -> Engine:
+def open_engine(folder: Path, *, image: str = IMAGE) -> Engine:
     """Podman over runc, without limits, cgroups and network of its own."""
     missing = [p for p in PROGRAMS if shutil.which(p) is None]
     if missing:
@@ -85,19 +86,19 @@ def open_engine(folder: Path) -> Engine:
         f'[engine]\nruntime = "plain"\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\n'
         f'[engine.runtimes]\nplain = ["{wrapper}"]\n'
     )
-    return Engine(folder)
+    return Engine(folder, image)
 
 
-def build_image(folder: Path) -> None:
+def build_image(folder: Path, *, torch: str = "cpu", image: str = IMAGE) -> None:
     """Base, context and image; what is there from an earlier build is used again, layer by layer."""
     if subprocess.run(["podman", "image", "exists", BASE], check=False).returncode != 0:
         build_base(folder / "base")
     context = copy_context(folder / "context")
     execute(
         "buildah", "bud", "--isolation", "chroot", "--network", "host", "--layers", "--quiet",
-        "--build-arg", f"BASE_IMAGE={BASE}", "--build-arg", "TORCH=cpu", "--build-arg", "EXTRAS=train data demo",
+        "--build-arg", f"BASE_IMAGE={BASE}", "--build-arg", f"TORCH={torch}", "--build-arg", "EXTRAS=train data demo",
         "--build-arg", f"REVISION={execute('git', 'rev-parse', 'HEAD', cwd=ROOT).strip()}",
-        "--tag", IMAGE, str(context), timeout_s=1800,
+        "--tag", image, str(context), timeout_s=1800,
     )  # fmt: skip
 
 

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from containers import IMAGE, ROOT, Engine, build_image, execute, open_engine
+from containers import CUDA_IMAGE, IMAGE, ROOT, Engine, build_image, execute, open_engine
 from test_reconcile import Project, base, make_project  # noqa: F401 - two are fixtures
 from tiny import make_recipe, write_dataset
 
@@ -256,3 +258,32 @@ def test_a_container_that_a_dead_job_left_is_stopped_by_the_next(
     assert f"stopping a container that an earlier job left: {left}" in output
     assert done.returncode in (0, 3), output
     assert "goes on" in output or "resum" in output, output
+
+
+_VERSIONS = """
+import json
+from importlib import metadata
+import torch
+print(json.dumps({"cuda": torch.version.cuda, **{d.name: d.version for d in metadata.distributions()}}))
+"""
+
+
+@pytest.mark.slow
+def test_the_cuda_variant_is_the_same_file_with_another_argument(workspace: Path, tmp_path: Path) -> None:
+    """All as locked; without a GPU it trains on the CPU, and says so in one line where one is demanded."""
+    build_image(tmp_path / "build", torch="cuda", image=CUDA_IMAGE)
+    engine = open_engine(tmp_path, image=CUDA_IMAGE)
+    done = engine.run("--entrypoint", "python", arguments=("-c", _VERSIONS))
+    assert done.returncode == 0, done.stderr
+    found: dict[str, str] = json.loads(done.stdout)
+    locked = {(p["name"], p.get("version")) for p in tomllib.loads((ROOT / "uv.lock").read_text())["package"]}
+    assert found.pop("cuda").startswith("13.")
+    installed = {(re.sub(r"[-_.]+", "-", name).lower(), version) for name, version in found.items()}
+    assert {name for name, _ in installed - locked} <= {"appliance"}
+    folders = mount(workspace, tmp_path / "out")
+    demanded = engine.run(*STRANGER, *folders, arguments=("doctor", "--gpu"))
+    assert demanded.returncode == 34, demanded.stdout + demanded.stderr
+    assert "found no usable GPU" in demanded.stderr
+    trained = engine.run(*STRANGER, *folders, arguments=RUN)
+    assert trained.returncode in (0, 3), trained.stdout + trained.stderr
+    assert read_adapter(tmp_path / "out")
