@@ -78,6 +78,7 @@ def run_worker(
     log: Path,
     on_event: Callable[[dict[str, Any]], None],
     env: Mapping[str, str] | None = None,
+    devices: int = 1,
 ) -> WorkerEnd:
     """Run a child worker (see `appliance.child`) and hand each event it emits to `on_event`.
 
@@ -85,7 +86,7 @@ def run_worker(
     to the child as SIGTERM; the child then has 120 s to save a checkpoint before it is killed. On Linux
     a SIGKILL of this process takes the child with it: nobody would be there to start the next one after it.
     A child that the kernel killed for memory ends like one that ran out of memory by itself: with code 34.
-    It sees one GPU, see `name_one_gpu`.
+    It sees as many GPUs as it has `devices`, see `name_gpus`.
     """
     failure = ""
     kills_before = count_memory_kills()
@@ -99,7 +100,7 @@ def run_worker(
                 stdin=subprocess.DEVNULL,
                 text=True,
                 errors="replace",
-                env={**os.environ, **name_one_gpu(os.environ), **(env or {})},
+                env={**os.environ, **name_gpus(os.environ, devices), **(env or {})},
                 start_new_session=True,
                 preexec_fn=_die_with_parent(signal.SIGKILL),  # noqa: PLW1509 - as in start_server
             )
@@ -119,14 +120,16 @@ def run_worker(
     return WorkerEnd(code, failure or (_describe_death(code, log) if code else ""))
 
 
-def name_one_gpu(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables by which a process sees one GPU: the first that this one may use, as the driver's tool counts them.
+def name_gpus(environment: Mapping[str, str], count: int = 1) -> dict[str, str]:
+    """The variables by which a child sees the first `count` GPUs that this process may use, as the driver counts them.
 
-    A process that sees several and was not started once for each would share out every batch among
-    them (`nn.DataParallel` of transformers' trainer); TRL refuses to.
+    Never more than it has processes: transformers' trainer would share out every batch among the GPUs
+    that it sees (`nn.DataParallel`), which TRL refuses to do.
     """
-    first = environment.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
-    return {"CUDA_DEVICE_ORDER": environment.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"), "CUDA_VISIBLE_DEVICES": first}
+    given = environment.get("CUDA_VISIBLE_DEVICES")
+    names = [n.strip() for n in given.split(",")] if given is not None else [str(n) for n in range(count)]
+    order = environment.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    return {"CUDA_DEVICE_ORDER": order, "CUDA_VISIBLE_DEVICES": ",".join(names[:count])}
 
 
 def count_memory_kills() -> int:
@@ -255,12 +258,13 @@ def start_server(
     log: Path,
     env: Mapping[str, str] | None = None,
     pass_fds: Sequence[int] = (),
+    end: signal.Signals = signal.SIGTERM,
 ) -> subprocess.Popen[bytes]:
     """Start a long-lived child whose output goes to the file `log`; the caller stops it.
 
     It has its own session, so that a Ctrl-C does not take it away from work that still needs it. On
-    Linux the kernel sends it SIGTERM when the thread that called this ends, however it ends (SIGKILL
-    too). `pass_fds` stay open in the child. Raises `CommandError` when the program is missing.
+    Linux the kernel sends it the signal `end` when the thread that called this ends, however it ends
+    (SIGKILL too). `pass_fds` stay open in the child. Raises `CommandError` when the program is missing.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -274,7 +278,7 @@ def start_server(
                     env={**os.environ, **(env or {})},
                     start_new_session=True,
                     pass_fds=tuple(pass_fds),
-                    preexec_fn=_die_with_parent(signal.SIGTERM),  # noqa: PLW1509 - one prepared system call, no locks, no allocation
+                    preexec_fn=_die_with_parent(end),  # noqa: PLW1509 - one prepared system call, no locks, no allocation
                 )
         except FileNotFoundError as fault:
             message = f"{argv[0]}: program not found; install it or use the image, which has it"

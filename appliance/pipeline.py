@@ -96,12 +96,15 @@ def run_prepared(
 
 def train_alone(prepared: Prepared, *, workspace: Workspace, origin: Origin, choices: Mapping[str, Any]) -> Run:
     """Train in a run folder of its own, with the given `choices` instead of this machine's; the finished run."""
+    check_device(prepared.recipe, read_machine())
     run = open_run(workspace.runs, name=prepared.recipe.name, key=prepared.key)
     with run.lock():
         _prepare_stage(run, prepared, workspace=workspace, origin=origin)
         record = run.read("prepare")
-        plan = {**record["plan"], **{k: choices[k] for k in ("micro_batch", "checkpointing") if k in choices}}
-        run.amend("prepare", plan=plan, cores=choices.get("threads", record["cores"]))
+        taken = ("micro_batch", "devices", "checkpointing")
+        plan = {**record["plan"], **{k: choices[k] for k in taken if k in choices}}
+        cores = choices["threads"] * plan["devices"] if "threads" in choices else record["cores"]
+        run.amend("prepare", plan=plan, cores=cores)
         _train_stage(run, prepared, workspace=workspace, precision=choices.get("precision"))
     return run
 
@@ -179,10 +182,13 @@ def _train_stage(run: Run, prepared: Prepared, *, workspace: Workspace, precisio
         return
     record = run.read("prepare")
     plan = record["plan"]
+    devices = plan.get("devices", 1)  # a run that an earlier release prepared
     workspace.note(
         f"training {plan['trainable_parameters'] / 1e6:.1f}M of {plan['parameters'] / 1e6:.0f}M parameters: "
         f"{plan['steps']} steps of {plan['effective_batch']} rows, {plan['tokens']:,} tokens"
+        f"{f', on {devices} devices' if devices > 1 else ''}"
     )
+    threads = max(1, record["cores"] // devices)
     job = training.TrainingJob(
         folder=run.training,
         adapter=run.adapter,
@@ -192,8 +198,9 @@ def _train_stage(run: Run, prepared: Prepared, *, workspace: Workspace, precisio
         training=prepared.recipe.training.model_copy(update={"precision": precision} if precision else {}),
         ewc=prepared.recipe.forgetting.ewc if prepared.recipe.forgetting else None,
         micro_batch=plan["micro_batch"],
+        devices=devices,
         checkpointing=plan["checkpointing"],
-        threads=record["cores"],
+        threads=threads,
         fingerprint={
             "run_key": run.key,
             "train_rows": digest_file(run.training / "train.rows.jsonl"),
@@ -204,7 +211,7 @@ def _train_stage(run: Run, prepared: Prepared, *, workspace: Workspace, precisio
     )
     board = workspace.tensorboard / run.folder.name if workspace.tensorboard else None
     mirror = training.Mirror(workspace.mirror, run.key) if workspace.mirror else None
-    env = {"OMP_NUM_THREADS": str(record["cores"])}
+    env = {"OMP_NUM_THREADS": str(threads)}
     summary = training.train(job, note=workspace.note, env=env, board=board, mirror=mirror)
     predicted = {"peak_memory_bytes": plan["peak_bytes"], "micro_batch": plan["micro_batch"]}
     run.finish("train", summary={**summary, "predicted": predicted}, image=workspace.image)

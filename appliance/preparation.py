@@ -211,7 +211,7 @@ def plan_run(
         trained_tokens=sum(r.trained for r in rows),
         validation_rows=len(prepared.splits.validation),
         base=prepared.base.folder,
-        machine=machine,
+        machine=machine.share(prepared.recipe.needs.devices),
         longest_general=max((len(r.input_ids) for r in general), default=limit),
     )
 

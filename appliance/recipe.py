@@ -189,6 +189,7 @@ class NeedsSection(Section):
     """What the machine must have; it decides where a recipe runs, never what is made."""
 
     gpu: Literal["required", "optional"] = Field("optional", description="required: refuse a machine without one")
+    devices: int = Field(1, ge=1, le=64, description="GPUs of one host that share out the rows of every step")
 
 
 class Recipe(Section):
@@ -219,6 +220,16 @@ class Recipe(Section):
             raise ValueError(
                 "training.gradient_checkpointing: prefix-tuning trains keys and values, which checkpointing would "
                 "drop; write auto or off"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_devices(self) -> Recipe:
+        rows, devices = self.training.effective_batch, self.needs.devices
+        if rows % devices:
+            raise ValueError(
+                f"needs.devices: {devices} devices cannot share {rows} rows a step evenly; "
+                "make training.effective_batch a multiple of it"
             )
         return self
 

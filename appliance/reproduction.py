@@ -31,7 +31,17 @@ from appliance.recipe import Recipe
 from appliance.reconcile import POINTER
 from appliance.store import Store
 
-_COMPARED = ("device", "device_kind", "dtype", "threads", "micro_batch", "micro_batches", "checkpointing", "attention")
+_COMPARED = (
+    "device",
+    "device_kind",
+    "dtype",
+    "threads",
+    "micro_batch",
+    "micro_batches",
+    "devices",
+    "checkpointing",
+    "attention",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +174,7 @@ def _read_choices(manifest: Manifest) -> dict[str, Any]:
     history = training.get("micro_batches") or [[0, training.get("micro_batch")]]
     chosen = {
         "micro_batch": history[0][1],
+        "devices": training.get("devices"),
         "checkpointing": training.get("checkpointing"),
         "threads": training.get("threads"),
         "precision": training.get("dtype"),

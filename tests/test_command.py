@@ -99,15 +99,27 @@ def test_a_child_tells_a_place_that_became_read_only(tmp_path: Path) -> None:
     assert told == f"{out / 'x'}: read-only file system; give this user access to it, or name another place"
 
 
-@pytest.mark.parametrize(("visible", "seen"), [(None, "0"), ("2,3", "2"), ("GPU-5a", "GPU-5a"), ("", "")])
-def test_a_worker_sees_one_gpu(visible: str | None, seen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first that this process may use; a trainer that sees several would share out the batch among them."""
+@pytest.mark.parametrize(
+    ("visible", "devices", "seen"),
+    [
+        (None, 1, "0"),
+        ("2,3", 1, "2"),
+        ("GPU-5a", 1, "GPU-5a"),
+        ("", 1, ""),
+        (None, 2, "0,1"),
+        ("7,2, 3", 2, "7,2"),
+    ],
+)
+def test_a_worker_sees_as_many_gpus_as_it_has_devices(
+    visible: str | None, devices: int, seen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first that this process may use; a trainer that sees more would share out the batch among them."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     events: list[dict[str, Any]] = []
     script = 'printf \'{"gpu": "%s", "order": "%s"}\' "$CUDA_VISIBLE_DEVICES" "$CUDA_DEVICE_ORDER"'
-    end = run_worker(["/bin/sh", "-c", script], log=tmp_path / "log", on_event=events.append)
+    end = run_worker(["/bin/sh", "-c", script], log=tmp_path / "log", on_event=events.append, devices=devices)
     assert end.code == 0
     assert events == [{"gpu": seen, "order": "PCI_BUS_ID"}]
 

@@ -94,6 +94,18 @@ def test_a_gpu_takes_more_tokens_and_never_holds_the_logits(base: Path) -> None:
     assert held == pytest.approx(1.07 * (12.3 * 16_000 * read_sizes(base).vocabulary - 2**28), rel=0.01)
 
 
+def test_of_several_devices_each_has_its_rows_and_its_memory(base: Path) -> None:
+    """A GPU has its own memory; processes on a CPU share it. The steps are those of one device."""
+    recipe = make_recipe(training={"effective_batch": 16, "max_length": 1000})
+    shared = make_recipe(training={"effective_batch": 16, "max_length": 1000}, needs={"devices": 4})
+    gpus = Machine(cores=8, memory_bytes=64 << 30, gpu="NVIDIA H100", gpu_memory_bytes=80 << 30, gpus=4)
+    one, four = plan(recipe, base, length=1000, machine=gpus), plan(shared, base, length=1000, machine=gpus.share(4))
+    assert (one.micro_batch, four.micro_batch) == (16, 4)
+    assert (one.steps, one.tokens, one.budget_bytes) == (four.steps, four.tokens, four.budget_bytes)
+    assert (four.devices, gpus.share(4).cores) == (4, 2)
+    assert Machine(cores=2, memory_bytes=64 << 30).share(4).budget_bytes == 16 << 30
+
+
 def test_checkpointing_is_off_where_it_fits_and_on_where_it_does_not(base: Path) -> None:
     """`auto` decides by memory; a recipe can overrule it."""
     large = Machine(cores=2, memory_bytes=64 << 30)
@@ -155,21 +167,24 @@ esac
 
 
 @pytest.mark.parametrize(
-    ("visible", "gpu"),
+    ("visible", "gpu", "count"),
     [
-        (None, "NVIDIA A100-SXM4-80GB"),
-        ("1", "Tesla T4"),
-        ("1,0", "Tesla T4"),
-        ("GPU-5a", "Tesla T4"),
-        ("MIG-1c", "NVIDIA A100-SXM4-80GB"),
-        ("", ""),
-        ("-1", ""),
+        (None, "NVIDIA A100-SXM4-80GB", 2),
+        ("1", "Tesla T4", 1),
+        ("1,0", "Tesla T4", 2),
+        ("GPU-5a", "Tesla T4", 1),
+        ("MIG-1c", "NVIDIA A100-SXM4-80GB", 1),
+        ("", "", 0),
+        ("-1", "", 0),
     ],
 )
 def test_of_several_gpus_the_plan_means_the_one_that_a_run_will_see(
-    visible: str | None, gpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    visible: str | None, gpu: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first that CUDA_VISIBLE_DEVICES lets through, by number or name; of a slice, the GPU that it is cut from."""
+    """The first that CUDA_VISIBLE_DEVICES lets through, by number or name; of a slice, the GPU that it is cut from.
+
+    All that are let through are counted.
+    """
     tool = tmp_path / "nvidia-smi"
     tool.write_text(DRIVER)
     tool.chmod(0o755)
@@ -177,7 +192,8 @@ def test_of_several_gpus_the_plan_means_the_one_that_a_run_will_see(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert read_machine(tmp_path).gpu == gpu
+    machine = read_machine(tmp_path)
+    assert (machine.gpu, machine.gpus) == (gpu, count)
 
 
 def test_emulated_bf16_is_warned_about(base: Path) -> None:

@@ -135,12 +135,15 @@ def test_a_new_salt_is_told_by_the_rows_that_it_moves(tmp_path: Path) -> None:
 def test_a_price_is_the_teams_and_has_a_day_and_a_source(tmp_path: Path) -> None:
     """Without the file, hours only; without a version, not even hours; a broken file is an error."""
     assert load_prices(tmp_path) is None
-    assert describe_cost(hours=1.5, prices=None) == "about 1.50 hours"
-    assert "unknown" in describe_cost(hours=None, prices=None)
+    assert describe_cost(hours=1.5, devices=1, prices=None) == "about 1.50 hours"
+    assert "unknown" in describe_cost(hours=None, devices=1, prices=None)
     file = tmp_path / "prices.yaml"
     file.write_text("as_of: 2026-01-31\nsource: our contract\ncurrency: EUR\ngpu_hour: 2\n")
-    assert describe_cost(hours=1.5, prices=load_prices(tmp_path)) == (
+    assert describe_cost(hours=1.5, devices=1, prices=load_prices(tmp_path)) == (
         "about 1.50 hours, 3.00 EUR (2 an hour, our contract, 2026-01-31)"
+    )
+    assert describe_cost(hours=1.5, devices=4, prices=load_prices(tmp_path)) == (
+        "about 1.50 hours on 4 GPUs, 12.00 EUR (2 an hour, our contract, 2026-01-31)"
     )
     file.write_text("gpu_hour: 2\n")
     with pytest.raises(RecipeError, match=r"prices\.yaml: expected as_of"):

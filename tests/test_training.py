@@ -252,7 +252,8 @@ def test_arguments_are_what_the_recipe_says(tmp_path: Path) -> None:
         method=recipe.method,
         rows=33,
         has_validation=True,
-        micro_batch=4,
+        micro_batch=2,
+        devices=2,
         bf16=True,
         on_cpu=True,
         checkpointing=False,
@@ -260,6 +261,7 @@ def test_arguments_are_what_the_recipe_says(tmp_path: Path) -> None:
     )
     assert count_steps(recipe.training, rows=33) == arguments["max_steps"] == 10
     picked = (
+        "per_device_train_batch_size",
         "gradient_accumulation_steps",
         "learning_rate",
         "eval_steps",
@@ -267,7 +269,7 @@ def test_arguments_are_what_the_recipe_says(tmp_path: Path) -> None:
         "save_total_limit",
         "warmup_steps",
     )
-    assert [arguments[k] for k in picked] == [2, 0.01, 3, 3, None, 1]
+    assert [arguments[k] for k in picked] == [4, 2, 0.01, 3, 3, None, 1]
     assert arguments["auto_find_batch_size"] is False
     assert arguments["report_to"] == []
     assert build_adapter_arguments(recipe.method) == {  # type: ignore[arg-type]

@@ -54,7 +54,8 @@ def _print_plan(plan: Plan, *, key: str) -> None:
     click.echo(f"run         {key[:12]}")
     click.echo(f"rows        {plan.rows} train, {plan.validation_rows} validation; longest {plan.longest} tokens")
     click.echo(f"tokens      {plan.tokens:,}, of which {plan.trained_tokens:,} are trained on")
-    click.echo(f"steps       {plan.steps} of {plan.effective_batch} rows (micro-batch {plan.micro_batch})")
+    on = f" on each of {plan.devices} devices" if plan.devices > 1 else ""
+    click.echo(f"steps       {plan.steps} of {plan.effective_batch} rows (micro-batch {plan.micro_batch}{on})")
     click.echo(f"parameters  {plan.trainable_parameters:,} trained of {plan.parameters:,}")
     checkpointing = "on" if plan.checkpointing else "off"
     click.echo(

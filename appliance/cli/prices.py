@@ -35,13 +35,14 @@ def load_prices(root: Path) -> Prices | None:
         ) from fault
 
 
-def describe_cost(*, hours: float | None, prices: Prices | None) -> str:
-    """Hours and money, or only what is known of them."""
+def describe_cost(*, hours: float | None, devices: int, prices: Prices | None) -> str:
+    """Hours of so many GPUs and their money, or only what is known of them."""
     if hours is None:
         return "hours unknown until this model has a version"
+    on = f" on {devices} GPUs" if devices > 1 else ""
     if prices is None:
-        return f"about {hours:.2f} hours"
+        return f"about {hours:.2f} hours{on}"
     return (
-        f"about {hours:.2f} hours, {prices.gpu_hour * hours:.2f} {prices.currency} "
+        f"about {hours:.2f} hours{on}, {prices.gpu_hour * hours * devices:.2f} {prices.currency} "
         f"({prices.gpu_hour:g} an hour, {prices.source}, {prices.as_of})"
     )

@@ -125,7 +125,7 @@ def _estimate(outcome: Outcome, *, workspace: Workspace, store: Store | None, pr
         return (outcome.recipe, "", "", "", f"no plan from here: {str(fault).splitlines()[0]}")
     speed = _read_speed(store, recipe.name)
     hours = plan.tokens / speed / 3600 if speed else None
-    cost = describe_cost(hours=hours, prices=prices)
+    cost = describe_cost(hours=hours, devices=plan.devices, prices=prices)
     return (outcome.recipe, str(plan.rows), str(plan.steps), f"{plan.tokens:,}", cost)
 
 

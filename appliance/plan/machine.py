@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from appliance.command import name_one_gpu, run_command
+from appliance.command import name_gpus, run_command
 from appliance.errors import CommandError, DeviceError
 from appliance.model.processor import has_cpu_bf16
 from appliance.recipe import Recipe
@@ -17,9 +17,10 @@ _AMPERE = 8.0
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Cores and bytes that this process may use; `gpu` is empty without one.
+    """Cores, bytes and GPUs that this process may use; `gpu` is the first one's name, empty without one.
 
-    `has_bf16`: whether the device that trains multiplies bf16 natively, and does not emulate it.
+    `gpu_memory_bytes` are of one GPU. `has_bf16`: whether the device that trains multiplies bf16 natively,
+    and does not emulate it.
     """
 
     cores: int
@@ -27,31 +28,43 @@ class Machine:
     gpu: str = ""
     gpu_memory_bytes: int = 0
     has_bf16: bool = True
+    gpus: int = 0
 
     @property
     def budget_bytes(self) -> int:
         """The memory that weights and activations must fit into."""
         return self.gpu_memory_bytes or self.memory_bytes
 
+    def share(self, devices: int) -> Machine:
+        """What each of `devices` processes has of it: a GPU of its own, and its part of the rest."""
+        return replace(self, cores=max(1, self.cores // devices), memory_bytes=self.memory_bytes // devices)
+
 
 def read_machine(cgroup: Path = _CGROUP) -> Machine:
     """The limits in force, the smaller of host and cgroup (v2)."""
-    gpu, gpu_memory, capability = _read_gpu()
+    line, gpus = _ask_driver()
+    gpu, gpu_memory, capability = parse_gpu(line)
     return Machine(
         cores=_read_cores(cgroup),
         memory_bytes=_read_memory(cgroup),
         gpu=gpu,
         gpu_memory_bytes=gpu_memory,
         has_bf16=(not capability or capability >= _AMPERE) if gpu else has_cpu_bf16(Path("/proc/cpuinfo")),
+        gpus=gpus,
     )
 
 
 def check_device(recipe: Recipe, machine: Machine) -> None:
-    """Refuse a recipe that needs a GPU where there is none. Raises `DeviceError`: another machine can do it."""
+    """Refuse a recipe that needs more GPUs than there are. Raises `DeviceError`: another machine can do it."""
     if recipe.needs.gpu == "required" and not machine.gpu:
         raise DeviceError(
             f"recipe {recipe.name}: needs.gpu is required, found no GPU on this machine (nvidia-smi names none); "
             "run it on one with a GPU (a container: --gpus all), or say needs.gpu: optional"
+        )
+    if machine.gpu and recipe.needs.devices > machine.gpus:
+        raise DeviceError(
+            f"recipe {recipe.name}: needs.devices is {recipe.needs.devices}, found {machine.gpus} on this machine "
+            "(nvidia-smi, CUDA_VISIBLE_DEVICES); run it on one with more GPUs, or lower needs.devices"
         )
 
 
@@ -69,16 +82,16 @@ def _read_memory(cgroup: Path) -> int:
     return min(host, int(limit)) if limit.isdigit() else host
 
 
-def _read_gpu() -> tuple[str, int, float]:
-    """Name, memory and compute capability of the GPU that a child will see; the driver is asked, torch not needed."""
+def _ask_driver() -> tuple[str, int]:
+    """What the driver's tool says of the first GPU that a child will see, and how many there are."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
-    device = name_one_gpu(os.environ)["CUDA_VISIBLE_DEVICES"]
-    whole = [] if device.startswith("MIG-") else [f"--id={device}"]  # a slice is not asked for, its GPU is
+    given, first = os.environ.get("CUDA_VISIBLE_DEVICES"), name_gpus(os.environ)["CUDA_VISIBLE_DEVICES"]
+    is_all = given is None or first.startswith("MIG-")  # a slice is not asked for, its GPU is
     try:
-        first = run_command([*query, *whole], timeout_s=20.0).splitlines()[0]
-    except (CommandError, IndexError):
-        return "", 0, 0.0
-    return parse_gpu(first)
+        lines = run_command([*query, *([] if is_all else [f"--id={first}"])], timeout_s=20.0).splitlines()
+    except CommandError:
+        return "", 0
+    return (lines[0], len(lines) if given is None else len(given.split(","))) if lines else ("", 0)
 
 
 def parse_gpu(line: str) -> tuple[str, int, float]:

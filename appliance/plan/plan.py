@@ -68,6 +68,7 @@ class Plan:
     longest: int
     micro_batch: int
     effective_batch: int
+    devices: int
     checkpointing: bool
     parameters: int
     trainable_parameters: int
@@ -92,6 +93,7 @@ def build_plan(
 ) -> Plan:
     """The plan for training rows of these token `lengths` on `machine`; tokens are over all epochs.
 
+    Of several devices, `machine` is the part that each has, and micro-batch and memory are of each.
     `longest_general` is the longest row that a Fisher is estimated on, `training.max_length` when left out.
     """
     section = recipe.training
@@ -120,7 +122,7 @@ def build_plan(
 
     is_prefix = isinstance(recipe.method, PrefixTuningMethod)  # checkpointing would drop its keys and values
     micro, checkpointing = select_micro_batch(
-        section.effective_batch,
+        section.effective_batch // recipe.needs.devices,
         longest=longest + _count_virtual(recipe.method),
         most=_MICRO_TOKENS["gpu" if machine.gpu else "cpu"],
         wanted="off" if is_prefix else section.gradient_checkpointing,
@@ -146,6 +148,7 @@ def build_plan(
         longest=longest,
         micro_batch=micro,
         effective_batch=section.effective_batch,
+        devices=recipe.needs.devices,
         checkpointing=checkpointing,
         parameters=parameters,
         trainable_parameters=trainable,

@@ -71,6 +71,12 @@ def _say_kept(training: dict[str, Any]) -> str:
     return f"step {step:,} ({_KEPT.get(str(kept), str(kept))}" + (f": validation {values})" if values else ")")
 
 
+def _say_device(training: dict[str, Any]) -> str:
+    """What computed, and how many of them where it was not one."""
+    device, count = training.get("device", DASH), training.get("devices", 1)
+    return f"{count} x {device}" if count > 1 else str(device)
+
+
 def _say_mfu(training: dict[str, Any]) -> str:
     """The share of the device's peak; nothing where it is not known."""
     return f", MFU {say_percent(training['mfu'])}" if "mfu" in training else ""
@@ -129,7 +135,7 @@ def list_facts(card: dict[str, Any]) -> dict[str, dict[str, str]]:
             "weights kept": _say_kept(training),
             "validation loss": f"best {say_number(training.get('best_validation_loss'))}, "
             f"last {say_number(training.get('last_validation_loss'))}",
-            "device": f"{training.get('device', DASH)}, {training.get('dtype', DASH)}",
+            "device": f"{_say_device(training)}, {training.get('dtype', DASH)}",
             "peak memory": say_bytes(training.get("peak_memory_bytes")) + _say_predicted(training),
             "adapter digest": str(training.get("adapter_sha256", DASH))[:16],
         },

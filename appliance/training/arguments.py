@@ -94,20 +94,21 @@ def build_training_arguments(
     rows: int,
     has_validation: bool,
     micro_batch: int,
+    devices: int,
     bf16: bool,
     on_cpu: bool,
     checkpointing: bool,
     output: Path,
 ) -> dict[str, Any]:
-    """Keyword arguments of `trl.SFTConfig` for one device."""
+    """Keyword arguments of `trl.SFTConfig`, which knows of one device: what it draws, several share."""
     steps = count_steps(section, rows=rows)
     every = max(1, math.ceil(steps / section.checkpoints))
     return {
         "output_dir": str(output),
         "max_steps": steps,
-        "per_device_train_batch_size": micro_batch,
+        "per_device_train_batch_size": micro_batch * devices,
         "per_device_eval_batch_size": micro_batch,
-        "gradient_accumulation_steps": section.effective_batch // micro_batch,
+        "gradient_accumulation_steps": section.effective_batch // (micro_batch * devices),
         "learning_rate": select_learning_rate(section, method),
         "lr_scheduler_type": section.schedule,
         "warmup_steps": math.ceil(section.warmup_ratio * steps),

@@ -16,13 +16,17 @@ from appliance.digest import canonical_json, write_atomic
 NAME = "metrics.jsonl"
 
 
+def read_records(checkpoint: Path) -> list[dict[str, Any]]:
+    """The records up to a checkpoint, from its own copy."""
+    return [json.loads(line) for line in (checkpoint / NAME).read_bytes().splitlines()]
+
+
 class Journal:
     """The records of the run so far; `checkpoint` is the one that the run goes on from, if any."""
 
     def __init__(self, file: Path, *, checkpoint: Path | None) -> None:
         self.file = file
-        lines = (checkpoint / NAME).read_bytes().splitlines() if checkpoint else []
-        self.records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.records = read_records(checkpoint) if checkpoint else []
         write_atomic(file, self._encode())
         self.seconds_before = max((r.get("seconds", 0.0) for r in self.records), default=0.0)
         self.tokens_before = max((r.get("tokens", 0) for r in self.records), default=0)

@@ -27,7 +27,10 @@ from appliance.training.view import TrainingView
 
 
 class TrainingJob(BaseModel):
-    """What the training child needs to know; `folder` holds its inputs and all it writes."""
+    """What the training child needs to know; `folder` holds its inputs and all it writes.
+
+    `micro_batch` rows and `threads` are of each of the `devices`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     folder: Path
@@ -38,6 +41,7 @@ class TrainingJob(BaseModel):
     training: TrainingSection
     ewc: EwcSection | None = None
     micro_batch: int
+    devices: int = 1
     checkpointing: bool
     threads: int | None = None
     fingerprint: dict[str, str]
@@ -46,6 +50,11 @@ class TrainingJob(BaseModel):
     def checkpoints(self) -> Path:
         """Where checkpoints are kept."""
         return self.folder / "checkpoints"
+
+    @property
+    def share(self) -> int:
+        """Rows of an optimizer step that each device has."""
+        return self.training.effective_batch // self.devices
 
 
 def train(
@@ -80,7 +89,7 @@ def _train(
             summary: dict[str, Any] = json.loads((job.folder / "summary.json").read_bytes())
             return summary
         if end.code == DeviceError.exit_code and job.micro_batch > 1:
-            job = job.model_copy(update={"micro_batch": _halve(job.micro_batch, job.training.effective_batch)})
+            job = job.model_copy(update={"micro_batch": _halve(job.micro_batch, job.share)})
             note(f"out of memory; again with micro-batch {job.micro_batch}, the effective batch stays")
             continue
         raise _explain(end)
@@ -91,7 +100,7 @@ def _adopt_facts(job: TrainingJob) -> TrainingJob:
     facts = read_facts(job.checkpoints)
     if facts is None:
         return job
-    fits = job.training.effective_batch % facts.micro_batch == 0
+    fits = job.share % facts.micro_batch == 0
     micro_batch = facts.micro_batch if fits else job.micro_batch
     return job.model_copy(update={"threads": facts.threads, "micro_batch": micro_batch})
 
@@ -117,12 +126,13 @@ def _run_child(
             log=job.folder / "worker.log",
             on_event=follow,
             env={**(env or {}), **({"OMP_NUM_THREADS": str(job.threads)} if job.threads else {})},
+            devices=job.devices,
         )
 
 
-def _halve(micro_batch: int, effective: int) -> int:
-    """The largest divisor of the effective batch that is at most half the micro-batch."""
-    return next(m for m in range(max(1, micro_batch // 2), 0, -1) if effective % m == 0)
+def _halve(micro_batch: int, share: int) -> int:
+    """The largest divisor of a device's rows that is at most half the micro-batch."""
+    return next(m for m in range(max(1, micro_batch // 2), 0, -1) if share % m == 0)
 
 
 def _explain(end: WorkerEnd) -> TrainingError | InterruptedRunError | DeviceError:

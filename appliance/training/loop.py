@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
+import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, PrinterCallback
 from transformers.trainer_utils import align_special_tokens
@@ -30,6 +33,7 @@ from appliance.training.fused import fuse_lora
 from appliance.training.launch import TrainingJob
 from appliance.training.levers import Levers
 from appliance.training.methods import keep_dtypes, load_encoder, save_encoder
+from appliance.training.ranks import Ranks
 from appliance.training.validation import score_rows, summarise_scores
 from appliance.training.watch import Watch
 
@@ -43,6 +47,7 @@ def build_trainer(
     levers: Levers,
     penalty: Penalty | None,
     watch: Watch,
+    ranks: Ranks,
 ) -> Any:
     """The trainer of `job` over (train, validation) token rows."""
     train_rows, validation_rows = rows
@@ -55,6 +60,7 @@ def build_trainer(
         rows=len(train_rows),
         has_validation=bool(validation_rows),
         micro_batch=job.micro_batch,
+        devices=job.devices,
         bf16=precision == "bf16",
         on_cpu=model.device.type == "cpu",
         checkpointing=job.checkpointing,
@@ -72,15 +78,16 @@ def build_trainer(
             args=SFTConfig(**arguments),
             train_dataset=Dataset.from_list(build_records(train_rows)),
             eval_dataset=Dataset.from_list(build_records(validation_rows)) if validation_rows else None,
-            data_collator=partial(pack, prefix=levers.prefix) if packed else collate_apart,
+            data_collator=Share(partial(pack, prefix=levers.prefix) if packed else collate_apart, ranks),
             processing_class=tokenizer,
             callbacks=[watch],
         )
     align_special_tokens(model, tokenizer)  # as `train` does: it is in the saved configuration, steps or not
     trainer.remove_callback(PrinterCallback)  # standard output is the parent's channel
-    trainer.head, trainer.penalty = levers.head, penalty
+    trainer.head, trainer.penalty, trainer.ranks = levers.head, penalty, ranks
     trainer.collate_apart = collate_apart  # the most that rows can take: nothing shared
     trainer.tokens_seen, trainer.tokens_computed, trainer.saves, trainer.save_seconds = 0, 0, 0, 0.0
+    trainer.own_loss, trainer.parts = 0.0, 0
     watch.trainer = trainer
     return trainer
 
@@ -91,6 +98,27 @@ def run_steps(trainer: Any, resume: Path | None) -> None:
         trainer.load_last(resume)
         return
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+
+
+class Share:
+    """Collates a rank's share of each micro-batch; an empty batch where it has none. All ranks draw the same rows."""
+
+    def __init__(self, collate: Callable[..., dict[str, Any]], ranks: Ranks) -> None:
+        self.collate, self._ranks = collate, ranks
+        self._drawn = 0
+
+    def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The inputs of this rank's rows among `records`."""
+        if self._ranks.size == 1:
+            return self.collate(records)
+        self._drawn = crc32(repr([r["input_ids"] for r in records]).encode(), self._drawn)
+        share = self._ranks.take_share(records)
+        return self.collate(share) if share else {}
+
+    def require_same_rows(self) -> None:
+        """Raises `TrainingError` when the ranks did not draw the same rows up to now."""
+        if self._ranks.size > 1:
+            self._ranks.require_same(self._drawn, "the rows that they drew")
 
 
 class _Trainer(SFTTrainer):  # type: ignore[misc]
@@ -114,20 +142,40 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
         outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    def training_step(self, *args: Any, **options: Any) -> Any:
-        """The data's loss; the penalty's gradient is added once, with the last micro-batch of a step."""
-        loss = super().training_step(*args, **options)
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """The data's loss; with the last micro-batch of a step the ranks' gradients are added up, then the penalty's.
+
+        A rank without rows in this micro-batch has nothing to do. The step's loss is given with its last part.
+        """
+        self.parts: int = self.parts + 1
+        if inputs:
+            with self.ranks.draw_own(self.args.seed, self.state.global_step, self.parts):
+                self.own_loss: Any = self.own_loss + super().training_step(model, inputs, num_items_in_batch)
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        self.data_collator.require_same_rows()
+        self.ranks.add_up_gradients(list(model.parameters()))
+        loss = self.ranks.add_up_loss(torch.as_tensor(self.own_loss, device=self.args.device))
+        self.own_loss, self.parts = 0.0, 0
         penalty: Penalty | None = self.penalty
-        if penalty is not None and self.accelerator.sync_gradients:
+        if penalty is not None:
             self._metrics["train"]["penalty"].append(penalty.add_gradients())
         return loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+        """Trained positions of the whole step, over all ranks: what its loss is divided by."""
+        own = super()._get_num_items_in_batch([b for b in batch_samples if b], device)
+        if self.ranks.size == 1:
+            return own
+        return torch.tensor(self.ranks.add_up(0 if own is None else own), device=device)[0]
 
     def evaluate(self, *_arguments: Any, **_options: Any) -> dict[str, float]:
         """One pass over the validation rows, see `validation`; TRL's averages over batches."""
         size = self.args.per_device_eval_batch_size
         with self.compute_loss_context_manager():
-            scores = score_rows(self.model, self.eval_dataset.to_list(), collate=self.data_collator, size=size)
-        metrics = summarise_scores(scores)
+            rows = self.ranks.take_share(self.eval_dataset.to_list())
+            scores = score_rows(self.model, rows, collate=self.data_collator.collate, size=size)
+        metrics = summarise_scores(self.ranks.gather(scores))
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -142,6 +190,8 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
         save_encoder(self.model, Path(output_dir or self.args.output_dir))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if not self.ranks.is_lead:
+            return
         began = time.monotonic()
         super()._save_checkpoint(model, trial)
         self.saves += 1

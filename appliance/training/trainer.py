@@ -39,30 +39,29 @@ from appliance.training.fingerprint import (
     make_repeatable,
 )
 from appliance.training.guards import check_base, check_packing, check_trained
-from appliance.training.journal import Journal
+from appliance.training.journal import Journal, read_records
 from appliance.training.launch import TrainingJob
 from appliance.training.levers import select_levers, settle_levers
 from appliance.training.loop import build_trainer, run_steps
 from appliance.training.methods import Weights, build_model, copy_start, digest_start
 from appliance.training.monitor import Rules, build_rules, select_kept_step, watch_records
 from appliance.training.proof import prove_worst_step
+from appliance.training.ranks import Ranks, join_ranks
 from appliance.training.rows import load_rows
 from appliance.training.utilisation import find_yardstick
 from appliance.training.watch import Watch
 
 
-def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
-    """Train as `job` says and put the artifact at `job.adapter`. Raises `ApplianceError`s only."""
+def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit, rank: int = 0, meeting: Path | None = None) -> None:
+    """Train as `job` says and put the artifact at `job.adapter`. Raises `ApplianceError`s only.
+
+    On several devices this is one `rank` of them, which find each other by the file `meeting`.
+    """
     with device_faults_as_errors():
-        # 1. The machine: device, precision, threads, seeds.
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        device = select_device()
+        # 1. The machine: device, precision, threads, seeds, and who else works on this job.
+        device = _set_up_machine(job)
         precision = select_precision(job.training.precision, device=device)
-        if job.threads:
-            torch.set_num_threads(job.threads)
-        make_deterministic(device)
-        set_seed(job.training.seed)
+        ranks = Ranks(0, 1, device) if meeting is None else join_ranks(meeting, rank, job.devices, device)
 
         # 2. The data: token rows whose masks were checked when they were written.
         train_rows = load_rows(job.folder / "train.rows.jsonl")
@@ -77,14 +76,15 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
         check_base(model, train_rows[0], precision=precision, device=device)
         if is_packed(job.training, job.method):
             check_packing(model, train_rows, prefix=levers.prefix, precision=precision, device=device)
-        penalty = build_penalty(job, model, precision=precision, emit=emit)
+        penalty = ranks.take_turns(lambda: build_penalty(job, model, precision=precision, emit=emit))
 
         # 4. The trainer, from the newest sound checkpoint of this very job.
         start = copy_start(model, job.method)
         fingerprint = build_fingerprint(job, precision=precision, device=device)
         fingerprint |= _name_parts(start, penalty)
         rules = build_rules(job.training, max_steps=count_steps(job.training, rows=len(train_rows)))
-        resume, journal = _find_start(job, rules, fingerprint=fingerprint, emit=emit)
+        resume = ranks.follow_lead(lambda: _find_start(job, rules, fingerprint=fingerprint, emit=emit))
+        journal = Journal(job.folder / ranks.name_file("metrics.jsonl"), checkpoint=resume)
         facts = _state_facts(job, resume)
         watch = Watch(
             stop=stop,
@@ -93,15 +93,20 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
             facts=facts,
             journal=journal,
             rules=rules,
-            yardstick=find_yardstick(job.base, method=job.method, device_name=name_device(device), precision=precision),
+            ranks=ranks,
+            yardstick=find_yardstick(
+                job.base, method=job.method, device_name=name_device(device), precision=precision, devices=ranks.size
+            ),
         )
         rows = (train_rows, validation_rows)
-        trainer = build_trainer(job, model, rows, precision=precision, levers=levers, penalty=penalty, watch=watch)
+        trainer = build_trainer(
+            job, model, rows, precision=precision, levers=levers, penalty=penalty, watch=watch, ranks=ranks
+        )
         if resume:
             emit(note=f"resuming from step {count_steps_done(resume)}")
         else:
             prove_worst_step(trainer, train_rows, micro_batch=job.micro_batch)
-        if stop.is_set:
+        if ranks.is_any(stop.is_set):
             raise InterruptedRunError("before the first step")
 
         # 5. The steps, unless a run that was killed afterwards had stopped by rule.
@@ -110,6 +115,10 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
             run_steps(trainer, resume)
         if trainer.state.global_step < rules.max_steps and not watch.seen.is_stopped:
             raise InterruptedRunError(f"at step {trainer.state.global_step} of {rules.max_steps}, checkpoint saved")
+
+        ranks.part()
+        if not ranks.is_lead:
+            return
 
         # 6. The artifact: the weights of the step that is kept, refused when not finite or without effect.
         last = max(r["step"] for r in journal.records)
@@ -124,6 +133,7 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
         summary |= {
             "levers": levers.to_json(),
             "micro_batches": facts.micro_batches,
+            "devices": ranks.size,
             "checkpointing": job.checkpointing,
             "device_kind": describe_device(device),
             "checkpoints": {"count": trainer.saves, "seconds": round(trainer.save_seconds + watch.seal_seconds, 3)},
@@ -133,27 +143,36 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit) -> None:
         write_atomic(job.folder / "summary.json", canonical_json(summary))
 
 
+def _set_up_machine(job: TrainingJob) -> torch.device:
+    """The device, after threads, seeds and determinism are as the job says."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    device = select_device()
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    make_deterministic(device)
+    set_seed(job.training.seed)
+    return device
+
+
 def _name_parts(start: Weights, penalty: Penalty | None) -> dict[str, str]:
     """Digests of what training starts from beside the job: the adapter's first weights, the Fisher."""
     parts = {"start": digest_start(start)} if start else {}
     return parts if penalty is None else {**parts, "fisher": penalty.fisher_sha256}
 
 
-def _find_start(
-    job: TrainingJob, rules: Rules, *, fingerprint: dict[str, str], emit: Emit
-) -> tuple[Path | None, Journal]:
-    """The newest sound checkpoint and the journal up to it; none when the best one before it is lost."""
+def _find_start(job: TrainingJob, rules: Rules, *, fingerprint: dict[str, str], emit: Emit) -> Path | None:
+    """The newest sound checkpoint; none when the best one before it is lost."""
     resume = find_checkpoint(job.checkpoints, fingerprint=fingerprint)
-    journal = Journal(job.folder / "metrics.jsonl", checkpoint=resume)
     if resume is None:
-        return None, journal
-    seen = watch_records(journal.records, rules)
+        return None
+    seen = watch_records(read_records(resume), rules)
     kept = select_kept_step(seen, rules, last=count_steps_done(resume))
     if is_sound(job.checkpoints / name_checkpoint(kept)):
-        return resume, journal
+        return resume
     emit(note=f"the checkpoint of the best step, {kept}, is lost or damaged: training starts over")
     shutil.rmtree(job.checkpoints)
-    return None, Journal(journal.file, checkpoint=None)
+    return None
 
 
 def _state_facts(job: TrainingJob, resume: Path | None) -> Facts:

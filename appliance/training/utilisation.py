@@ -40,7 +40,7 @@ PEAK_FLOPS = {
 
 @dataclass(frozen=True, slots=True)
 class Yardstick:
-    """What a token costs in FLOPs, and what the device can do in a second."""
+    """What a token costs in FLOPs, and what the devices of the run can do in a second."""
 
     flops_per_token: float
     peak_flops: float
@@ -54,11 +54,13 @@ class Yardstick:
         return {"mfu": self.measure(tokens_per_second), **asdict(self)}
 
 
-def find_yardstick(base: Path, *, method: Method, device_name: str, precision: str) -> Yardstick | None:
+def find_yardstick(
+    base: Path, *, method: Method, device_name: str, precision: str, devices: int = 1
+) -> Yardstick | None:
     """The yardstick of a training; `None` on a device, in a precision or for a model whose figures are not known."""
     peak = PEAK_FLOPS.get(device_name) if precision == "bf16" else None
     matrices = count_matrices(read_weight_shapes(base), read_sizes(base)) if peak else None
-    return Yardstick(count_flops(matrices, method=method.type), peak) if peak and matrices else None
+    return Yardstick(count_flops(matrices, method=method.type), peak * devices) if peak and matrices else None
 
 
 def count_flops(matrices: int, *, method: str) -> float:

@@ -15,6 +15,7 @@ from appliance.training.artifact import measure_peak_memory
 from appliance.training.checkpoints import Facts, name_checkpoint, prune_checkpoints, seal_checkpoint
 from appliance.training.journal import Journal
 from appliance.training.monitor import Rules, Watched, watch_record, watch_records
+from appliance.training.ranks import Ranks
 from appliance.training.utilisation import Yardstick
 
 _EVALUATION = ("loss", "exact_match", "same_answer", "same_reference", "rows")
@@ -32,15 +33,16 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         facts: Facts,
         journal: Journal,
         rules: Rules,
+        ranks: Ranks,
         yardstick: Yardstick | None = None,
     ) -> None:
         self.stop, self.emit, self.fingerprint, self.facts = stop, emit, fingerprint, facts
-        self.journal, self.rules, self.yardstick = journal, rules, yardstick
+        self.journal, self.rules, self.ranks, self.yardstick = journal, rules, ranks, yardstick
         self.seen: Watched = watch_records(journal.records, rules)
         self.trainer: Any = None
         self.seal_seconds = 0.0
         self._began = self._step_began = time.monotonic()
-        self._tokens = self._computed = 0
+        self._before = self._counted = (0, 0)
         self._evaluation: dict[str, float] = {}
         self._write_events()
 
@@ -51,17 +53,21 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:
         """A step's own time, without evaluations and checkpoints."""
-        self._step_began = time.monotonic()
-        self._tokens, self._computed = int(self.trainer.tokens_seen), int(self.trainer.tokens_computed)
+        self._step_began, self._before = time.monotonic(), self._counted
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:
-        """A signal is answered at the end of a step, with a checkpoint."""
-        if self.stop.is_set:
+        """A signal is answered at the end of a step, with a checkpoint, whichever process it reached."""
+        stops, *counted = self.ranks.add_up(self.stop.is_set, self.trainer.tokens_seen, self.trainer.tokens_computed)
+        self._counted = (counted[0], counted[1])
+        if stops:
             control.should_save = True
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:
         """A checkpoint counts when it is sealed; only then may older ones go, and the best one before it next time."""
+        self.ranks.require_same_weights(self.trainer.model)
+        if not self.ranks.is_lead:
+            return
         began = time.monotonic()
         checkpoint = Path(args.output_dir) / name_checkpoint(state.global_step)
         self.journal.save_copy(checkpoint)
@@ -92,7 +98,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def _log_step(self, state: Any, logs: dict[str, Any]) -> None:
         now = time.monotonic()
-        tokens, computed = int(self.trainer.tokens_seen), int(self.trainer.tokens_computed)
+        tokens, computed = self._counted
         seconds = max(now - self._step_began, 1e-9)
         record = {
             "step": state.global_step,
@@ -102,12 +108,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             "learning_rate": float(logs["learning_rate"]),
             "tokens": self.journal.tokens_before + tokens,
             "tokens_computed": self.journal.computed_before + computed,
-            "tokens_per_second": round((tokens - self._tokens) / seconds, 1),
+            "tokens_per_second": round((tokens - self._before[0]) / seconds, 1),
             "seconds": round(self.journal.seconds_before + now - self._began, 2),
             "memory_bytes": measure_peak_memory(self.trainer.args.device),
         }
         if self.yardstick is not None:
-            record["mfu"] = self.yardstick.measure((computed - self._computed) / seconds)
+            record["mfu"] = self.yardstick.measure((computed - self._before[1]) / seconds)
         if "penalty" in logs:
             record["penalty"] = float(logs["penalty"])
         self._observe(record)
@@ -128,7 +134,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def _write_events(self) -> None:
         """`events.jsonl` is a function of the journal, so it is written whole."""
         lines = b"".join(canonical_json(a.to_json()) + b"\n" for a in self.seen.alerts)
-        write_atomic(self.journal.file.with_name("events.jsonl"), lines)
+        write_atomic(self.journal.file.with_name(self.ranks.name_file("events.jsonl")), lines)
 
     def _protect_best(self, args: Any, state: Any) -> None:
         """Tell the rotation of checkpoints which one it must leave, next time.
