@@ -29,6 +29,11 @@ _REASONS = (
         "Unable to locate credentials",
         "no credentials for the DVC remote; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     ),
+    ("ExpiredToken", "the token or the session for the DVC remote has run out; get a new one and run it again"),
+    (
+        "AssumeRoleWithWebIdentity",
+        "check AWS_ROLE_ARN, and that the role trusts the issuer, audience and subject of this job's token",
+    ),
     ("Forbidden", "the DVC remote refuses these credentials; check both keys and the bucket's policy"),
     ("InvalidAccessKeyId", "the DVC remote refuses these credentials; check AWS_ACCESS_KEY_ID"),
     ("SignatureDoesNotMatch", "the DVC remote refuses these credentials; check AWS_SECRET_ACCESS_KEY"),

@@ -20,7 +20,7 @@ from appliance.digest import digest_bytes
 from appliance.errors import NotFoundError, PreconditionFailedError, StoreError
 from appliance.store.base import StoredObject, Upload, check_key
 from appliance.store.fetching import describe_disk_fault, write_verified
-from appliance.store.s3_faults import read_answer, translate_faults
+from appliance.store.s3_faults import read_answer, renew_credentials, translate_faults
 from appliance.store.s3_writing import Clients, Write, create_large, encode_crc32, encode_sha256, write_once
 
 T = TypeVar("T")
@@ -34,30 +34,47 @@ _CONNECT_S, _READ_S, _CONNECTIONS = 5, 60, 32
 
 def connect_s3(*, bucket: str, prefix: str) -> S3Store:
     """An `S3Store` with clients from the AWS settings around it. Raises `StoreError` on broken settings."""
-    import boto3
     from botocore.exceptions import BotoCoreError
 
     try:
-        return S3Store(bucket, prefix, _build_clients(boto3.session.Session()))
+        session = _open_session()
+        credentials, clients = session.get_credentials(), _build_clients(session)
     except (BotoCoreError, ValueError) as fault:
         raise StoreError(f"s3://{bucket}: {fault}; check AWS_ENDPOINT_URL, AWS_PROFILE and AWS_REGION") from fault
+    store = S3Store(bucket, prefix, clients)
+    for client in (clients.steady, clients.once):  # what goes wrong while signing would be taken for the store's answer
+        client.meta.events.register("before-sign.s3", lambda **_: renew_credentials(credentials, subject=store.url))
+    return store
+
+
+def _open_session() -> Any:
+    """With settings that also hold for its requests for a role's credentials, which boto3 makes by itself."""
+    from boto3.session import Session
+    from botocore.config import Config
+    from botocore.session import get_session
+
+    core = get_session()
+    core.set_default_client_config(
+        Config(
+            connect_timeout=_CONNECT_S,
+            read_timeout=_READ_S,
+            max_pool_connections=_CONNECTIONS,
+            retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
+            user_agent_extra="appliance",
+        )
+    )
+    return Session(botocore_session=core)
 
 
 def _build_clients(session: Any) -> Clients:
     """The endpoint that the settings lead to is known only from a client, hence the first one."""
     from botocore.config import Config
 
-    config = Config(
-        connect_timeout=_CONNECT_S,
-        read_timeout=_READ_S,
-        max_pool_connections=_CONNECTIONS,
-        retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
-        user_agent_extra="appliance",
-    )
-    steady = session.client("s3", config=config)
+    config = Config()
+    steady = session.client("s3")
     chosen = (steady.meta.config.s3 or {}).get("addressing_style")
     if not chosen and ".amazonaws.com" not in steady.meta.endpoint_url:
-        config = config.merge(Config(s3={"addressing_style": "path"}))
+        config = Config(s3={"addressing_style": "path"})
         steady = session.client("s3", config=config)
     return Clients(steady, session.client("s3", config=config.merge(Config(retries={"total_max_attempts": 1}))))
 

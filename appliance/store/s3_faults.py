@@ -39,6 +39,39 @@ def translate_faults(subject: str, *, endpoint: str) -> Iterator[None]:
         raise describe_failure(fault, subject=subject, endpoint=endpoint) from fault
 
 
+def renew_credentials(credentials: Any, *, subject: str) -> None:
+    """Have boto3's `credentials` (`None`: it found none) valid now: a role's are asked for anew before they run out.
+
+    Raises `StoreError` about `subject` (`s3://bucket/prefix`) when there are none to be had. boto3 raises there what
+    its ways to credentials meet: the answer of another service, a token file that is gone, a wrong clock.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        if credentials is not None:
+            credentials.get_frozen_credentials()
+    except (BotoCoreError, ClientError, OSError, RuntimeError) as fault:
+        found = " ".join(str(fault).split())
+        raise StoreError(f"{subject}: no credentials ({found}); {_advise_on_credentials(fault)}") from fault
+
+
+def _advise_on_credentials(fault: Exception) -> str:
+    """What to do when the way to credentials failed."""
+    from botocore import exceptions
+
+    if isinstance(fault, exceptions.ClientError) and fault.operation_name == "AssumeRoleWithWebIdentity":
+        if read_answer(fault)[0].startswith("ExpiredToken"):
+            return "mint a new token into AWS_WEB_IDENTITY_TOKEN_FILE and run the same command again"
+        return "check AWS_ROLE_ARN, and that the role trusts the issuer, audience and subject of this token"
+    if isinstance(fault, exceptions.ConnectionError | exceptions.HTTPClientError):
+        return "check AWS_ENDPOINT_URL_STS, AWS_ENDPOINT_URL, AWS_REGION and the network"
+    if isinstance(fault, OSError | exceptions.ParamValidationError):
+        return "check AWS_ROLE_ARN, and that AWS_WEB_IDENTITY_TOKEN_FILE names a file with this job's token"
+    if isinstance(fault, RuntimeError):  # botocore's: what was just made has run out already
+        return "set the clock of this machine"
+    return "check the AWS settings (environment, ~/.aws)"
+
+
 def describe_answer(fault: Any, *, subject: str, endpoint: str) -> StoreError:
     """The error for an answer of the server (a botocore `ClientError`)."""
     code, status = read_answer(fault)
@@ -49,7 +82,7 @@ def describe_answer(fault: Any, *, subject: str, endpoint: str) -> StoreError:
     if code in _REFUSED or status in (401, 403):
         return StoreError(
             f"{subject}: credentials refused by {endpoint} ({code}); check AWS_ACCESS_KEY_ID, "
-            "AWS_SECRET_ACCESS_KEY, AWS_REGION and the rights of this identity"
+            "AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION and the rights of this identity"
         )
     message = fault.response.get("Error", {}).get("Message") or "no message"
     if code in _ADVICE:
