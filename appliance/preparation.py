@@ -22,6 +22,7 @@ from appliance.data import (
     check_general,
     check_masks,
     count_replayed,
+    describe_findings,
     describe_lengths,
     digest_general,
     find_in_fault,
@@ -83,7 +84,7 @@ def prepare(recipe: Recipe, *, workspace: Workspace) -> Prepared:
     """Check and split the data, bring the base model. Raises `DatasetError` listing every fault."""
     checked = check_data(recipe, root=workspace.root)
     if checked.errors or checked.dataset is None:
-        raise DatasetError("\n".join(str(f) for f in checked.errors))
+        raise DatasetError("\n".join(describe_findings(checked.errors)))
     for finding in checked.warnings:
         workspace.note(f"warning: {finding}")
     splits = split_dataset(checked.dataset, recipe.dataset.split)

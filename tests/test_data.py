@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TEMPLATE, make_recipe, write_dataset, write_tokenizer
 
+from appliance.cli import main
 from appliance.data import (
     Report,
     check_dataset,
@@ -145,6 +146,22 @@ def test_a_folder_without_rows_says_what_it_has(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "d")
     (folder / "rows.jsonl").rename(folder / "rows.csv")
     assert "no *.jsonl file, only rows.csv" in str(check_dataset(folder, split=SPLIT).errors[0])
+
+
+def test_of_a_fault_in_every_row_some_are_shown_and_no_other_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file of another form: 20 lines and a count, and the one other fault stands out. Machines get all."""
+    foreign = [{"prompt": f"q{n}", "completion": "a"} for n in range(500)]
+    folder = write_rows(tmp_path / "rows", [*foreign, make_row(**talk(("user", "red")))])
+    assert main(["data", "check", str(folder)]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error")]
+    schema = [line for line in lines if "[schema]" in line]
+    assert len(schema) == 21
+    assert schema[-1].endswith("... and 480 more of [schema]; `appliance data check --json` has all")
+    assert len([line for line in lines if "[roles]" in line]) == 1
+    main(["data", "check", str(folder), "--json"])
+    assert len(json.loads(capsys.readouterr().out)["errors"]) >= 501
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])

@@ -9,7 +9,7 @@ import click
 from appliance.cli.changes import describe_diff, diff_revisions
 from appliance.cli.common import build_workspace, json_option, print_json
 from appliance.cli.sections import print_section
-from appliance.data import Report, check_dataset
+from appliance.data import Report, check_dataset, describe_findings
 from appliance.preparation import check_recipe
 from appliance.recipe import SplitSection, load_recipe
 
@@ -40,7 +40,8 @@ def command() -> None:
 def check(*, folder: Path | None, recipe_path: Path | None, root: Path, cache: Path, as_json: bool) -> int:
     """Check a dataset FOLDER, or all rows of a recipe as training would; every fault with its file and line.
 
-    Exit code 1 when there are errors; warnings are listed. A base model that is not at hand is a warning.
+    Of one kind of fault the first 20 are shown; --json has all. Exit code 1 when there are errors;
+    warnings are listed. A base model that is not at hand is a warning.
     """
     if (folder is None) == (recipe_path is None):
         raise click.UsageError("give either a dataset folder or --recipe")
@@ -83,10 +84,10 @@ def diff(*, revisions: str, root: Path, as_json: bool) -> int:
 
 
 def _print_report(report: Report) -> None:
-    for finding in report.errors:
-        click.echo(click.style("error    ", fg="red") + str(finding))
-    for finding in report.warnings:
-        click.echo(click.style("warning  ", fg="yellow") + str(finding))
+    for line in describe_findings(report.errors):
+        click.echo(click.style("error    ", fg="red") + line)
+    for line in describe_findings(report.warnings):
+        click.echo(click.style("warning  ", fg="yellow") + line)
     for name, value in report.counts.items():
         click.echo(f"{name:12} {value}")
     click.echo(f"{len(report.errors)} errors, {len(report.warnings)} warnings")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from appliance.data.check import Report, check_dataset, describe_lengths
 from appliance.data.diff import DatasetDiff, RowChange, diff_folders
-from appliance.data.findings import Finding, find_in_fault
+from appliance.data.findings import Finding, describe_findings, find_in_fault
 from appliance.data.general import (
     OWN_ANSWER_TOKENS,
     GeneralRows,
@@ -41,6 +41,7 @@ __all__ = [
     "check_masks",
     "check_pushed",
     "count_replayed",
+    "describe_findings",
     "describe_lengths",
     "diff_folders",
     "digest_dvc_folder",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ Rule = Literal[
     "shared-prompt", "contradiction", "unreviewed", "category", "length", "volume", "test-size", "coverage",
     "imbalance", "split", "mask", "base",
 ]  # fmt: skip
+_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,22 @@ class Finding:
         """One line: place, rule, row, message, fix."""
         row = f"row {self.id}: " if self.id is not None else ""
         return f"{self.where}: [{self.rule}] {row}{self.message}; {self.fix}"
+
+
+def describe_findings(findings: Sequence[Finding]) -> list[str]:
+    """The first findings of each rule, a line each, then how many more it has.
+
+    A file of another form has a fault in every row, and the one that is different would be lost among them.
+    """
+    by_rule: dict[Rule, list[Finding]] = {}
+    for finding in findings:
+        by_rule.setdefault(finding.rule, []).append(finding)
+    lines: list[str] = []
+    for rule, found in by_rule.items():
+        lines += map(str, found[:_SHOWN])
+        if len(found) > _SHOWN:
+            lines.append(f"... and {len(found) - _SHOWN:,} more of [{rule}]; `appliance data check --json` has all")
+    return lines
 
 
 def find_in_fault(

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from appliance.contract import Contract, TextContract
-from appliance.data.findings import Finding, Rule
+from appliance.data.findings import Finding, Rule, describe_findings
 from appliance.digest import digest_folder
 from appliance.errors import DatasetError
 from appliance.example import Example, Message, Provenance, Role
@@ -77,8 +77,7 @@ def load_dataset(folder: Path) -> Dataset:
     """The dataset in `folder`. Raises `DatasetError` listing what keeps it from being read."""
     dataset, findings = read_dataset(folder)
     if dataset is None or findings:
-        more = f"\n... and {len(findings) - _SHOWN} more" if len(findings) > _SHOWN else ""
-        raise DatasetError("\n".join(str(f) for f in findings[:_SHOWN]) + more)
+        raise DatasetError("\n".join(describe_findings(findings)))
     return dataset
 
 
