@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from test_resume import after_a_seal, finish, inside_a_save, kill
 from test_training import make_examples, run_in_process, write_job
@@ -27,6 +30,7 @@ from appliance.method import FullMethod, LoraMethod
 from appliance.model import load_template
 from appliance.plan import Machine, check_device
 from appliance.training import TrainingJob, prepare_rows
+from appliance.training.ranks import Ranks
 
 ROWS, BATCH = 33, 4  # the last step has one row: nothing for the second device
 
@@ -141,6 +145,15 @@ def test_what_ranks_tell_each_other(tmp_path: Path) -> None:
         assert len(set(found["drawn"])) == 3
         assert len(set(found["common"])) == 1
         assert found["refused"].startswith("the devices of this run differ in their weights")
+
+
+@given(st.lists(st.integers(1, 4096), max_size=40), st.integers(1, 9))
+def test_every_row_is_dealt_to_one_rank_and_no_share_is_much_longer(lengths: list[int], size: int) -> None:
+    """None twice or left out, no rank with more rows than its part or longer than the mean by more than a row."""
+    shares = [Ranks(r, size, torch.device("cpu")).take_even_share(lengths, length=int) for r in range(size)]
+    assert sorted(n for share in shares for n in share) == sorted(lengths)
+    assert max(map(len, shares)) <= -(-len(lengths) // size)
+    assert max(map(sum, shares)) <= sum(lengths) / size + max(lengths, default=0)
 
 
 FAILING = """

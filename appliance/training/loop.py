@@ -112,7 +112,7 @@ class Share:
         if self._ranks.size == 1:
             return self.collate(records)
         self._drawn = crc32(repr([r["input_ids"] for r in records]).encode(), self._drawn)
-        share = self._ranks.take_share(records)
+        share = self._ranks.take_even_share(records, length=lambda r: len(r["input_ids"]))
         return self.collate(share) if share else {}
 
     def require_same_rows(self) -> None:

@@ -43,6 +43,17 @@ class Ranks:
         """The rows that this rank computes; none where there are fewer rows than ranks."""
         return list(rows[self.rank :: self.size])
 
+    def take_even_share(self, rows: Sequence[Any], *, length: Callable[[Any], int]) -> list[Any]:
+        """As `take_share`, no more rows, but each rank about as many tokens: a step waits for its longest share.
+
+        Longest row first, each to the rank that has the fewest tokens yet (Graham 1969, longest processing time).
+        """
+        shares: list[list[Any]] = [[] for _ in range(self.size)]
+        most = -(-len(rows) // self.size)
+        for row in sorted(rows, key=length, reverse=True):
+            min((s for s in shares if len(s) < most), key=lambda s: sum(map(length, s))).append(row)
+        return shares[self.rank]
+
     def add_up_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Each `.grad` becomes the sum over the ranks; a rank that had no rows adds zeros."""
         if self.size == 1:
