@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,11 @@ def test_a_gpu_that_only_the_driver_sees_is_a_fault(
     assert check.is_gpu == (probe is SEEN)
     assert word in check.found
     assert bool(check.action) == (outcome == "fault")
+
+
+def test_further_gpus_are_told() -> None:
+    """A run uses one unless its recipe asks for more."""
+    assert "; 3 more for recipes with needs.devices" in check_gpu(replace(machine("H100"), gpus=4), SEEN).found
 
 
 @pytest.mark.usefixtures("broken_torch")

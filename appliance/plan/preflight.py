@@ -87,7 +87,9 @@ def check_gpu(machine: Machine, probe: Mapping[str, Any]) -> Check:
         return Check("GPU", "ok", "none: recipes with needs.gpu: required are refused here")
     if is_seen:
         name = machine.gpu or probe["name"]
-        return Check("GPU", "ok", f"{name}, {machine.gpu_memory_bytes / _GIB:.0f} GiB, torch sees it", is_gpu=True)
+        more = f"; {machine.gpus - 1} more for recipes with needs.devices" if machine.gpus > 1 else ""
+        found = f"{name}, {machine.gpu_memory_bytes / _GIB:.0f} GiB, torch sees it{more}"
+        return Check("GPU", "ok", found, is_gpu=True)
     why = probe["cuda_fault"] or f"this torch ({probe['torch']}) is built without CUDA"
     action = "update the driver to one that knows the CUDA of this torch, or use the CUDA image"
     return Check("GPU", "fault", f"{machine.gpu}: torch does not see it: {why}", action)
