@@ -88,3 +88,11 @@ def test_keys_are_demanded_and_nothing_is_open_to_the_network() -> None:
     assert re.search(r"@sha256:[0-9a-f]{64}$", storage["image"])
     assert appliance["read_only"] is True
     assert appliance["stop_grace_period"] == "2m"
+    assert storage["stop_grace_period"] == "1m", "SeaweedFS ends within 2 or 13 s, by chance; Docker kills after 10"
+
+
+def test_the_store_is_healthy_when_its_last_bucket_is_made() -> None:
+    """The appliance waits for it: on a fresh volume S3 answers before the buckets are there."""
+    (buckets,) = (word.removeprefix("-bucket=") for word in find_command() if word.startswith("-bucket="))
+    assert COMPOSE["services"]["storage"]["healthcheck"]["test"][-1].endswith(f"/buckets/{buckets.split(',')[-1]}/")
+    assert COMPOSE["services"]["appliance"]["depends_on"] == {"storage": {"condition": "service_healthy"}}
