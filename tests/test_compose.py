@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 import yaml
@@ -37,7 +39,7 @@ OTHERS = ("s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "vol
 
 
 @pytest.fixture
-def endpoint(tmp_path: Path) -> Iterator[str]:
+def ports(tmp_path: Path) -> Iterator[dict[str, int]]:
     """The command of the service `storage`, run as it stands but for the folder and free ports."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(len(OTHERS) + 1)]
     s3_port, *ports = [s.getsockname()[1] for s in sockets]
@@ -45,11 +47,12 @@ def endpoint(tmp_path: Path) -> Iterator[str]:
         held.close()
     command = [re.sub(r"(?<=^-s3\.port=)\d+", str(s3_port), c).replace("/data", str(tmp_path)) for c in find_command()]
     options = [f"-{name}={port}" for name, port in zip(OTHERS, ports, strict=True)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")} | KEYS
+    signing = dict.fromkeys((n for n in COMPOSE["services"]["storage"]["environment"] if "JWT" in n), "given-secret")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")} | KEYS | signing
     log = (tmp_path / "log").open("w")
     program = [str(Path(sys.executable).parent / "weed"), *command, "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *options]
     with subprocess.Popen(program, env=environment, stdout=log, stderr=log) as server:
-        yield f"http://127.0.0.1:{s3_port}"
+        yield {"s3.port": s3_port, **dict(zip(OTHERS, ports, strict=True))}
         server.terminate()
         try:
             server.wait(10)
@@ -64,9 +67,19 @@ def find_command() -> list[str]:
     return [str(word) for word in COMPOSE["services"]["storage"]["command"]]
 
 
-def test_the_store_has_its_buckets_and_refuses_other_keys(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The appliance's own settings in the file fit the store beside it."""
-    check_store(endpoint, monkeypatch)
+def test_the_store_has_its_buckets_and_refuses_other_keys(
+    ports: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The appliance's own settings in the file fit the store beside it; what is behind S3 is closed too."""
+    check_store(f"http://127.0.0.1:{ports['s3.port']}", monkeypatch)
+    for method, body in (("GET", None), ("POST", b"x"), ("DELETE", None)):
+        url = f"http://127.0.0.1:{ports['filer.port']}/buckets/adapters/registry/"
+        with pytest.raises(HTTPError, match="401"):
+            urlopen(Request(url, data=body, method=method), timeout=10)
+    with urlopen(f"http://127.0.0.1:{ports['master.port']}/dir/assign", timeout=10) as answer:
+        place = json.load(answer)["fid"]
+    with pytest.raises(HTTPError, match="401"):
+        urlopen(Request(f"http://127.0.0.1:{ports['volume.port']}/{place}", data=b"x", method="POST"), timeout=10)
 
 
 def check_store(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +113,9 @@ def wait_for(store: Store) -> None:
 def test_keys_are_demanded_and_nothing_is_open_to_the_network() -> None:
     """No default secret; the port is bound to the loopback; images are pinned by digest."""
     storage, appliance = (COMPOSE["services"][n] for n in ("storage", "appliance"))
-    assert all(value.startswith(f"${{{name}:?") for name, value in storage["environment"].items())
+    named = {name: value for name, value in storage["environment"].items() if name.startswith("AWS_")}
+    assert len(named) == 2
+    assert all(value.startswith(f"${{{name}:?") for name, value in named.items())
     assert all(port.startswith("127.0.0.1:") for port in storage["ports"])
     assert re.search(r"@sha256:[0-9a-f]{64}$", storage["image"])
     assert appliance["read_only"] is True
@@ -111,7 +126,7 @@ def test_keys_are_demanded_and_nothing_is_open_to_the_network() -> None:
 def test_the_store_is_healthy_when_its_last_bucket_is_made() -> None:
     """The appliance waits for it: on a fresh volume S3 answers before the buckets are there."""
     (buckets,) = (word.removeprefix("-bucket=") for word in find_command() if word.startswith("-bucket="))
-    assert COMPOSE["services"]["storage"]["healthcheck"]["test"][-1].endswith(f"/buckets/{buckets.split(',')[-1]}/")
+    assert COMPOSE["services"]["storage"]["healthcheck"]["test"][-1].endswith(f":8333/{buckets.split(',')[-1]}")
     assert COMPOSE["services"]["appliance"]["depends_on"] == {"storage": {"condition": "service_healthy"}}
 
 
