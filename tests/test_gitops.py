@@ -280,7 +280,7 @@ def test_a_machine_without_a_gpu_is_refused_where_one_is_needed(project: Project
     """The exit code is 34, so that an engine tries another machine; the need takes no part in the run key."""
     needy = Recipe.model_validate({**make_recipe().model_dump(), "needs": {"gpu": "required"}})
     assert needy.digest == make_recipe().digest
-    check_device(needy, Machine(cores=1, memory_bytes=1, gpu="a GPU", gpu_memory_bytes=1))
+    check_device(needy, Machine(cores=1, memory_bytes=1, gpu="a GPU", gpu_memory_bytes=1, gpus=1))
     with pytest.raises(DeviceError, match=r"colours: needs\.gpu is required, found no GPU"):
         check_device(needy, Machine(cores=1, memory_bytes=1))
     recipe = project.root / "recipes" / "colours.yaml"
