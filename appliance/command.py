@@ -108,7 +108,7 @@ def run_worker(
             for number in early:
                 signal.raise_signal(number)
             try:
-                for event in _read_events(child.stdout or ()):
+                for event in read_events(child.stdout or ()):
                     failure = event.get("failure", failure)
                     on_event(event)
             except BaseException:
@@ -147,7 +147,7 @@ def count_memory_kills() -> int:
     return next((int(line.split()[1]) for line in events.splitlines() if line.startswith("oom_kill ")), 0)
 
 
-def _read_events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+def read_events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """The JSON objects among the lines; a library that prints is not listened to."""
     for line in lines:
         with contextlib.suppress(ValueError):

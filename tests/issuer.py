@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -37,16 +37,35 @@ def encode(content: bytes) -> str:
     return base64.urlsafe_b64encode(content).rstrip(b"=").decode()
 
 
-class Issuer(ThreadingHTTPServer):
+class JsonServer(ThreadingHTTPServer):
+    """Answers each GET on a port of its own with what `answer` makes of it."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Answers)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def answer(self, request: BaseHTTPRequestHandler) -> dict[str, Any]:
+        """The object for this request."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def run(self) -> Iterator[Self]:
+        """While active, it answers."""
+        with self:
+            threading.Thread(target=self.serve_forever, daemon=True).start()
+            yield self
+            self.shutdown()
+
+
+class Issuer(JsonServer):
     """Says what it signs with, as any OIDC provider does, and mints tokens as a runner's token service does.
 
     `life_s` is how long a minted token is good for; `minted` has the time at which each of them ends.
     """
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Answers)
+        super().__init__()
         self.key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-        self.url = f"http://127.0.0.1:{self.server_port}"
         self.life_s = 3600
         self.minted: list[int] = []
 
@@ -58,9 +77,9 @@ class Issuer(ThreadingHTTPServer):
         text = ".".join(encode(json.dumps(part).encode()) for part in parts)
         return f"{text}.{encode(self.key.sign(text.encode(), padding.PKCS1v15(), hashes.SHA256()))}"
 
-    def answer(self, path: str) -> dict[str, Any]:
+    def answer(self, request: BaseHTTPRequestHandler) -> dict[str, Any]:
         """Discovery document, keys, or a new token."""
-        url = urlsplit(path)
+        url = urlsplit(request.path)
         if url.path == "/.well-known/openid-configuration":
             return {"issuer": self.url, "jwks_uri": f"{self.url}/keys"}
         if url.path == "/keys":
@@ -72,10 +91,10 @@ class Issuer(ThreadingHTTPServer):
 
 
 class _Answers(BaseHTTPRequestHandler):
-    server: Issuer
+    server: JsonServer
 
     def do_GET(self) -> None:
-        content = json.dumps(self.server.answer(self.path)).encode()
+        content = json.dumps(self.server.answer(self)).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -83,15 +102,6 @@ class _Answers(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
-
-
-@contextlib.contextmanager
-def start_issuer() -> Iterator[Issuer]:
-    """Run an issuer on a port of its own."""
-    with Issuer() as issuer:
-        threading.Thread(target=issuer.serve_forever, daemon=True).start()
-        yield issuer
-        issuer.shutdown()
 
 
 @contextlib.contextmanager

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 import pytest
+from issuer import JsonServer
 
 SCRIPT = Path(__file__).parent.parent / ".github" / "scripts" / "appliance"
 IMAGE = "registry.example.com/appliance@sha256:" + "a" * 64
@@ -137,27 +138,24 @@ def test_the_code_of_a_stopped_container_is_told_when_it_ends_before_the_stop_do
     assert job.returncode == 33, errors
 
 
+class Minter(JsonServer):
+    """A token endpoint like the runner's; `asked` has the requests it got."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def answer(self, request: BaseHTTPRequestHandler) -> dict[str, Any]:
+        """Another token each time."""
+        self.asked.append(f"{request.path} {request.headers['Authorization']}")
+        return {"count": 1, "value": f"token-{len(self.asked)}"}
+
+
 @pytest.fixture
 def mint() -> Iterator[tuple[str, list[str]]]:
-    """A token endpoint like the runner's: its address and the requests it got."""
-    asked: list[str] = []
-
-    class Answers(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(f"{self.path} {self.headers['Authorization']}")
-            content = f'{{"count": 1, "value": "token-{len(asked)}"}}'.encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/token?x=1", asked
-        server.shutdown()
+    """The endpoint's address and the requests it got."""
+    with Minter().run() as server:
+        yield f"{server.url}/token?x=1", server.asked
 
 
 def test_a_role_has_a_fresh_token_however_long_the_training(folder: Path, mint: tuple[str, list[str]]) -> None:

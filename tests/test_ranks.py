@@ -16,20 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_training
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from test_resume import after_a_seal, finish, inside_a_save, kill
-from test_training import make_examples, run_in_process, write_job
+from test_training import run_in_process, write_job
 from tiny import make_recipe, write_base
 from warm import Warm
 
 from appliance.errors import DeviceError
 from appliance.method import FullMethod, LoraMethod
-from appliance.model import load_template
 from appliance.plan import Machine, check_device
-from appliance.training import TrainingJob, prepare_rows
+from appliance.training import TrainingJob
 from appliance.training.ranks import Ranks
 
 ROWS, BATCH = 33, 4  # the last step has one row: nothing for the second device
@@ -44,25 +44,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_job(base: Path, folder: Path, *, devices: int, full: bool = False, **training: Any) -> TrainingJob:
     """A job whose rows cannot be shared evenly, with dropout, on disk."""
     method: Any = FullMethod(type="full") if full else LoraMethod(type="lora", rank=4, dropout=0.1)
-    recipe = make_recipe(method=method.model_dump(), training={"epochs": 3, "effective_batch": BATCH, **training})
-    template = load_template(base)
-    examples = make_examples(ROWS + 7)
-    folder.mkdir(parents=True, exist_ok=True)
-    prepare_rows(examples[:ROWS], template=template, max_length=256, file=folder / "train.rows.jsonl")
-    prepare_rows(examples[ROWS:], template=template, max_length=256, file=folder / "validation.rows.jsonl")
-    job = TrainingJob(
-        folder=folder,
-        adapter=folder / "adapter",
-        base=base,
-        base_name="tiny",
-        method=recipe.method,
-        training=recipe.training,
-        micro_batch=1,
-        devices=devices,
-        checkpointing=False,
-        threads=1,
-        fingerprint={"run_key": "k"},
+    recipe = make_recipe(
+        method=method.model_dump(),
+        training={"epochs": 3, "effective_batch": BATCH, **training},
+        needs={"devices": devices},
     )
+    job = test_training.make_job(base, folder, recipe, micro_batch=1, rows=ROWS)
     write_job(job)
     return job
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import boto3
 import pytest
-from issuer import ROLE, Issuer, start_issuer, start_sts
+from issuer import ROLE, Issuer, start_sts
 from test_job_script import SCRIPT, write_program
 from test_reconcile import QUIET, TRAINING, Project, base, build_project, wait_for  # noqa: F401 - one is a fixture
 from test_registry import promote, publish_new, snapshot
@@ -67,7 +67,7 @@ class Job:
 @pytest.fixture(scope="module")
 def issuer() -> Iterator[Issuer]:
     """The token service."""
-    with start_issuer() as running:
+    with Issuer().run() as running:
         yield running
 
 
@@ -233,7 +233,7 @@ def test_a_token_that_is_not_taken_is_one_line_for_every_call(
     job: Job, tmp_path: Path, make: Callable[[Issuer, Issuer], str | None], words: str
 ) -> None:
     """It names the place and what to look at, not the keys that this job has not, and never the token."""
-    with start_issuer() as other:
+    with Issuer().run() as other:
         token = make(job.issuer, other)
     store = job.open(token or "")
     if token is None:

@@ -46,13 +46,15 @@ def make_examples(count: int) -> list[Example]:
     ]
 
 
-def make_job(base: Path, folder: Path, recipe: Recipe | None = None, *, micro_batch: int = 8) -> TrainingJob:
-    """A job with 32 training and 8 validation rows on disk."""
+def make_job(
+    base: Path, folder: Path, recipe: Recipe | None = None, *, micro_batch: int = 8, rows: int = 32
+) -> TrainingJob:
+    """A job with so many training and 8 validation rows on disk, for the devices that its recipe needs."""
     recipe = recipe or make_recipe()
     template = load_template(base)
-    examples = make_examples(40)
-    prepare_rows(examples[:32], template=template, max_length=256, file=folder / "train.rows.jsonl")
-    prepare_rows(examples[32:], template=template, max_length=256, file=folder / "validation.rows.jsonl")
+    examples = make_examples(rows + 8)
+    prepare_rows(examples[:rows], template=template, max_length=256, file=folder / "train.rows.jsonl")
+    prepare_rows(examples[rows:], template=template, max_length=256, file=folder / "validation.rows.jsonl")
     return TrainingJob(
         folder=folder,
         adapter=folder / "adapter",
@@ -61,6 +63,7 @@ def make_job(base: Path, folder: Path, recipe: Recipe | None = None, *, micro_ba
         method=recipe.method,
         training=recipe.training,
         micro_batch=micro_batch,
+        devices=recipe.needs.devices,
         checkpointing=False,
         threads=1,
         fingerprint={"run_key": "k"},

@@ -8,7 +8,6 @@ started, with the exit codes of `appliance.child`; when one of the others fails,
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from appliance.child import Emit
-from appliance.command import start_server
+from appliance.command import read_events, start_server
 from appliance.errors import InterruptedRunError
 
 _LOOK_S, _GRACE_S, _LAST_WORDS_S = 0.2, 2.0, 10.0
@@ -96,18 +95,12 @@ def _answer_failure(peers: Sequence[Peer], folder: Path, emit: Emit) -> None:
         if code == -signal.SIGKILL:  # by the kernel, for want of memory? the parent knows
             os.kill(os.getpid(), signal.SIGKILL)
         elif code and _has_failed(peer):
-            emit(
-                failure=_read_failure(name_log(folder, rank)) or f"ended with code {code}; see {name_log(folder, rank)}"
-            )
+            log = name_log(folder, rank)
+            emit(failure=_read_failure(log) or f"ended with code {code}; see {log}")
             os._exit(code if code > 0 else 1)
 
 
 def _read_failure(log: Path) -> str:
-    """What a peer said of its failure, by the protocol of `appliance.child`."""
-    said = ""
-    for line in log.read_text("utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            event = json.loads(line)
-            if isinstance(event, dict):
-                said = event.get("failure", said)
-    return said
+    """What a peer said of its failure last, by the protocol of `appliance.child`."""
+    events = read_events(log.read_text("utf-8", errors="replace").splitlines())
+    return next((e["failure"] for e in reversed(list(events)) if "failure" in e), "")

@@ -107,7 +107,7 @@ class Ranks:
     def take_turns(self, work: Callable[[], Any]) -> Any:
         """Do the same work on every rank, the first one first: what it leaves on disk, the others find."""
         if not self.is_lead:
-            self.add_up(0)
+            self.add_up(0)  # returns when the first one is there too
         done = work()
         if self.is_lead:
             self.add_up(0)
@@ -147,8 +147,8 @@ class Ranks:
             yield
 
 
-def join_ranks(meeting: Path, rank: int, size: int, device: torch.device) -> Ranks:
-    """This process as one of `size`, which find each other by the file `meeting`: new for each start."""
+def join_ranks(meeting: Path | None, rank: int, size: int, device: torch.device) -> Ranks:
+    """This process as one of `size`, which meet by the file `meeting`, new for each start; a single one needs none."""
     if size > 1:
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, "lo")  # they are on one host, which may have no other network

@@ -46,7 +46,7 @@ from appliance.training.loop import build_trainer, run_steps
 from appliance.training.methods import Weights, build_model, copy_start, digest_start
 from appliance.training.monitor import Rules, build_rules, select_kept_step, watch_records
 from appliance.training.proof import prove_worst_step
-from appliance.training.ranks import Ranks, join_ranks
+from appliance.training.ranks import join_ranks
 from appliance.training.rows import load_rows
 from appliance.training.utilisation import find_yardstick
 from appliance.training.watch import Watch
@@ -61,7 +61,7 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit, rank: int = 0, meet
         # 1. The machine: device, precision, threads, seeds, and who else works on this job.
         device = _set_up_machine(job)
         precision = select_precision(job.training.precision, device=device)
-        ranks = Ranks(0, 1, device) if meeting is None else join_ranks(meeting, rank, job.devices, device)
+        ranks = join_ranks(meeting, rank, job.devices, device)
 
         # 2. The data: token rows whose masks were checked when they were written.
         train_rows = load_rows(job.folder / "train.rows.jsonl")
