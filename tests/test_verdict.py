@@ -65,9 +65,10 @@ def decide(*, champion: tuple[int, int] | None = None, gates: GateSection = GATE
         ({"wins": 20}, "inconclusive"),  # nor is a clean sweep of too few rows
         ({"losses": 30, "neither": 100}, "reject"),
         ({"losses": 15}, "reject"),  # a loss is told before a lack of rows
-        ({"both": 100, "wins": 12, "losses": 10, "neither": 100}, "hold"),
-        ({"both": 60, "wins": 10, "losses": 4, "neither": 40}, "hold"),  # a large gain is ruled out
-        ({"both": 50, "wins": 18, "losses": 6, "neither": 40}, "inconclusive"),  # it is not
+        ({"both": 100, "wins": 12, "losses": 10, "neither": 100}, "inconclusive"),
+        ({"both": 1000, "wins": 12, "losses": 10, "neither": 1000}, "hold"),  # more than a point is ruled out
+        ({"both": 100, "wins": 8, "losses": 20, "neither": 100}, "hold"),
+        ({"both": 25, "wins": 12, "losses": 3, "neither": 60}, "inconclusive"),  # 9 points, p = 0.035: a weak test
         ({"both": 1980, "wins": 20, "neither": 0}, "hold"),  # significant, and not worth its maintenance
         ({"both": 200}, "hold"),
     ],

@@ -1,7 +1,8 @@
 """The verdict: ship, hold, inconclusive or reject, with its reasons and the numbers behind each.
 
 The candidate must beat the better of the prompted arms and must not lose to the champion. Too few
-rows are inconclusive, whatever they show; missing answers are an error, never a pass.
+rows are inconclusive, whatever they show, and so is a test that could not tell: only where a gain worth
+its maintenance is ruled out does a verdict say "do not fine-tune". Missing answers are an error, never a pass.
 """
 
 from __future__ import annotations
@@ -131,11 +132,11 @@ def _decide(
         reason = f"{n} test rows, the gate wants {gates.min_test_rows}: the test {finds} with 80% power; add rows"
         return "inconclusive", [reason, found]
     if not is_significant:
-        if detectable is not None and comparison.interval[1] >= max(detectable, gates.min_gain):
-            return "inconclusive", [
-                f"not significant at {gates.alpha:g}, and a worthwhile gain is not ruled out: {found}"
-            ]
-        return "hold", [f"not better than prompting at {gates.alpha:g}: {found}; do not fine-tune for this"]
+        worthwhile = f"a gain of {gates.min_gain * 100:g} points"
+        if comparison.interval[1] >= gates.min_gain:
+            reason = f"not significant at {gates.alpha:g}, and {worthwhile} is not ruled out; add test rows: {found}"
+            return "inconclusive", [reason]
+        return "hold", [f"{worthwhile} over prompting is ruled out: {found}; do not fine-tune for this"]
     if comparison.gain < gates.min_gain:
         return "hold", [f"a gain below {gates.min_gain * 100:g} points is not worth its maintenance: {found}"]
     if champion is not None:
