@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 
 from appliance.errors import ApplianceError, describe_place
@@ -50,6 +50,11 @@ class StopFlag:
         self.is_set = True
 
 
+def name_allocator(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variable that says how torch's CUDA allocator works in a child; none where somebody has set it."""
+    return {} if any(name in environment for name in _ALLOCATORS) else {_ALLOCATORS[0]: _ALLOCATOR}
+
+
 def emit(**event: object) -> None:
     """Tell the parent one thing."""
     sys.stdout.write(json.dumps(event) + "\n")
@@ -59,9 +64,7 @@ def emit(**event: object) -> None:
 def run_child(work: Callable[[StopFlag, Emit], None]) -> int:
     """Do `work` and return the exit code; an expected failure is told to the parent as `failure`."""
     stop = StopFlag()
-    os.environ.update(_QUIET)
-    if not any(name in os.environ for name in _ALLOCATORS):
-        os.environ[_ALLOCATORS[0]] = _ALLOCATOR
+    os.environ.update(_QUIET | name_allocator(os.environ))
     try:
         work(stop, emit)
     except ApplianceError as fault:

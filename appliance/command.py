@@ -117,7 +117,7 @@ def run_worker(
     code = _end(child, received)
     if code == -signal.SIGKILL and count_memory_kills() > kills_before:
         return WorkerEnd(DeviceError.exit_code, _OUT_OF_MEMORY.format(log=log))
-    return WorkerEnd(code, failure or (_describe_death(code, log) if code else ""))
+    return WorkerEnd(code, failure or (describe_death(code, log) if code else ""))
 
 
 def name_gpus(environment: Mapping[str, str], count: int = 1) -> dict[str, str]:
@@ -156,7 +156,7 @@ def read_events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
                 yield event
 
 
-def _describe_death(code: int, log: Path) -> str:
+def describe_death(code: int, log: Path) -> str:
     """What is known of a child that ended without a word of its own."""
     if code < 0:
         return f"killed by signal {-code} (out of memory?); run the same command to go on; its log is {log}"

@@ -24,12 +24,12 @@ from test_training import make_job, quiet, run_in_process
 from tiny import make_recipe, write_base
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from appliance.command import WorkerEnd
+from appliance.command import WorkerEnd, run_worker
 from appliance.digest import digest_folder
 from appliance.errors import DeviceError, LostDeviceError, ModelError
 from appliance.evaluation import GenerationJob, generate
 from appliance.model import TokenRow, load_template, render_row
-from appliance.model.faults import device_faults_as_errors, name_fault
+from appliance.model.faults import device_faults_as_errors, name_end, name_fault
 from appliance.model.weights import is_gpu_expected, load_model, select_device
 from appliance.plan import Machine, Plan, build_plan
 from appliance.training import attention, levers, train
@@ -216,7 +216,7 @@ def test_the_worst_step_is_computed_as_the_run_will_be(
 
     prove, found = trainer.prove_worst_step, []
 
-    def look(live: Any, rows: Any, *, micro_batch: int) -> None:
+    def look(live: Any, rows: Any, others: Any, *, micro_batch: int) -> None:
         compute = live.compute_loss
 
         def compute_and_look(model: Any, inputs: Any) -> Any:
@@ -225,7 +225,7 @@ def test_the_worst_step_is_computed_as_the_run_will_be(
             return compute(model, inputs)
 
         live.compute_loss = compute_and_look
-        prove(live, rows, micro_batch=micro_batch)
+        prove(live, rows, others, micro_batch=micro_batch)
         live.compute_loss = compute
 
     monkeypatch.setattr(trainer, "prove_worst_step", look)
@@ -305,6 +305,31 @@ def test_an_evaluation_without_its_device_is_a_device_fault(
     with pytest.raises(DeviceError, match=words) as caught:
         generate(job, (), note=quiet)
     assert caught.value.exit_code == 34
+
+
+@pytest.mark.parametrize(
+    ("last", "code"),
+    [
+        ("Error out of memory at line 93 in file /src/csrc/ops.cu", 34),
+        ("Error unspecified launch failure at line 93 in file /src/csrc/ops.cu", LostDeviceError.exit_code),
+        ("Error invalid device function at line 93 in file /src/csrc/ops.cu", 1),
+        ("ValueError: a text that says out of memory", 1),
+    ],
+)
+def test_a_library_that_ends_the_process_says_why_in_the_log(tmp_path: Path, last: str, code: int) -> None:
+    """In bitsandbytes nothing is raised: it prints and exits with 1. It counts as what it says."""
+    argv = [sys.executable, "-c", f"import sys; sys.exit({last!r})"]
+    end = name_end(run_worker(argv, log=tmp_path / "log", on_event=lambda _event: None))
+    assert end.code == code
+    assert last in end.failure
+
+
+def test_doctor_starts_the_device_as_a_run_does() -> None:
+    """With the allocator that the children ask for: where a device does not have it, the probe says so, not the run."""
+    code = "import os, appliance.plan.probe; print(os.environ['PYTORCH_ALLOC_CONF'])"
+    own = {k: v for k, v in os.environ.items() if not k.startswith("PYTORCH_")}
+    said = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["expandable_segments:True"]
 
 
 def test_a_child_asks_torch_for_segments_that_grow(monkeypatch: pytest.MonkeyPatch) -> None:

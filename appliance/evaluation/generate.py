@@ -19,6 +19,7 @@ from appliance.digest import digest_json, write_atomic
 from appliance.errors import DeviceError, EvaluationError, InterruptedRunError, LostDeviceError
 from appliance.evaluation.arms import Arm, Prompt
 from appliance.evaluation.outputs import Output, decode_outputs
+from appliance.model.faults import name_end
 from appliance.progress import Progress
 
 
@@ -60,6 +61,7 @@ def generate(
             on_event=follow,
             env=env,
         )
+    end = name_end(end)
     if end.code == InterruptedRunError.exit_code:
         raise InterruptedRunError("evaluation stopped by a signal; run the same command to go on")
     if end.code == DeviceError.exit_code:

@@ -6,10 +6,13 @@ machine. What a program does wrong (an index out of range, an illegal address) i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal
 
+from appliance.command import WorkerEnd
 from appliance.errors import DeviceError, LostDeviceError
 
 _NO_MEMORY = (
@@ -37,14 +40,27 @@ _LOST = (
     "system not yet initialized",
     "CUDA unknown error",
 )
+# How bitsandbytes ends the process when a call of CUDA fails (csrc/common.cuh, CUDA_CHECK_RETURN): no exception.
+_ENDED_BY_BITSANDBYTES = re.compile(r"Error .+ at line \d+ in file ")
 
 
 def name_fault(fault: BaseException) -> Literal["memory", "lost", "other"]:
     """Which of the two a failure is, by type or by its words."""
-    words = str(fault)
-    if isinstance(fault, MemoryError) or any(w in words for w in _NO_MEMORY):
+    return "memory" if isinstance(fault, MemoryError) else _name_words(str(fault))
+
+
+def _name_words(words: str) -> Literal["memory", "lost", "other"]:
+    if any(w in words for w in _NO_MEMORY):
         return "memory"
     return "lost" if any(w in words for w in _LOST) else "other"
+
+
+def name_end(end: WorkerEnd) -> WorkerEnd:
+    """A child's end with the code of a device's failure, where a library ended it and only its log says why."""
+    if end.code != 1 or not _ENDED_BY_BITSANDBYTES.search(end.failure):
+        return end
+    codes = {"memory": DeviceError.exit_code, "lost": LostDeviceError.exit_code, "other": end.code}
+    return replace(end, code=codes[_name_words(end.failure)])
 
 
 @contextmanager

@@ -7,8 +7,13 @@ import without a word; they are found by computing.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
+
+from appliance.child import name_allocator
+
+os.environ.update(name_allocator(os.environ))  # as in a run's children, and before torch starts
 
 import torch
 

@@ -19,6 +19,7 @@ from appliance.command import WorkerEnd, run_worker
 from appliance.digest import write_atomic
 from appliance.errors import DeviceError, InterruptedRunError, LostDeviceError, TrainingError
 from appliance.method import Method
+from appliance.model.faults import name_end
 from appliance.recipe import EwcSection, TrainingSection
 from appliance.training.board import open_board
 from appliance.training.checkpoints import read_facts
@@ -84,7 +85,7 @@ def _train(
     job: TrainingJob, *, note: Callable[[str], None], env: Mapping[str, str] | None, board: Path | None
 ) -> dict[str, Any]:
     while True:
-        end = _run_child(job, env=env, note=note, board=board)
+        end = name_end(_run_child(job, env=env, note=note, board=board))
         if end.code == 0:
             summary: dict[str, Any] = json.loads((job.folder / "summary.json").read_bytes())
             return summary
@@ -92,7 +93,7 @@ def _train(
             job = job.model_copy(update={"micro_batch": _halve(job.micro_batch, job.share)})
             note(f"out of memory; again with micro-batch {job.micro_batch}, the effective batch stays")
             continue
-        raise _explain(end)
+        raise _explain(end, job)
 
 
 def _adopt_facts(job: TrainingJob) -> TrainingJob:
@@ -135,13 +136,13 @@ def _halve(micro_batch: int, share: int) -> int:
     return next(m for m in range(max(1, micro_batch // 2), 0, -1) if share % m == 0)
 
 
-def _explain(end: WorkerEnd) -> TrainingError | InterruptedRunError | DeviceError:
+def _explain(end: WorkerEnd, job: TrainingJob) -> TrainingError | InterruptedRunError | DeviceError:
     if end.code == InterruptedRunError.exit_code:
         return InterruptedRunError(f"training stopped by a signal {end.failure}; run the same command to go on")
     if end.code == DeviceError.exit_code:
-        return DeviceError(
-            f"out of memory with micro-batch 1: {end.failure}; use a shorter max_length, qlora or a larger device"
-        )
+        ways = "a shorter max_length, qlora or a larger device"
+        ways = ways if job.checkpointing else f"training.gradient_checkpointing: on, {ways}"
+        return DeviceError(f"out of memory with micro-batch 1: {end.failure}; use {ways}")
     if end.code == LostDeviceError.exit_code:
         return DeviceError(
             f"the device failed: {end.failure}; run the same command to go on from the newest checkpoint, here when "

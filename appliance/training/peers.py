@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from appliance.child import Emit
-from appliance.command import read_events, start_server
+from appliance.command import describe_death, read_events, start_server
 from appliance.errors import InterruptedRunError
 
 _LOOK_S, _GRACE_S, _LAST_WORDS_S = 0.2, 2.0, 10.0
@@ -96,7 +96,7 @@ def _answer_failure(peers: Sequence[Peer], folder: Path, emit: Emit) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         elif code and _has_failed(peer):
             log = name_log(folder, rank)
-            emit(failure=_read_failure(log) or f"ended with code {code}; see {log}")
+            emit(failure=_read_failure(log) or describe_death(code, log))
             os._exit(code if code > 0 else 1)
 
 
