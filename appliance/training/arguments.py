@@ -139,5 +139,6 @@ def build_training_arguments(
         "disable_tqdm": True,
         "packing": False,
         "max_length": None,
+        "router_aux_loss_coef": 0.0,  # a loss of each micro-batch as a whole: their number would change what is learned
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }

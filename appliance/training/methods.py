@@ -164,6 +164,16 @@ def keep_dtypes(model: Any) -> Iterator[None]:
             weight.data = kept[name]
 
 
+@contextmanager
+def keep_router(model: Any) -> Iterator[None]:
+    """Give the configuration of a mixture of experts its own coefficient back: TRL writes that of this training."""
+    config = model.config.get_text_config()
+    kept = getattr(config, "router_aux_loss_coef", None)
+    yield
+    if kept is not None:
+        config.router_aux_loss_coef = kept
+
+
 def subtract_start(folder: Path, start: Mapping[str, torch.Tensor]) -> None:
     """Rewrite a saved adapter as the difference to its start: B A - B0 A0 = [B, B0] [A; -A0]."""
     file = folder / "adapter_model.safetensors"
