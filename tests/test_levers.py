@@ -119,7 +119,7 @@ def test_grouped_heads_attend_as_repeated_heads(base: Path) -> None:
     """The plain product shares a key head within its group; torch's own kernel with repeated heads agrees."""
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 6, 7, 8), torch.randn(3, 2, 7, 8), torch.randn(3, 2, 7, 8)
-    ours = attention._attend_plain(query, key, value, 0.3)
+    ours = attention._attend_plain(query, key, value, 0.3, window=None)
     theirs = torch.nn.functional.scaled_dot_product_attention(
         query, key.repeat_interleave(3, 1), value.repeat_interleave(3, 1), is_causal=True, scale=0.3
     )
@@ -187,8 +187,11 @@ def test_every_kernel_gives_each_row_its_own_copy_of_the_prefix(base: Path, monk
     model, batch = build_adapted(base), collate_packed(records, prefix="shared")
     loss, expected = read_gradients(model, batch)
 
-    def attend_row_by_row(query: Any, key: Any, value: Any, *, cumulative: Any, longest: int, scale: float) -> Any:
+    def attend_row_by_row(
+        query: Any, key: Any, value: Any, *, cumulative: Any, longest: int, scale: float, window: None
+    ) -> Any:
         ends = cumulative.tolist()
+        assert window is None
         assert longest == max(b - a for a, b in pairwise(ends))
         rows = [
             torch.nn.functional.scaled_dot_product_attention(
@@ -257,10 +260,10 @@ def test_the_worst_step_shares_nothing(base: Path, tmp_path: Path, monkeypatch: 
 
     prove, sizes = trainer.prove_worst_step, []
 
-    def watch_proof(live: Any, rows: Any, *, micro_batch: int) -> None:
+    def watch_proof(live: Any, rows: Any, others: Any, *, micro_batch: int) -> None:
         compute = live.compute_loss
         live.compute_loss = lambda model, inputs: sizes.append(inputs["input_ids"].numel()) or compute(model, inputs)
-        prove(live, rows, micro_batch=micro_batch)
+        prove(live, rows, others, micro_batch=micro_batch)
         live.compute_loss = compute
         longest = sorted((len(r.input_ids) for r in rows), reverse=True)[:micro_batch]
         assert sizes == [sum(longest)]

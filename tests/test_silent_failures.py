@@ -6,12 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from test_evaluation import make_job as make_generation_job
+from test_forgetting import count_live_bytes
 from test_training import make_examples, make_job, run_in_process
 from tiny import TEMPLATE, make_recipe, write_base, write_tokenizer
 
@@ -252,36 +254,129 @@ def test_packed_rows_that_see_each_other_are_refused(
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "Qwen2": {}, "Qwen3": {"head_dim": 16}, "Mistral": {"sliding_window": 4096}, "Phi3": {"pad_token_id": 0},
+    "Qwen2": {}, "Qwen3": {"head_dim": 16}, "Mistral": {"sliding_window": 4096}, "Phi3": {},
     "Gemma": {"head_dim": 16}, "Gemma2": {"head_dim": 16}, "Olmo2": {}, "Cohere": {},
+    "Gemma3Text": {"head_dim": 16, "sliding_window": 24},
+    "Qwen3Moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
 }  # fmt: skip
+
+
+def build_architecture(base: Path, name: str, **overrides: Any) -> Any:
+    """A model of this class with random weights, for the tokenizer of `base`."""
+    import torch
+    import transformers
+
+    from appliance.training import attention
+
+    attention.register()
+    size = load_template(base).tokenizer.get_vocab_size()
+    config = getattr(transformers, f"{name}Config")(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=None, bos_token_id=None, eos_token_id=257,
+        **{"vocab_size": size, **ARCHITECTURES[name], **overrides},
+    )  # fmt: skip
+    torch.manual_seed(5)
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_packing_is_checked_for_every_class_of_model(base: Path, name: str) -> None:
     """Rows of each architecture packed and alone agree under our attention, or packing is refused with the reason."""
     import torch
-    import transformers
 
-    from appliance.training import attention
     from appliance.training.guards import check_packing
 
-    attention.register()
-    template = load_template(base)
-    size = template.tokenizer.get_vocab_size()
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, **{"pad_token_id": None, "bos_token_id": None, "eos_token_id": 1, **ARCHITECTURES[name]},
-    )  # fmt: skip
-    torch.manual_seed(5)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
-    rows = build_rows(make_examples(4), template=template, max_length=256)
+    model = build_architecture(base, name)
+    rows = build_rows(make_examples(4), template=load_template(base), max_length=256)
     device = torch.device("cpu")
     if name == "Gemma2":
         with pytest.raises(TrainingError, match="cannot train packed rows"):
             check_packing(model, rows, prefix="shared", precision="fp32", device=device)
     else:
         check_packing(model, rows, prefix="shared", precision="fp32", device=device)
+
+
+@pytest.mark.parametrize("kernel", ["plain", "fused"])
+def test_a_window_is_a_window_in_packed_rows_too(base: Path, monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    """Shorter than the rows, in both of a CPU's kernels; forgotten, it is seen by the longest row and refused."""
+    import torch
+
+    from appliance.training import attention
+    from appliance.training.guards import check_packing
+
+    def check(window: int) -> None:
+        model = build_architecture(base, "Mistral", sliding_window=window)
+        check_packing(model, (*rows, longest), prefix="shared", precision="fp32", device=torch.device("cpu"))
+
+    monkeypatch.setattr(attention, "_PLAIN_LIMIT", 1024 if kernel == "plain" else 0)
+    *rows, longest = build_rows(make_examples(6, last="x" * 120), template=load_template(base), max_length=256)
+    check(window=20)
+    shorter = max(len(r.input_ids) for r in rows)
+    check(window=shorter + 8)
+    sound = attention.attend
+
+    def forget_window(*tensors: Any, **rest: Any) -> Any:
+        return sound(*tensors, **{k: v for k, v in rest.items() if k != "sliding_window"})
+
+    monkeypatch.setattr(attention, "attend", forget_window)
+    with pytest.raises(TrainingError, match="or more than they do alone"):
+        check(window=shorter + 8)
+    monkeypatch.undo()
+    attention.register()
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES.keys() - {"Gemma2"}))
+def test_validation_scores_the_same_some_positions_at_a_time(
+    base: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The layers once, then the head alone for a few positions: the scores of all positions at once."""
+    from appliance.training import validation
+    from appliance.training.batches import build_records, collate_packed
+
+    model = build_architecture(base, name)
+    records = build_records(build_rows(make_examples(6), template=load_template(base), max_length=256))
+    score = partial(validation.score_rows, model, records, collate=collate_packed, size=3)
+    whole = score()
+    calls: list[int] = []
+    model.get_decoder().register_forward_hook(lambda *_: calls.append(1) and None)
+    monkeypatch.setattr(validation, "_HEAD_BYTES", 5 * 12 * model.config.vocab_size)
+    assert [(s.tokens, s.answer, s.reference) for s in score()] == [(s.tokens, s.answer, s.reference) for s in whole]
+    assert [s.loss for s in score()] == pytest.approx([s.loss for s in whole], rel=1e-4)
+    assert len(calls) >= 4
+
+
+def test_no_guard_and_no_validation_holds_the_logits_of_a_batch(base: Path) -> None:
+    """With long answers and a large vocabulary they would be the largest thing in memory, and no plan counts them."""
+    import torch
+
+    from appliance.training.batches import build_records, collate_packed
+    from appliance.training.guards import check_packing
+    from appliance.training.validation import score_rows
+
+    vocabulary = 60_000
+    model = build_architecture(base, "Qwen2", vocab_size=vocabulary)
+    rows = build_rows(make_examples(4, last="x" * 700), template=load_template(base), max_length=1024)
+    longest = [rows[-1]] * 3
+    all_at_once = 12 * vocabulary * sum(end - start for r in longest for start, end in r.spans)
+    guard = partial(check_packing, model, longest, prefix="shared", precision="fp32", device=torch.device("cpu"))
+    score = partial(score_rows, model, build_records(longest), collate=collate_packed, size=3)
+    assert all_at_once > 5 * 2**28
+    assert count_live_bytes(guard) < 0.35 * all_at_once
+    assert count_live_bytes(score) < 0.35 * all_at_once
+
+
+def test_the_micro_batch_does_not_change_what_a_mixture_of_experts_learns(base: Path, tmp_path: Path) -> None:
+    """Its router's own loss is of a micro-batch as a whole and is left out; the published model keeps its factor."""
+    folder = shutil.copytree(base, tmp_path / "experts")
+    model = build_architecture(base, "Qwen3Moe", router_aux_loss_coef=0.1, output_router_logits=True)
+    model.save_pretrained(folder)
+    recipe = make_recipe(method={"type": "full"}, training={"precision": "fp32", "learning_rate": 1e-3, "epochs": 1})
+    jobs = {m: make_job(folder, tmp_path / f"by{m}", recipe, micro_batch=m) for m in (8, 2)}
+    first, other = (run_in_process(job) for job in jobs.values())
+    assert other["first_loss"] == pytest.approx(first["first_loss"], rel=1e-4)
+    assert other["last_loss"] == pytest.approx(first["last_loss"], rel=1e-3)
+    config = json.loads((jobs[8].adapter / "config.json").read_text())
+    assert config["router_aux_loss_coef"] == 0.1
 
 
 def make_tiny_steps() -> Recipe:

@@ -34,15 +34,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("base"))
 
 
-def make_examples(count: int) -> list[Example]:
-    """Rows of differing lengths whose answer is their colour."""
+def make_examples(count: int, *, last: str | None = None) -> list[Example]:
+    """Rows of differing lengths whose answer is their colour; the last one's may be another."""
+    answers = [COLOURS[i % 4] for i in range(count - 1)] + [last or COLOURS[(count - 1) % 4]]
     return [
         Example(
             f"r{i}",
-            (Message("user", f"{COLOURS[i % 4]} {'very ' * (i % 3)}thing {i}"), Message("assistant", COLOURS[i % 4])),
+            (Message("user", f"{COLOURS[i % 4]} {'very ' * (i % 3)}thing {i}"), Message("assistant", answer)),
             provenance="program",
         )
-        for i in range(count)
+        for i, answer in enumerate(answers)
     ]
 
 

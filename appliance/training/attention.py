@@ -53,8 +53,8 @@ def attend(
 
     query (1, H, T, D), key and value (1, G, T, D) with H a multiple of G; `cu_seq_lens_q` (N + 1,)
     are the documents' cumulative lengths, `row_places` and `row_origins` as `batches.collate_packed`
-    gives them. Returns (1, T, H, D). Raises `ValueError` for what it does not compute: batches that
-    are not packed, soft caps, windows shorter than a document.
+    gives them; with a `sliding_window` a token sees so many, itself included. Returns (1, T, H, D).
+    Raises `ValueError` for what it does not compute: batches that are not packed, soft caps.
     """
     if attention_mask is not None or query.shape[0] != 1 or softcap is not None:
         raise ValueError(
@@ -63,10 +63,8 @@ def attend(
     if cu_seq_lens_q is None or max_length_q is None:
         cu_seq_lens_q, max_length_q = torch.tensor([0, query.shape[2]], device=query.device), query.shape[2]
         row_places = row_origins = None
-    if sliding_window is not None and max_length_q > sliding_window:
-        raise ValueError(
-            f"a row of {max_length_q} tokens exceeds the window of {sliding_window}; set training.packing: false"
-        )
+    longest = int(max_length_q)
+    window = sliding_window if sliding_window is not None and longest > sliding_window else None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cuda":
         query, key, value = (x.to(select_dtype(x)) for x in (query, key, value))
@@ -74,21 +72,22 @@ def attend(
         rows = (query, key, value)
         if row_places is not None:
             rows = tuple(x.index_select(2, row_places) for x in rows)
-        mixed = _attend_varlen(*rows, cumulative=cu_seq_lens_q, longest=int(max_length_q), scale=scale)
+        mixed = _attend_varlen(*rows, cumulative=cu_seq_lens_q, longest=longest, scale=scale, window=window)
         return (mixed if row_origins is None else mixed.index_select(1, row_origins)), None
     tokens = query.shape[2] if row_places is None else row_places.numel()
-    index, real = _spread_index(cu_seq_lens_q, int(max_length_q), tokens=tokens)
+    index, real = _spread_index(cu_seq_lens_q, longest, tokens=tokens)
     if row_places is not None and row_origins is not None:
         index = functional.pad(row_places, (0, 1), value=query.shape[2])[index]
         real = real[row_origins]
     queries, keys, values = (_spread(x, index, len(cu_seq_lens_q) - 1) for x in (query, key, value))
-    if query.device.type == "cpu" and dropout == 0.0 and int(max_length_q) <= _PLAIN_LIMIT:
-        mixed = _attend_plain(queries, keys, values, scale)
+    if query.device.type == "cpu" and dropout == 0.0 and longest <= _PLAIN_LIMIT:
+        mixed = _attend_plain(queries, keys, values, scale, window=window)
     else:
         groups = queries.shape[1] // keys.shape[1]
         keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+        seen = None if window is None else ~_find_unseen(longest, window, device=query.device)
         mixed = functional.scaled_dot_product_attention(
-            queries, keys, values, dropout_p=dropout, is_causal=True, scale=scale
+            queries, keys, values, attn_mask=seen, dropout_p=dropout, is_causal=seen is None, scale=scale
         )
     return mixed.transpose(1, 2).flatten(0, 1).index_select(0, real)[None], None
 
@@ -122,12 +121,19 @@ def takes_varlen(dtype: torch.dtype, width: int, capability: tuple[int, int]) ->
 
 
 def _attend_varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, cumulative: torch.Tensor, longest: int, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    cumulative: torch.Tensor,
+    longest: int,
+    scale: float,
+    window: int | None,
 ) -> torch.Tensor:
     """The flash kernel over documents end to end, (1, T, H, D): no padding and no mask."""
     from torch.nn.attention.varlen import varlen_attn
 
-    causal = _name_causal(varlen_attn)
+    causal = _name_causal(varlen_attn, window)
     queries, keys, values = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
     if "enable_gqa" not in causal:
         groups = queries.shape[1] // keys.shape[1]
@@ -138,20 +144,33 @@ def _attend_varlen(
 
 
 @cache
-def _name_causal(kernel: Any) -> dict[str, Any]:
+def _name_causal(kernel: Any, window: int | None) -> dict[str, Any]:
     """What this release of torch calls causal attention of grouped heads; looked up once, not in every layer."""
     known = inspect.signature(kernel).parameters
-    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if window is not None and "window_size" not in known:
+        raise ValueError(f"this torch has no windows of {window} tokens in its packed attention")
+    left = -1 if window is None else window - 1  # how many before itself
+    causal: dict[str, Any] = {"window_size": (left, 0)} if "window_size" in known else {"is_causal": True}
     return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
-def _attend_plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+def _find_unseen(longest: int, window: int | None, *, device: torch.device) -> torch.Tensor:
+    """(L, L): true where a position (row) does not see another (column): what is later, or before its window."""
+    everywhere = torch.ones(longest, longest, dtype=torch.bool, device=device)
+    future = everywhere.triu(1)
+    return future if window is None else future | everywhere.tril(-window)
+
+
+def _attend_plain(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, *, window: int | None
+) -> torch.Tensor:
     """softmax(q k' scale + causal) v, (N, H, L, D); a group of query heads shares its key head without a copy."""
     documents, heads, longest, _ = query.shape
     grouped = query.reshape(documents, key.shape[1], -1, query.shape[-1])
     weights = torch.matmul(grouped, key.transpose(2, 3)).view(documents, heads, longest, longest) * scale
-    future = torch.full((longest, longest), float("-inf"), dtype=weights.dtype, device=weights.device).triu(1)
-    shares = torch.softmax(weights + future, -1).to(value.dtype).view(documents, key.shape[1], -1, longest)
+    unseen = torch.zeros(longest, longest, dtype=weights.dtype, device=weights.device)
+    unseen.masked_fill_(_find_unseen(longest, window, device=weights.device), float("-inf"))
+    shares = torch.softmax(weights + unseen, -1).to(value.dtype).view(documents, key.shape[1], -1, longest)
     return torch.matmul(shares, value).view(documents, heads, longest, -1)
 
 

@@ -32,7 +32,7 @@ from appliance.training.ewc import Penalty
 from appliance.training.fused import fuse_lora
 from appliance.training.launch import TrainingJob
 from appliance.training.levers import Levers
-from appliance.training.methods import keep_dtypes, load_encoder, save_encoder
+from appliance.training.methods import keep_dtypes, keep_router, load_encoder, save_encoder
 from appliance.training.ranks import Ranks
 from appliance.training.validation import score_rows, summarise_scores
 from appliance.training.watch import Watch
@@ -72,7 +72,7 @@ def build_trainer(
     collate_apart = pack if packed else partial(collate_padded, pad_id=tokenizer.pad_token_id)
     if levers.lora == "fused":
         fuse_lora(model)
-    with keep_dtypes(model):
+    with keep_dtypes(model), keep_router(model):
         trainer = _Trainer(
             model=model,
             args=SFTConfig(**arguments),

@@ -75,7 +75,9 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit, rank: int = 0, meet
         make_repeatable(model, train_rows[0], precision=precision, emit=emit)
         check_base(model, train_rows[0], precision=precision, device=device)
         if is_packed(job.training, job.method):
-            check_packing(model, train_rows, prefix=levers.prefix, precision=precision, device=device)
+            check_packing(
+                model, (*train_rows, *validation_rows), prefix=levers.prefix, precision=precision, device=device
+            )
         penalty = ranks.take_turns(lambda: build_penalty(job, model, precision=precision, emit=emit))
 
         # 4. The trainer, from the newest sound checkpoint of this very job.
@@ -98,14 +100,14 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit, rank: int = 0, meet
                 job.base, method=job.method, device_name=name_device(device), precision=precision, devices=ranks.size
             ),
         )
-        rows = (train_rows, validation_rows)
+        sides = (train_rows, validation_rows)
         trainer = build_trainer(
-            job, model, rows, precision=precision, levers=levers, penalty=penalty, watch=watch, ranks=ranks
+            job, model, sides, precision=precision, levers=levers, penalty=penalty, watch=watch, ranks=ranks
         )
         if resume:
             emit(note=f"resuming from step {count_steps_done(resume)}")
         else:
-            prove_worst_step(trainer, train_rows, micro_batch=job.micro_batch)
+            prove_worst_step(trainer, train_rows, validation_rows, micro_batch=job.micro_batch)
         if ranks.is_any(stop.is_set):
             raise InterruptedRunError("before the first step")
 

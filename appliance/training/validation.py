@@ -5,11 +5,14 @@ position; greedy decoding sees its own answer, which is the reference as long as
 was right. So it reproduces the reference exactly if and only if the largest logit at every labelled
 position is the label's. A row counts by its last turn, the one that evaluation asks for. JSON
 contracts compare values, not tokens: for them this is a lower bound of the task's exact match.
+
+The LM head works on some positions at a time: the logits of a whole batch would be the largest thing in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +22,8 @@ from torch.nn import functional
 from appliance.training.monitor import measure_sameness
 
 _IGNORED = -100
+_HEAD_BYTES = 1 << 28  # of logits at a time; what `plan` counts for a head that does not hold them
+_BYTES_A_LOGIT = 12  # in bf16, in fp32, and as the loss has them
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,19 +80,54 @@ def summarise_scores(scores: Sequence[RowScore]) -> dict[str, float]:
 
 def _predict(model: Any, batch: dict[str, Any]) -> tuple[list[float], list[int], list[int]]:
     """Loss, most likely token and label at every labelled position, row after row."""
-    labels = batch.pop("labels")
     device = next(model.parameters()).device
-    is_packed = batch.pop("shift_labels", None) is not None
     inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+    labels = inputs.pop("labels")
+    is_packed = inputs.pop("shift_labels", None) is not None
     with torch.no_grad():
-        logits = model(**inputs, use_cache=False).logits[:, -labels.shape[1] :]
-        if not is_packed:  # the logits at a position speak of the next one
-            labels, logits = labels[:, 1:], logits[:, :-1]
-        kept = labels != _IGNORED
-        wanted = labels[kept].to(device)
-        chosen = logits[kept.to(device)].float()
-        losses = functional.cross_entropy(chosen, wanted, reduction="none")
-        return losses.tolist(), chosen.argmax(-1).tolist(), wanted.tolist()
+        parts = _score_packed(model, inputs, labels) if is_packed else _score_padded(model, inputs, labels)
+        losses, chosen = (torch.cat(found).tolist() for found in zip(*parts, strict=True))
+    wanted = labels if is_packed else labels[:, 1:]
+    return losses, chosen, wanted[wanted != _IGNORED].tolist()
+
+
+def _score_packed(model: Any, inputs: dict[str, Any], labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Losses and most likely tokens, some positions at a time: the layers are computed once, then the head alone."""
+    size = max(1, _HEAD_BYTES // (_BYTES_A_LOGIT * model.config.get_text_config().vocab_size))
+    with _computing_once(model.get_decoder()):
+        for places, wanted in zip(inputs["logits_to_keep"].split(size), labels[0].split(size), strict=True):
+            logits = model(**{**inputs, "logits_to_keep": places}, use_cache=False).logits
+            yield _compare(logits[0], wanted)
+
+
+def _score_padded(model: Any, inputs: dict[str, Any], labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same row by row; the logits at a position speak of the next one."""
+    logits = model(**inputs, use_cache=False).logits[:, -labels.shape[1] :]
+    for row, wanted in zip(logits[:, :-1], labels[:, 1:], strict=True):
+        kept = wanted != _IGNORED
+        yield _compare(row[kept], wanted[kept])
+
+
+def _compare(logits: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return functional.cross_entropy(logits.float(), wanted, reduction="none"), logits.argmax(-1)
+
+
+@contextmanager
+def _computing_once(layers: Any) -> Iterator[None]:
+    """What `layers` gives for the first call it gives for every other one."""
+    given: list[Any] = []
+    compute = layers.forward
+
+    def recall(*arguments: Any, **options: Any) -> Any:
+        if not given:
+            given.append(compute(*arguments, **options))
+        return given[0]
+
+    layers.forward = recall
+    try:
+        yield
+    finally:
+        layers.forward = compute
 
 
 def _cut_at_first_fault(predicted: list[int], labels: list[int]) -> tuple[int, ...]:
