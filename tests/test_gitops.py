@@ -465,5 +465,5 @@ def test_the_night_looks_for_damage_and_garbage_whatever_became_of_the_reconcile
     for step in (checked, looked):
         assert step["if"] == "${{ !cancelled() }}"
         assert step["env"] == {k: v for k, v in made["env"].items() if k != "SCHEDULE"}
-    assert checked["run"] == '.github/scripts/appliance check --sample 20 --summary "$GITHUB_STEP_SUMMARY"'
-    assert looked["run"] == '.github/scripts/appliance gc --dry-run --summary "$GITHUB_STEP_SUMMARY"'
+    assert checked["run"] == 'exec bash .github/scripts/appliance check --sample 20 --summary "$GITHUB_STEP_SUMMARY"'
+    assert looked["run"] == 'exec bash .github/scripts/appliance gc --dry-run --summary "$GITHUB_STEP_SUMMARY"'
