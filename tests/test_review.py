@@ -158,12 +158,16 @@ def test_nothing_of_a_dataset_is_rendered_in_a_summary() -> None:
     assert "| `<img src=x>\\|@team 'x'`<br>`[a](http://b)` |" in text
 
 
+BOT = {"login": "github-actions[bot]"}
+
+
 @dataclass
 class Api:
     """The part of the API that the script uses, over a pull request with comments."""
 
     url: str = ""
     log: str = ""
+    hangs_up: bool = False
     comments: list[dict[str, Any]] = field(default_factory=list)
     calls: list[tuple[str, str, bool]] = field(default_factory=list)
 
@@ -182,9 +186,8 @@ class Api:
         if method == "GET" and path.startswith(f"{root}/issues/5/comments"):
             page = int(path.rpartition("=")[2])
             return 200, self.comments[(page - 1) * 100 : page * 100]
-        user = {"login": "github-actions[bot]"}
         if method == "POST" and path == f"{root}/issues/5/comments":
-            self.comments.append({"id": len(self.comments), "user": user, **body})
+            self.comments.append({"id": len(self.comments), "user": BOT, **body})
             return 201, {}
         if method == "PATCH" and path.startswith(f"{root}/issues/comments/"):
             self.comments[int(path.rpartition("/")[2])]["body"] = body["body"]
@@ -208,7 +211,7 @@ def api() -> Iterator[Api]:
             data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            self.wfile.write(data)
+            self.wfile.write(data[:1] if fake.hangs_up else data)
 
         do_GET = do_POST = do_PATCH = answer  # noqa: N815 - the names that http.server calls
 
@@ -246,9 +249,13 @@ def post(api: Api, **overrides: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_one_comment_is_updated_in_place(api: Api) -> None:
-    """Found by marker and author beyond the first page; somebody's copy of the marker is left alone."""
+    """Found by marker and author beyond the first page; somebody's copy of the marker is left alone.
+
+    GitHub's schema allows a comment whose author or text is null.
+    """
     marker = "<!-- appliance-report -->"
-    api.comments += [{"id": i, "user": {"login": "x"}, "body": f"{marker} mine"} for i in range(120)]
+    api.comments += [{"id": i, "user": {"login": "x"}, "body": f"{marker} mine"} for i in range(118)]
+    api.comments += [{"id": 118, "user": None, "body": marker}, {"id": 119, "user": BOT, "body": None}]
     api.log = encode_report({"sections": [{"title": "Plan", "columns": ["Recipe"], "rows": [["colours"]]}]})
     first = post(api)
     assert (first.returncode, first.stdout) == (0, "comment on #5 made\n"), first.stderr
@@ -257,7 +264,8 @@ def test_one_comment_is_updated_in_place(api: Api) -> None:
     assert post(api).stdout == "comment on #5 updated\n"
     assert len(api.comments) == 121
     assert "- `nothing to do`" in api.comments[120]["body"]
-    assert all(c["body"] == f"{marker} mine" for c in api.comments[:120])
+    assert all(c["body"] == f"{marker} mine" for c in api.comments[:118])
+    assert [c["body"] for c in api.comments[118:120]] == [marker, None]
     assert {sent for _, path, sent in api.calls if path == "/elsewhere"} == {False}, "the token stays with the API"
     assert all(sent for _, path, sent in api.calls if path != "/elsewhere")
 
@@ -314,3 +322,14 @@ def test_a_refusal_of_the_api_is_one_line(api: Api) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: http://127.0.0.1")
     assert "HTTP 404" in done.stderr
+
+
+def test_an_api_that_does_not_answer_is_one_line(api: Api) -> None:
+    """Nobody listens, or the connection ends in the middle of an answer: what to do, no traceback."""
+    api.hangs_up = True
+    for url in ("http://127.0.0.1:9", api.url):
+        done = post(api, GITHUB_API_URL=url)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: no answer from the API: ")
+        assert done.stderr.endswith("run this job again\n")
+        assert done.stderr.count("\n") == 1
