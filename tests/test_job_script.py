@@ -225,7 +225,7 @@ def test_an_image_runs_as_this_user_and_left_overs_are_stopped(folder: Path) -> 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     looked, stopped, ran = (folder / "calls").read_text().splitlines()
-    assert looked == "ps|--quiet|--filter|label=appliance.runner=gpu-1|"
+    assert looked.startswith("ps|--quiet|--filter|label=appliance.runner=gpu-1|")
     assert stopped == "stop|-t|120|left|"
     assert ran.endswith(f"|{IMAGE}|reconcile|--summary|/summary.md|")
     assert f"|--user|{os.getuid()}:{os.getgid()}|" in ran
@@ -234,6 +234,31 @@ def test_an_image_runs_as_this_user_and_left_overs_are_stopped(folder: Path) -> 
     assert "|--env|APPLIANCE_IMAGE|" in ran, "the manifest says which image made a version"
     assert "=secret" not in ran, "values never stand on a command line"
     assert f"|--volume|{folder}:/workspace|" in ran
+
+
+HOST = """
+import pathlib, sys
+verb, *words = sys.argv[1:]
+labels = {w.removeprefix("label=") for w in words if "appliance." in w and "@" not in w}
+left = pathlib.Path(__file__).parent / "left"
+left.mkdir(exist_ok=True)
+if verb == "run":
+    (left / words[words.index("--name") + 1]).write_text("\\n".join(labels))
+elif verb == "ps":
+    print(*(f.name for f in left.iterdir() if labels <= {*f.read_text().splitlines()}))
+elif verb == "stop":
+    (left / words[-1]).unlink()
+"""
+
+
+def test_another_repositorys_training_is_not_a_left_over(folder: Path) -> None:
+    """Two repositories on one host have a runner each, both named after the host; each stops its own containers."""
+    (folder / "host.py").write_text(HOST)
+    write_program(folder, "docker", f'exec {sys.executable} {folder}/host.py "$@"')
+    for repository, left in (("team/one", 1), ("team/two", 2), ("team/one", 2)):
+        done = call(folder, "list", APPLIANCE_IMAGE=IMAGE, RUNNER_NAME="host", GITHUB_REPOSITORY=repository)
+        assert done.returncode == 0, done.stderr
+        assert len(list((folder / "left").iterdir())) == left
 
 
 def test_the_code_of_a_stopped_container_is_told_when_it_ends_before_the_stop_does(folder: Path) -> None:
