@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -423,6 +424,70 @@ def test_this_repository_has_the_files_that_it_ships() -> None:
     """One source: workflows and scripts here are byte for byte those that `init` writes."""
     assert [c.path for c in check_files(ROOT) if c.state != "same"] == []
     assert invoke_init(ROOT, "--check").startswith("0 kept files")
+
+
+class Facts(dict[str, Any]):
+    """A context of GitHub's expressions: what is not there is empty."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = self.get(name, "")
+        return Facts(value) if isinstance(value, dict) else value
+
+
+def evaluate(expression: str, **contexts: Any) -> Any:
+    """An expression of a workflow, of the operators that ours have."""
+    names = {"vars": Facts(), "github": Facts()} | {k: Facts(v) for k, v in contexts.items()}
+    return eval(expression.replace("&&", " and ").replace("||", " or "), {"__builtins__": {}}, names)  # noqa: S307
+
+
+def find_group(name: str, **github: Any) -> str:
+    """The concurrency group of a run."""
+    group = yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text())["concurrency"]["group"]
+    return re.sub(r"\$\{\{(.*?)\}\}", lambda found: str(evaluate(found[1].strip(), github=github)), group)
+
+
+def test_what_waits_is_replaced_only_by_what_does_its_work() -> None:
+    """GitHub keeps one waiting run of a group: a newer push stands for an older one, a night for a night, no more."""
+    main, other = {"event_name": "push", "ref": "refs/heads/main"}, {"event_name": "push", "ref": "refs/heads/x"}
+    hands = [{"event_name": "workflow_dispatch", "ref": "refs/heads/main", "event": {}} for _ in range(2)]
+    night, month = ({"event_name": "schedule", "event": {"schedule": s}} for s in ("17 3 * * *", "17 5 1 * *"))
+    runs = [("retrain", r) for r in (main, main, other, *hands)]
+    runs += [("reconcile", r) for r in (night, night, month, *hands)] + [("promote", r) for r in hands]
+    groups = [find_group(name, run_id=number, **run) for number, (name, run) in enumerate(runs)]
+    assert groups[0] == groups[1]
+    assert groups[5] == groups[6]
+    assert len(set(groups)) == len(runs) - 2
+
+    def report(owner: str, branch: str) -> str:
+        return find_group(
+            "report", event={"workflow_run": {"head_repository": {"owner": {"login": owner}}, "head_branch": branch}}
+        )
+
+    assert report("a", "patch-1") == report("a", "patch-1")
+    assert len({report("a", "patch-1"), report("b", "patch-1"), report("b/patch", "1"), report("b-patch", "1")}) == 4
+
+
+def is_reached(workflow: dict[Any, Any], name: str, **contexts: Any) -> bool:
+    """Whether a job runs: its own condition holds, and those of the jobs that it needs."""
+    job = workflow["jobs"][name]
+    needs = [job["needs"]] if isinstance(job.get("needs"), str) else job.get("needs", [])
+    own = bool(evaluate(job["if"], **contexts)) if "if" in job else True
+    return own and all(is_reached(workflow, need, **contexts) for need in needs)
+
+
+@pytest.mark.parametrize("name", ["retrain", "reconcile", "promote"])
+def test_only_the_default_branch_reaches_a_runner_of_ours(name: str) -> None:
+    """Whatever may be dispatched: no other branch, no tag of its name; and nothing trains before there is a store."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text())
+    jobs = [n for n, job in workflow["jobs"].items() if job["runs-on"] != "ubuntu-24.04"]
+    assert jobs
+    ours = {"ref_name": "trunk", "ref_type": "branch", "event": {"repository": {"default_branch": "trunk"}}}
+    store = {"APPLIANCE_STORE": "s3://x/y"}
+    for job in jobs:
+        assert is_reached(workflow, job, github=ours, vars=store)
+        assert not is_reached(workflow, job, github={**ours, "ref_name": "topic"}, vars=store)
+        assert not is_reached(workflow, job, github={**ours, "ref_type": "tag"}, vars=store)
+        assert is_reached(workflow, job, github=ours) is (name == "promote")
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
