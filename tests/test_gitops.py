@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -488,6 +489,28 @@ def test_only_the_default_branch_reaches_a_runner_of_ours(name: str) -> None:
         assert not is_reached(workflow, job, github={**ours, "ref_name": "topic"}, vars=store)
         assert not is_reached(workflow, job, github={**ours, "ref_type": "tag"}, vars=store)
         assert is_reached(workflow, job, github=ours) is (name == "promote")
+
+
+def test_a_push_says_what_it_asks_for_by_git_alone(project: Project, tmp_path: Path) -> None:
+    """On a hosted machine, without store and secrets; a commit that nobody has is the same as none."""
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "retrain.yml").read_text())["jobs"]["plan"]
+    (*_, step) = job["steps"]
+    assert step["continue-on-error"] is True, "what informs does not keep anything from training"
+    assert set(step["env"]) == {"APPLIANCE_IMAGE", "BEFORE", "ONLY"}
+    program = tmp_path / "bin" / "appliance"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m appliance "$@"\n')
+    program.chmod(0o755)
+    shutil.copytree(ROOT / ".github", project.root / ".github")
+    before = project.run("git", "rev-parse", "HEAD").strip()
+    project.write_recipe(training={**TRAINING, "epochs": 3})
+    project.commit("three epochs")
+    for since, reason in ((before, "the recipe changed since"), ("0" * 40, "every recipe"), ("a" * 40, "every recipe")):
+        summary = tmp_path / f"{since}.md"
+        variables = [f"{k}={v}" for k, v in {"GITHUB_STEP_SUMMARY": summary, "BEFORE": since, "ONLY": ""}.items()]
+        path = f"PATH={program.parent}:{os.environ['PATH']}"
+        project.run("env", "-u", "APPLIANCE_STORE", *variables, path, "bash", "-e", "-c", step["run"])
+        assert "| `colours` | `would train` | `" + reason in summary.read_text()
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
