@@ -257,6 +257,21 @@ def test_a_review_reports_what_can_be_known(project: Project) -> None:
     assert "dvc push" in sections[-1].lines[0]
 
 
+def test_a_first_change_has_a_price_without_a_store(project: Project) -> None:
+    """A pull request has no credentials, so its range comes from the tokens and the GPU that the prices are of."""
+    (project.root / "prices.yaml").write_text(
+        "as_of: 2026-01-31\nsource: our contract\ncurrency: EUR\ngpu_hour: 2\ngpu: NVIDIA L4\n"
+    )
+    workspace = Workspace(
+        project.root, project.root / ".cache", project.root / ".appliance" / "runs", note=lambda _: None
+    )
+    sections, _ = review(workspace, since=None, store=None)
+    ((*_, cost),) = next(s.rows for s in sections if s.title == "Cost")
+    assert re.fullmatch(
+        r"about .* to .* hours \(at .* of the peak of NVIDIA L4\), .* to .* EUR \(2 an hour, .*\)", cost
+    )
+
+
 def test_a_clone_that_hides_its_history_is_refused(project: Project, tmp_path: Path) -> None:
     """Shallow where it matters: refused with the way out; deep enough, detached or on a tag: the same origin."""
     commit = project.run("git", "rev-parse", "HEAD").strip()

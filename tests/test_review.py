@@ -10,20 +10,23 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import date
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_recipe, write_dataset
+from tiny import make_recipe, write_base, write_dataset
 
 from appliance.cli.changes import describe_diff, diff_revisions
-from appliance.cli.prices import describe_cost, load_prices
+from appliance.cli.prices import Prices, describe_cost, guess_hours, load_prices
 from appliance.cli.sections import Section, render_sections
 from appliance.data import diff_folders, select_side
 from appliance.errors import DatasetError, RecipeError
 from appliance.example import decode_examples
+from appliance.model.shapes import read_sizes, read_weight_shapes
 from appliance.recipe import SplitSection
+from appliance.training.utilisation import count_matrices
 
 SCRIPT = Path(__file__).parent.parent / ".github" / "scripts" / "comment.py"
 HEAD = "b" * 40
@@ -150,6 +153,28 @@ def test_a_price_is_the_teams_and_has_a_day_and_a_source(tmp_path: Path) -> None
         load_prices(tmp_path)
     file.write_text("# as_of: later\n")
     assert load_prices(tmp_path) is None
+
+
+def test_hours_are_a_range_where_nothing_was_measured(tmp_path: Path) -> None:
+    """4 FLOPs a weight and token (6 where all are trained) over half to a tenth of the peak; nothing for other GPUs."""
+    base = write_base(tmp_path / "base")
+    weights = count_matrices(read_weight_shapes(base), read_sizes(base))
+    assert weights
+    prices = Prices(as_of=date(2026, 1, 31), source="x", currency="EUR", gpu_hour=2, gpu="NVIDIA H200")
+    lora, full, two = make_recipe(), make_recipe(method={"type": "full"}), make_recipe(needs={"devices": 2})
+    seconds = 4 * weights * 1e15 / 989e12
+    for recipe, factor in ((lora, 1.0), (full, 1.5), (two, 0.5)):
+        hours = guess_hours(recipe, base=base, tokens=10**15, prices=prices)
+        assert hours == pytest.approx((factor * seconds / 0.5 / 3600, factor * seconds / 0.1 / 3600))
+    assert describe_cost(hours=(0.5, 2.5), devices=2, prices=prices) == (
+        "about 0.50 to 2.50 hours on 2 GPUs (at 50% to 10% of the peak of NVIDIA H200), "
+        "2.00 to 10.00 EUR (2 an hour, x, 2026-01-31)"
+    )
+    fp32 = make_recipe(training={"precision": "fp32"})
+    other = prices.model_copy(update={"gpu": "NVIDIA A10G"})
+    for recipe, known in ((lora, None), (lora, other), (fp32, prices)):
+        assert guess_hours(recipe, base=base, tokens=1, prices=known) is None
+    assert "not NVIDIA A10G" in describe_cost(hours=None, devices=1, prices=other)
 
 
 def test_nothing_of_a_dataset_is_rendered_in_a_summary() -> None:
