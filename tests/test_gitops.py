@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import sys
 import time
@@ -255,6 +257,21 @@ def test_a_review_reports_what_can_be_known(project: Project) -> None:
     assert "dvc push" in sections[-1].lines[0]
 
 
+def test_a_first_change_has_a_price_without_a_store(project: Project) -> None:
+    """A pull request has no credentials, so its range comes from the tokens and the GPU that the prices are of."""
+    (project.root / "prices.yaml").write_text(
+        "as_of: 2026-01-31\nsource: our contract\ncurrency: EUR\ngpu_hour: 2\ngpu: NVIDIA L4\n"
+    )
+    workspace = Workspace(
+        project.root, project.root / ".cache", project.root / ".appliance" / "runs", note=lambda _: None
+    )
+    sections, _ = review(workspace, since=None, store=None)
+    ((*_, cost),) = next(s.rows for s in sections if s.title == "Cost")
+    assert re.fullmatch(
+        r"about .* to .* hours \(at .* of the peak of NVIDIA L4\), .* to .* EUR \(2 an hour, .*\)", cost
+    )
+
+
 def test_a_clone_that_hides_its_history_is_refused(project: Project, tmp_path: Path) -> None:
     """Shallow where it matters: refused with the way out; deep enough, detached or on a tag: the same origin."""
     commit = project.run("git", "rev-parse", "HEAD").strip()
@@ -397,7 +414,7 @@ def test_what_somebody_changed_is_never_overwritten(started: Path) -> None:
 
 
 def test_an_existing_repository_is_added_to(tmp_path: Path) -> None:
-    """Its recipe, ignores, owners and DVC config stay; the owner is found out from the remote's address."""
+    """Its recipe, ignores and DVC config stay; who approves is asked for, as an organisation alone is nobody's name."""
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "ours.yaml").write_text("ours")
     (tmp_path / ".gitignore").write_text("datasets/\n*.log")
@@ -408,7 +425,142 @@ def test_an_existing_repository_is_added_to(tmp_path: Path) -> None:
     assert "has no remote yet; `dvc remote add --default store" in said
     assert (tmp_path / ".gitignore").read_text() == "datasets/\n*.log\n/.appliance\n/.env\n"
     assert [p.name for p in (tmp_path / "recipes").iterdir()] == ["ours.yaml"]
-    assert "\n/datasets.dvc @some-team\n" in (tmp_path / ".github" / "CODEOWNERS").read_text()
+    assert "wrote .github/CODEOWNERS; fill in who approves" in said
+    owners = (tmp_path / ".github" / "CODEOWNERS").read_text().splitlines()
+    assert all(line.startswith("#") for line in owners)
+    assert "# /datasets.dvc @some-team/TEAM" in owners
+
+
+def ask_dvc(root: Path) -> str:
+    """The remotes as DVC reads them, the default one with its mark."""
+    project = Project(root, open_store(f"file://{root}/store"), {"DVC_NO_ANALYTICS": "1"})
+    return project.run(sys.executable, "-m", "dvc", "remote", "list").strip()
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_remote_that_is_asked_for_is_written_or_refused_by_name(tmp_path: Path, end: str) -> None:
+    """Into a config of `dvc init` too; one that has another remote is left, with what changes it."""
+    config = tmp_path / ".dvc" / "config"
+    for text in (
+        "",
+        f"[core]{end}    analytics = false{end}",
+        f"[cache]{end}    type = copy{end}[core]{end}    autostage = true",
+    ):
+        shutil.rmtree(tmp_path / ".dvc", ignore_errors=True)
+        config.parent.mkdir()
+        config.write_bytes(text.encode())
+        assert "has no remote yet" in invoke_init(tmp_path)
+        assert "added the remote s3://one/dvc to .dvc/config" in invoke_init(tmp_path, "--remote", "s3://one/dvc")
+        assert ask_dvc(tmp_path).split() == ["store", "s3://one/dvc", "(default)"]
+        assert all(line.strip() in config.read_text() for line in text.splitlines())
+        assert (b"\r\n" in config.read_bytes()) is ("\r" in text)
+    for options in (("--remote", "s3://one/dvc"), ("--store", "s3://two/registry")):
+        assert invoke_init(tmp_path, *options).startswith("nothing to do")
+    assert "it has another remote than s3://two/dvc" in invoke_init(tmp_path, "--remote", "s3://two/dvc")
+    assert "s3://one/dvc" in ask_dvc(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["2024", "no", "on", "true", "null", "007", "0x10", "1e3", "~"])
+def test_a_name_is_text_whatever_yaml_makes_of_it(tmp_path: Path, name: str) -> None:
+    """The folder's name becomes the recipe's, the dataset's and the path; all are what they look like."""
+    invoke_init(tmp_path / name)
+    (file,) = (tmp_path / name / "recipes").iterdir()
+    recipe = load_recipe(file)
+    assert recipe.name == ("model" if name == "~" else name)
+    card = yaml.safe_load((tmp_path / name / recipe.dataset.path / "dataset.yaml").read_text())
+    assert card["name"] == recipe.name
+
+
+def test_a_dataset_that_is_there_is_the_recipes(tmp_path: Path) -> None:
+    """However it is called, with a card or without; where only its pointer is here, nothing is guessed."""
+    write_dataset(tmp_path / "one" / "datasets" / "a: b #c")
+    invoke_init(tmp_path / "one")
+    assert load_recipe(tmp_path / "one" / "recipes" / "one.yaml").dataset.path == "datasets/a: b #c"
+    away = tmp_path / "two" / "datasets.dvc"
+    away.parent.mkdir()
+    away.write_text("outs:\n- md5: 0123456789abcdef0123456789abcdef.dir\n  path: datasets\n")
+    for _ in range(2):
+        assert "no recipe yet: datasets.dvc names data that is not here; `dvc pull`" in invoke_init(tmp_path / "two")
+    assert not (tmp_path / "two" / "recipes").exists()
+    assert not (tmp_path / "two" / "datasets").exists()
+    write_dataset(tmp_path / "two" / "datasets" / "colours")
+    (tmp_path / "two" / "datasets" / "colours" / "dataset.yaml").unlink()
+    invoke_init(tmp_path / "two")
+    assert load_recipe(tmp_path / "two" / "recipes" / "two.yaml").dataset.path == "datasets/colours"
+
+
+def test_lines_are_added_in_a_files_own_form(tmp_path: Path) -> None:
+    """Line ends and encoding of `.gitignore` and `.gitattributes` are the team's, to the byte."""
+    content = "caf\u00e9\r\n*.log".encode("latin-1")
+    for name in (".gitignore", ".gitattributes"):
+        (tmp_path / name).write_bytes(content)
+    invoke_init(tmp_path)
+    for name in (".gitignore", ".gitattributes"):
+        found = (tmp_path / name).read_bytes()
+        assert found.startswith(content + b"\r\n/")
+        assert found.count(b"\n") == found.count(b"\r\n")
+
+
+def test_line_ends_and_mode_are_the_releases(started: Path) -> None:
+    """Files that Git or an editor gave other line ends, and a script without its mode, are told and put right."""
+    workflow, script = (started / ".github" / p for p in ("workflows/retrain.yml", "scripts/appliance"))
+    content = workflow.read_bytes()
+    workflow.write_bytes(content.replace(b"\n", b"\r\n"))
+    script.chmod(0o644)
+    drift = invoke_init(started, "--check", code=1)
+    assert "retrain.yml: outdated\nits lines end in CRLF, the release's in LF" in drift
+    assert "scripts/appliance: outdated\nits mode forbids to execute it" in drift
+    invoke_init(started)
+    assert workflow.read_bytes() == content
+    assert invoke_init(started, "--check").startswith("0 kept files")
+    project = Project(started, open_store(f"file://{started}/store"), {})
+    project.run("git", "config", "core.autocrlf", "true")
+    project.commit("first")
+    shutil.rmtree(started / ".github")
+    project.run("git", "checkout", "--quiet", ".")
+    assert invoke_init(started, "--check").startswith("0 kept files"), "whatever Git does to other files"
+
+
+@pytest.mark.parametrize("place", [".github", ".github/workflows", ".dvc", "recipes", "datasets", ".gitignore/x"])
+def test_what_is_in_the_way_is_one_message(tmp_path: Path, place: str) -> None:
+    """A file where a folder must be, or the other way round, is named before anything is written."""
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / place).write_text("x")
+    before = read_all(tmp_path)
+    done = CliRunner().invoke(init_command, ["--root", str(tmp_path)], standalone_mode=False)
+    assert isinstance(done.exception, CommandError)
+    assert f"{tmp_path / place.removesuffix('/x')}: is a f" in str(done.exception)
+    assert read_all(tmp_path) == before
+
+
+@pytest.mark.parametrize("options", [(), ("--check",)], ids=["init", "check"])
+def test_only_the_top_of_a_repository_is_started(started: Path, options: tuple[str, ...]) -> None:
+    """GitHub reads `.github` there and nowhere else; a folder below, made already or not, is refused."""
+    before = read_all(started)
+    for folder in (started / "recipes", started / "new" / "one"):
+        done = CliRunner().invoke(init_command, ["--root", str(folder), *options], standalone_mode=False)
+        assert isinstance(done.exception, CommandError)
+        assert f"give --root {started.resolve()}" in str(done.exception)
+    assert read_all(started) == before
+    assert not (started / "new").exists()
+
+
+def test_a_branch_that_starts_nothing_is_told(tmp_path: Path) -> None:
+    """`main` and `master` are in the workflows; another name is said, the remote's before this clone's."""
+    for name in ("main", "master", "trunk"):
+        project = Project(tmp_path / name, open_store(f"file://{tmp_path}/store"), {})
+        project.root.mkdir()
+        project.run("git", "init", "--quiet", "--initial-branch", name)
+        assert ("start at pushes to main or master, not to trunk" in invoke_init(project.root)) is (name == "trunk")
+        for workflow in ("retrain", "validate"):
+            triggers = yaml.safe_load((project.root / ".github" / "workflows" / f"{workflow}.yml").read_text())[True]
+            assert triggers["push"]["branches"] == ["main", "master"]
+        project.commit("first")
+        project.run("git", "checkout", "--quiet", "-b", "topic")
+        if name == "trunk":
+            project.run("git", "update-ref", "refs/remotes/origin/trunk", "HEAD")
+            project.run("git", "symbolic-ref", "refs/remotes/origin/HEAD", "refs/remotes/origin/trunk")
+        assert ("not to trunk" in invoke_init(project.root)) is (name == "trunk")
 
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -425,6 +577,92 @@ def test_this_repository_has_the_files_that_it_ships() -> None:
     assert invoke_init(ROOT, "--check").startswith("0 kept files")
 
 
+class Facts(dict[str, Any]):
+    """A context of GitHub's expressions: what is not there is empty."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = self.get(name, "")
+        return Facts(value) if isinstance(value, dict) else value
+
+
+def evaluate(expression: str, **contexts: Any) -> Any:
+    """An expression of a workflow, of the operators that ours have."""
+    names = {"vars": Facts(), "github": Facts()} | {k: Facts(v) for k, v in contexts.items()}
+    return eval(expression.replace("&&", " and ").replace("||", " or "), {"__builtins__": {}}, names)  # noqa: S307
+
+
+def find_group(name: str, **github: Any) -> str:
+    """The concurrency group of a run."""
+    group = yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text())["concurrency"]["group"]
+    return re.sub(r"\$\{\{(.*?)\}\}", lambda found: str(evaluate(found[1].strip(), github=github)), group)
+
+
+def test_what_waits_is_replaced_only_by_what_does_its_work() -> None:
+    """GitHub keeps one waiting run of a group: a newer push stands for an older one, a night for a night, no more."""
+    main, other = {"event_name": "push", "ref": "refs/heads/main"}, {"event_name": "push", "ref": "refs/heads/x"}
+    hands = [{"event_name": "workflow_dispatch", "ref": "refs/heads/main", "event": {}} for _ in range(2)]
+    night, month = ({"event_name": "schedule", "event": {"schedule": s}} for s in ("17 3 * * *", "17 5 1 * *"))
+    runs = [("retrain", r) for r in (main, main, other, *hands)]
+    runs += [("reconcile", r) for r in (night, night, month, *hands)] + [("promote", r) for r in hands]
+    groups = [find_group(name, run_id=number, **run) for number, (name, run) in enumerate(runs)]
+    assert groups[0] == groups[1]
+    assert groups[5] == groups[6]
+    assert len(set(groups)) == len(runs) - 2
+
+    def report(owner: str, branch: str) -> str:
+        return find_group(
+            "report", event={"workflow_run": {"head_repository": {"owner": {"login": owner}}, "head_branch": branch}}
+        )
+
+    assert report("a", "patch-1") == report("a", "patch-1")
+    assert len({report("a", "patch-1"), report("b", "patch-1"), report("b/patch", "1"), report("b-patch", "1")}) == 4
+
+
+def is_reached(workflow: dict[Any, Any], name: str, **contexts: Any) -> bool:
+    """Whether a job runs: its own condition holds, and those of the jobs that it needs."""
+    job = workflow["jobs"][name]
+    needs = [job["needs"]] if isinstance(job.get("needs"), str) else job.get("needs", [])
+    own = bool(evaluate(job["if"], **contexts)) if "if" in job else True
+    return own and all(is_reached(workflow, need, **contexts) for need in needs)
+
+
+@pytest.mark.parametrize("name", ["retrain", "reconcile", "promote"])
+def test_only_the_default_branch_reaches_a_runner_of_ours(name: str) -> None:
+    """Whatever may be dispatched: no other branch, no tag of its name; and nothing trains before there is a store."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text())
+    jobs = [n for n, job in workflow["jobs"].items() if job["runs-on"] != "ubuntu-24.04"]
+    assert jobs
+    ours = {"ref_name": "trunk", "ref_type": "branch", "event": {"repository": {"default_branch": "trunk"}}}
+    store = {"APPLIANCE_STORE": "s3://x/y"}
+    for job in jobs:
+        assert is_reached(workflow, job, github=ours, vars=store)
+        assert not is_reached(workflow, job, github={**ours, "ref_name": "topic"}, vars=store)
+        assert not is_reached(workflow, job, github={**ours, "ref_type": "tag"}, vars=store)
+        assert is_reached(workflow, job, github=ours) is (name == "promote")
+
+
+def test_a_push_says_what_it_asks_for_by_git_alone(project: Project, tmp_path: Path) -> None:
+    """On a hosted machine, without store and secrets; a commit that nobody has is the same as none."""
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "retrain.yml").read_text())["jobs"]["plan"]
+    (*_, step) = job["steps"]
+    assert step["continue-on-error"] is True, "what informs does not keep anything from training"
+    assert set(step["env"]) == {"APPLIANCE_IMAGE", "BEFORE", "ONLY"}
+    program = tmp_path / "bin" / "appliance"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m appliance "$@"\n')
+    program.chmod(0o755)
+    shutil.copytree(ROOT / ".github", project.root / ".github")
+    before = project.run("git", "rev-parse", "HEAD").strip()
+    project.write_recipe(training={**TRAINING, "epochs": 3})
+    project.commit("three epochs")
+    for since, reason in ((before, "the recipe changed since"), ("0" * 40, "every recipe"), ("a" * 40, "every recipe")):
+        summary = tmp_path / f"{since}.md"
+        variables = [f"{k}={v}" for k, v in {"GITHUB_STEP_SUMMARY": summary, "BEFORE": since, "ONLY": ""}.items()]
+        path = f"PATH={program.parent}:{os.environ['PATH']}"
+        project.run("env", "-u", "APPLIANCE_STORE", *variables, path, "bash", "-e", "-c", step["run"])
+        assert "| `colours` | `would train` | `" + reason in summary.read_text()
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
 def test_no_event_of_a_stranger_reaches_a_runner_of_ours(path: Path) -> None:
     """What a fork can start runs on hosted machines, read-only, without secrets; every job is hardened."""
@@ -438,7 +676,7 @@ def test_no_event_of_a_stranger_reaches_a_runner_of_ours(path: Path) -> None:
         runner = job["runs-on"]
         if runner != "ubuntu-24.04":
             assert triggers <= {"push", "schedule", "workflow_dispatch"}, "started by people with write access only"
-            assert workflow[True].get("push", {"branches": ["main"]})["branches"] == ["main"]
+            assert {*workflow[True].get("push", {"branches": []})["branches"]} <= {"main", "master"}
             assert job["environment"] in ("training", "production")
         for step in job["steps"]:
             assert step.get("uses", CHECKOUT) in ({CHECKOUT, ATTEST} if path.stem == "image" else {CHECKOUT})
@@ -465,5 +703,5 @@ def test_the_night_looks_for_damage_and_garbage_whatever_became_of_the_reconcile
     for step in (checked, looked):
         assert step["if"] == "${{ !cancelled() }}"
         assert step["env"] == {k: v for k, v in made["env"].items() if k != "SCHEDULE"}
-    assert checked["run"] == '.github/scripts/appliance check --sample 20 --summary "$GITHUB_STEP_SUMMARY"'
-    assert looked["run"] == '.github/scripts/appliance gc --dry-run --summary "$GITHUB_STEP_SUMMARY"'
+    assert checked["run"] == 'exec bash .github/scripts/appliance check --sample 20 --summary "$GITHUB_STEP_SUMMARY"'
+    assert looked["run"] == 'exec bash .github/scripts/appliance gc --dry-run --summary "$GITHUB_STEP_SUMMARY"'

@@ -6,19 +6,24 @@ tested here is the script.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from issuer import JsonServer
 
-SCRIPT = Path(__file__).parent.parent / ".github" / "scripts" / "appliance"
+GITHUB = Path(__file__).parent.parent / ".github"
+SCRIPT = GITHUB / "scripts" / "appliance"
 IMAGE = "registry.example.com/appliance@sha256:" + "a" * 64
 
 
@@ -78,6 +83,116 @@ def test_a_stop_of_the_job_reaches_the_training(folder: Path) -> None:
         assert (job.returncode, output) == (33, "saved\n")
 
 
+# A container of 12 s to save its checkpoint, which no process of the job started, as a daemon's are.
+ENGINE = """
+case $1 in
+run) env -i PATH="$PATH" setsid {folder}/bin/container </dev/null >/dev/null 2>&1 & echo $! >{folder}/pid
+    wait $!; exit 33 ;;
+stop) kill -TERM "$(<{folder}/pid)"; while kill -0 "$(<{folder}/pid)"; do sleep 0.1; done ;;
+esac
+"""
+CONTAINER = """
+trap 'sleep 12; touch {folder}/saved; exit 33' TERM
+touch {folder}/began
+for _ in {{1..300}}; do sleep 0.1; done
+"""
+CHILD = """
+import pathlib, signal, sys, time
+def save(*_):
+    time.sleep(2)
+    pathlib.Path("saved").touch()
+    sys.exit(33)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path("began").touch()
+time.sleep(600)
+"""
+
+
+def start_step(folder: Path, **variables: str) -> subprocess.Popen[bytes]:
+    """A step of `retrain.yml` as GitHub's runner starts it (`bash -e FILE`), whose processes it knows by a variable."""
+    shutil.copytree(GITHUB, folder / ".github")
+    job = yaml.safe_load((GITHUB / "workflows" / "retrain.yml").read_text())["jobs"]["train"]
+    (folder / "step.sh").write_text(job["steps"][-1]["run"])
+    env = {"PATH": f"{folder / 'bin'}:/usr/local/bin:/usr/bin:/bin", "HOME": str(folder / "home"), **variables}
+    env |= {"RUNNER_TRACKING_ID": str(folder), "GITHUB_STEP_SUMMARY": str(folder / "summary.md")}
+    return subprocess.Popen(["bash", "-e", "step.sh"], cwd=folder, env=env)
+
+
+def cancel(step: subprocess.Popen[bytes], folder: Path) -> int:
+    """As the runner does (actions/runner, ProcessInvoker.cs): signals for one process, then an end to what is left."""
+    for number, patience_s in ((signal.SIGINT, 7.5), (signal.SIGTERM, 2.5), (signal.SIGKILL, 10)):
+        step.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            step.wait(patience_s)
+            break
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"RUNNER_TRACKING_ID={folder}\0".encode() in environment.read_bytes():
+                os.kill(int(environment.parent.name), signal.SIGKILL)
+    return step.returncode
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Until it holds, at most half a minute."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_cancelled_container_has_its_two_minutes_whatever_the_runner_does(folder: Path) -> None:
+    """The runner waits ten seconds and kills the job's processes; the container is stopped, and saves after that."""
+    write_program(folder, "docker", ENGINE.format(folder=folder))
+    write_program(folder, "container", CONTAINER.format(folder=folder))
+    step = start_step(folder, APPLIANCE_IMAGE=IMAGE)
+    wait_for((folder / "began").exists)
+    assert cancel(step, folder) == -signal.SIGKILL
+    assert not (folder / "saved").exists()
+    wait_for((folder / "saved").exists)
+
+
+def test_a_container_that_is_being_pulled_when_the_job_is_cancelled_never_starts(folder: Path) -> None:
+    """There is nothing to stop yet: the client is, before it makes one."""
+    pull = f"trap 'exit 143' TERM; touch {folder}/pulling; sleep 20 & wait $!; touch {folder}/began"
+    write_program(folder, "docker", f"case $1 in run) {pull} ;; stop) exit 1 ;; esac")
+    step = start_step(folder, APPLIANCE_IMAGE=IMAGE)
+    wait_for((folder / "pulling").exists)
+    assert cancel(step, folder) == 143
+    assert not (folder / "began").exists()
+
+
+def test_a_cancelled_job_without_a_container_saves_within_the_seconds_that_it_has(folder: Path) -> None:
+    """The first signal reaches the training; the job ends with its exit code."""
+    (folder / "child.py").write_text(CHILD)
+    write_program(folder, "appliance", f"exec {sys.executable} child.py")
+    step = start_step(folder)
+    wait_for((folder / "began").exists)
+    assert cancel(step, folder) == 33
+    assert (folder / "saved").exists()
+
+
+def test_a_signal_before_there_is_a_program_is_not_lost(folder: Path) -> None:
+    """While a token is fetched, say: what is started then is stopped at once."""
+    write_program(folder, "curl", f'touch {folder}/asking; sleep 1; echo \'{{"value": "x"}}\'')
+    write_program(folder, "appliance", "exec sleep 600")
+    job = start(
+        folder, "reconcile", AWS_ROLE_ARN="arn:x", ACTIONS_ID_TOKEN_REQUEST_URL="x", ACTIONS_ID_TOKEN_REQUEST_TOKEN="x"
+    )
+    wait_for((folder / "asking").exists)
+    job.send_signal(signal.SIGINT)
+    assert job.wait(timeout=30) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("path", sorted((GITHUB / "workflows").glob("*.yml")), ids=lambda p: p.stem)
+def test_the_script_is_the_process_of_its_step(path: Path) -> None:
+    """`exec`, in the last line: a shell before it would keep the signals; by bash: Git may have lost the mode."""
+    for job in yaml.safe_load(path.read_text())["jobs"].values():
+        for run in (step.get("run", "") for step in job["steps"]):
+            *others, last = run.strip().splitlines() or [""]
+            assert not [line for line in others if "scripts/appliance" in line]
+            assert "scripts/appliance" not in last or last.startswith("exec bash .github/scripts/appliance ")
+
+
 @pytest.mark.parametrize(
     ("variables", "text"),
     [
@@ -110,7 +225,7 @@ def test_an_image_runs_as_this_user_and_left_overs_are_stopped(folder: Path) -> 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     looked, stopped, ran = (folder / "calls").read_text().splitlines()
-    assert looked == "ps|--quiet|--filter|label=appliance.runner=gpu-1|"
+    assert looked.startswith("ps|--quiet|--filter|label=appliance.runner=gpu-1|")
     assert stopped == "stop|-t|120|left|"
     assert ran.endswith(f"|{IMAGE}|reconcile|--summary|/summary.md|")
     assert f"|--user|{os.getuid()}:{os.getgid()}|" in ran
@@ -119,6 +234,31 @@ def test_an_image_runs_as_this_user_and_left_overs_are_stopped(folder: Path) -> 
     assert "|--env|APPLIANCE_IMAGE|" in ran, "the manifest says which image made a version"
     assert "=secret" not in ran, "values never stand on a command line"
     assert f"|--volume|{folder}:/workspace|" in ran
+
+
+HOST = """
+import pathlib, sys
+verb, *words = sys.argv[1:]
+labels = {w.removeprefix("label=") for w in words if "appliance." in w and "@" not in w}
+left = pathlib.Path(__file__).parent / "left"
+left.mkdir(exist_ok=True)
+if verb == "run":
+    (left / words[words.index("--name") + 1]).write_text("\\n".join(labels))
+elif verb == "ps":
+    print(*(f.name for f in left.iterdir() if labels <= {*f.read_text().splitlines()}))
+elif verb == "stop":
+    (left / words[-1]).unlink()
+"""
+
+
+def test_another_repositorys_training_is_not_a_left_over(folder: Path) -> None:
+    """Two repositories on one host have a runner each, both named after the host; each stops its own containers."""
+    (folder / "host.py").write_text(HOST)
+    write_program(folder, "docker", f'exec {sys.executable} {folder}/host.py "$@"')
+    for repository, left in (("team/one", 1), ("team/two", 2), ("team/one", 2)):
+        done = call(folder, "list", APPLIANCE_IMAGE=IMAGE, RUNNER_NAME="host", GITHUB_REPOSITORY=repository)
+        assert done.returncode == 0, done.stderr
+        assert len(list((folder / "left").iterdir())) == left
 
 
 def test_the_code_of_a_stopped_container_is_told_when_it_ends_before_the_stop_does(folder: Path) -> None:
@@ -130,9 +270,7 @@ def test_the_code_of_a_stopped_container_is_told_when_it_ends_before_the_stop_do
         f"stop) touch {folder}/stopped; sleep 1 ;; esac",
     )
     job = start(folder, "reconcile", APPLIANCE_IMAGE=IMAGE, RUNNER_NAME="gpu-1")
-    deadline = time.monotonic() + 30
-    while not (folder / "running").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for((folder / "running").exists)
     job.send_signal(signal.SIGTERM)
     _, errors = job.communicate(timeout=60)
     assert job.returncode == 33, errors

@@ -10,20 +10,23 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import date
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_recipe, write_dataset
+from tiny import make_recipe, write_base, write_dataset
 
 from appliance.cli.changes import describe_diff, diff_revisions
-from appliance.cli.prices import describe_cost, load_prices
+from appliance.cli.prices import Prices, describe_cost, guess_hours, load_prices
 from appliance.cli.sections import Section, render_sections
 from appliance.data import diff_folders, select_side
 from appliance.errors import DatasetError, RecipeError
 from appliance.example import decode_examples
+from appliance.model.shapes import read_sizes, read_weight_shapes
 from appliance.recipe import SplitSection
+from appliance.training.utilisation import count_matrices
 
 SCRIPT = Path(__file__).parent.parent / ".github" / "scripts" / "comment.py"
 HEAD = "b" * 40
@@ -152,10 +155,35 @@ def test_a_price_is_the_teams_and_has_a_day_and_a_source(tmp_path: Path) -> None
     assert load_prices(tmp_path) is None
 
 
+def test_hours_are_a_range_where_nothing_was_measured(tmp_path: Path) -> None:
+    """4 FLOPs a weight and token (6 where all are trained) over half to a tenth of the peak; nothing for other GPUs."""
+    base = write_base(tmp_path / "base")
+    weights = count_matrices(read_weight_shapes(base), read_sizes(base))
+    assert weights
+    prices = Prices(as_of=date(2026, 1, 31), source="x", currency="EUR", gpu_hour=2, gpu="NVIDIA H200")
+    lora, full, two = make_recipe(), make_recipe(method={"type": "full"}), make_recipe(needs={"devices": 2})
+    seconds = 4 * weights * 1e15 / 989e12
+    for recipe, factor in ((lora, 1.0), (full, 1.5), (two, 0.5)):
+        hours = guess_hours(recipe, base=base, tokens=10**15, prices=prices)
+        assert hours == pytest.approx((factor * seconds / 0.5 / 3600, factor * seconds / 0.1 / 3600))
+    assert describe_cost(hours=(0.5, 2.5), devices=2, prices=prices) == (
+        "about 0.50 to 2.50 hours on 2 GPUs (at 50% to 10% of the peak of NVIDIA H200), "
+        "2.00 to 10.00 EUR (2 an hour, x, 2026-01-31)"
+    )
+    fp32 = make_recipe(training={"precision": "fp32"})
+    other = prices.model_copy(update={"gpu": "NVIDIA A10G"})
+    for recipe, known in ((lora, None), (lora, other), (fp32, prices)):
+        assert guess_hours(recipe, base=base, tokens=1, prices=known) is None
+    assert "not NVIDIA A10G" in describe_cost(hours=None, devices=1, prices=other)
+
+
 def test_nothing_of_a_dataset_is_rendered_in_a_summary() -> None:
     """Tables stay tables, and tags, mentions and links stay text."""
     text = render_sections([Section("T", ("A",), (("<img src=x>|@team `x`\n[a](http://b)",),))])
     assert "| `<img src=x>\\|@team 'x'`<br>`[a](http://b)` |" in text
+
+
+BOT = {"login": "github-actions[bot]"}
 
 
 @dataclass
@@ -164,6 +192,7 @@ class Api:
 
     url: str = ""
     log: str = ""
+    hangs_up: bool = False
     comments: list[dict[str, Any]] = field(default_factory=list)
     calls: list[tuple[str, str, bool]] = field(default_factory=list)
 
@@ -182,9 +211,8 @@ class Api:
         if method == "GET" and path.startswith(f"{root}/issues/5/comments"):
             page = int(path.rpartition("=")[2])
             return 200, self.comments[(page - 1) * 100 : page * 100]
-        user = {"login": "github-actions[bot]"}
         if method == "POST" and path == f"{root}/issues/5/comments":
-            self.comments.append({"id": len(self.comments), "user": user, **body})
+            self.comments.append({"id": len(self.comments), "user": BOT, **body})
             return 201, {}
         if method == "PATCH" and path.startswith(f"{root}/issues/comments/"):
             self.comments[int(path.rpartition("/")[2])]["body"] = body["body"]
@@ -208,7 +236,7 @@ def api() -> Iterator[Api]:
             data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            self.wfile.write(data)
+            self.wfile.write(data[:1] if fake.hangs_up else data)
 
         do_GET = do_POST = do_PATCH = answer  # noqa: N815 - the names that http.server calls
 
@@ -246,9 +274,13 @@ def post(api: Api, **overrides: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_one_comment_is_updated_in_place(api: Api) -> None:
-    """Found by marker and author beyond the first page; somebody's copy of the marker is left alone."""
+    """Found by marker and author beyond the first page; somebody's copy of the marker is left alone.
+
+    GitHub's schema allows a comment whose author or text is null.
+    """
     marker = "<!-- appliance-report -->"
-    api.comments += [{"id": i, "user": {"login": "x"}, "body": f"{marker} mine"} for i in range(120)]
+    api.comments += [{"id": i, "user": {"login": "x"}, "body": f"{marker} mine"} for i in range(118)]
+    api.comments += [{"id": 118, "user": None, "body": marker}, {"id": 119, "user": BOT, "body": None}]
     api.log = encode_report({"sections": [{"title": "Plan", "columns": ["Recipe"], "rows": [["colours"]]}]})
     first = post(api)
     assert (first.returncode, first.stdout) == (0, "comment on #5 made\n"), first.stderr
@@ -257,7 +289,8 @@ def test_one_comment_is_updated_in_place(api: Api) -> None:
     assert post(api).stdout == "comment on #5 updated\n"
     assert len(api.comments) == 121
     assert "- `nothing to do`" in api.comments[120]["body"]
-    assert all(c["body"] == f"{marker} mine" for c in api.comments[:120])
+    assert all(c["body"] == f"{marker} mine" for c in api.comments[:118])
+    assert [c["body"] for c in api.comments[118:120]] == [marker, None]
     assert {sent for _, path, sent in api.calls if path == "/elsewhere"} == {False}, "the token stays with the API"
     assert all(sent for _, path, sent in api.calls if path != "/elsewhere")
 
@@ -314,3 +347,14 @@ def test_a_refusal_of_the_api_is_one_line(api: Api) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: http://127.0.0.1")
     assert "HTTP 404" in done.stderr
+
+
+def test_an_api_that_does_not_answer_is_one_line(api: Api) -> None:
+    """Nobody listens, or the connection ends in the middle of an answer: what to do, no traceback."""
+    api.hangs_up = True
+    for url in ("http://127.0.0.1:9", api.url):
+        done = post(api, GITHUB_API_URL=url)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: no answer from the API: ")
+        assert done.stderr.endswith("run this job again\n")
+        assert done.stderr.count("\n") == 1

@@ -8,6 +8,7 @@ word of it is shown as code, so that nothing in it is rendered, linked or mentio
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import os
 import re
@@ -107,7 +108,8 @@ def find_comment(repository: str, pull: int) -> int | None:
     for page in range(1, 31):
         comments = json.loads(call(f"/repos/{repository}/issues/{pull}/comments?per_page=100&page={page}"))
         for comment in comments:
-            if comment["user"]["login"] == BOT and comment["body"].startswith(MARKER):
+            author, body = (comment["user"] or {}).get("login"), comment["body"] or ""  # both may be null
+            if author == BOT and body.startswith(MARKER):
                 return int(comment["id"])
         if len(comments) < 100:
             return None
@@ -138,5 +140,6 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except urllib.error.HTTPError as fault:
-        sys.stderr.write(f"error: {fault.url}: HTTP {fault.code} {fault.reason}\n")
-        sys.exit(1)
+        sys.exit(f"error: {fault.url}: HTTP {fault.code} {fault.reason}")
+    except (OSError, http.client.HTTPException, json.JSONDecodeError) as fault:  # no connection, or half an answer
+        sys.exit(f"error: no answer from the API: {fault}; run this job again")

@@ -34,7 +34,7 @@ def command(*, root: Path, remote: str | None, store_url: str | None, check: boo
     if check:
         return _show_drift(root)
     bucket = urlsplit(store_url).netloc if store_url and store_url.startswith("s3://") else ""
-    done = start_repository(root, remote=remote or (f"s3://{bucket}/dvc" if bucket else None))
+    done = start_repository(root, remote=remote, default_remote=f"s3://{bucket}/dvc" if bucket else None)
     for line in done:
         click.echo(line)
     click.echo("nothing to do" if not done else "next: add rows, `dvc add datasets`, `dvc push`, commit, push")

@@ -1,4 +1,8 @@
-"""What a GPU costs: the team's own file, with its day and source. No price is known to the code."""
+"""What a GPU costs: the team's own file, with its day and source. No price is known to the code.
+
+Hours come from the speed of a model's newest version. Where there is none, or nobody may ask the registry (a
+pull request has no credentials), they are a range: the model's own arithmetic on the GPU that the file names.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,22 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from appliance.errors import RecipeError
+from appliance.recipe import Recipe
+from appliance.training.utilisation import find_yardstick
 
 PRICES = "prices.yaml"
+_BUSY = (0.5, 0.1)  # of the GPU's peak, from large models with full batches to small ones with short rows
 
 
 class Prices(BaseModel):
-    """`prices.yaml`: the price of one hour of one GPU, when it was looked up and where."""
+    """`prices.yaml`: the price of an hour of a GPU, when it was looked up and where; `gpu` as its driver calls it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     as_of: date
     source: str = Field(min_length=1)
     currency: str = Field(min_length=1)
     gpu_hour: float = Field(gt=0.0)
+    gpu: str = ""
 
 
 def load_prices(root: Path) -> Prices | None:
@@ -35,14 +43,34 @@ def load_prices(root: Path) -> Prices | None:
         ) from fault
 
 
-def describe_cost(*, hours: float | None, devices: int, prices: Prices | None) -> str:
-    """Hours of so many GPUs and their money, or only what is known of them."""
-    if hours is None:
-        return "hours unknown until this model has a version"
-    on = f" on {devices} GPUs" if devices > 1 else ""
-    if prices is None:
-        return f"about {hours:.2f} hours{on}"
-    return (
-        f"about {hours:.2f} hours{on}, {prices.gpu_hour * hours * devices:.2f} {prices.currency} "
-        f"({prices.gpu_hour:g} an hour, {prices.source}, {prices.as_of})"
+def guess_hours(recipe: Recipe, *, base: Path, tokens: int, prices: Prices | None) -> tuple[float, float] | None:
+    """The least and the most hours of training, evaluation aside; `None` for a GPU or a model that is not known."""
+    precision = "fp32" if recipe.training.precision == "fp32" else "bf16"  # what auto is on every GPU that is known
+    yardstick = find_yardstick(
+        base,
+        method=recipe.method,
+        device_name=prices.gpu if prices else "",
+        precision=precision,
+        devices=recipe.needs.devices,
     )
+    if yardstick is None:
+        return None
+    least, most = (tokens * yardstick.flops_per_token / (yardstick.peak_flops * share) / 3600 for share in _BUSY)
+    return least, most
+
+
+def describe_cost(*, hours: float | tuple[float, float] | None, devices: int, prices: Prices | None) -> str:
+    """Hours of so many GPUs and their money, measured or guessed (least, most), or only what is known of them."""
+    if hours is None:
+        return "hours unknown until this model has a version" + (
+            f", or {PRICES} has a gpu whose peak is known, not {prices.gpu or 'none'}" if prices else ""
+        )
+    times = hours if isinstance(hours, tuple) else (hours,)
+    on = f" on {devices} GPUs" if devices > 1 else ""
+    time = f"about {' to '.join(f'{h:.2f}' for h in times)} hours{on}"
+    if prices is None:
+        return time
+    if isinstance(hours, tuple):
+        time += f" (at {_BUSY[0]:.0%} to {_BUSY[1]:.0%} of the peak of {prices.gpu})"
+    money = " to ".join(f"{prices.gpu_hour * h * devices:.2f}" for h in times)
+    return f"{time}, {money} {prices.currency} ({prices.gpu_hour:g} an hour, {prices.source}, {prices.as_of})"

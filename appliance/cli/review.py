@@ -9,7 +9,7 @@ import click
 from appliance import registry
 from appliance.cli.changes import describe_diff, diff_revisions
 from appliance.cli.common import build_workspace, json_option, print_json, say, store_option, workspace_options
-from appliance.cli.prices import Prices, describe_cost, load_prices
+from appliance.cli.prices import Prices, describe_cost, guess_hours, load_prices
 from appliance.cli.sections import Section, print_section
 from appliance.cli.summary import append_section, describe_outcomes
 from appliance.data import load_pointer, pull_data
@@ -112,7 +112,7 @@ def _load(outcome: Outcome, workspace: Workspace) -> Recipe:
 
 
 def _estimate(outcome: Outcome, *, workspace: Workspace, store: Store | None, prices: Prices | None) -> tuple[str, ...]:
-    """Rows, steps, tokens, and the time by the speed that the model's newest version was trained with."""
+    """Rows, steps, tokens, and the time by the speed of the newest version, or else by arithmetic (`guess_hours`)."""
     recipe = _load(outcome, workspace)
     try:
         prepared = prepare(recipe, workspace=workspace)
@@ -124,7 +124,8 @@ def _estimate(outcome: Outcome, *, workspace: Workspace, store: Store | None, pr
     except ApplianceError as fault:
         return (outcome.recipe, "", "", "", f"no plan from here: {str(fault).splitlines()[0]}")
     speed = _read_speed(store, recipe.name)
-    hours = plan.tokens / speed / 3600 if speed else None
+    guessed = guess_hours(recipe, base=prepared.base.folder, tokens=plan.tokens, prices=prices)
+    hours = plan.tokens / speed / 3600 if speed else guessed
     cost = describe_cost(hours=hours, devices=plan.devices, prices=prices)
     return (outcome.recipe, str(plan.rows), str(plan.steps), f"{plan.tokens:,}", cost)
 
