@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import get_args
 
@@ -61,6 +62,21 @@ def test_every_command_shown_exists() -> None:
         text = page.read_text("utf-8")
         assert set(re.findall(r"(?:^|`)appliance ([a-z]+)", text, re.MULTILINE)) <= verbs, page
         assert set(re.findall(r"(?:^|`)make ([a-z0-9-]+)", text, re.MULTILINE)) <= targets, page
+
+
+def test_nobody_is_told_to_install_a_name_from_an_index() -> None:
+    """No page and no message says `pip install appliance`: whoever registers that name would be installed."""
+    theirs = {ROOT / "appliance" / "data" / "pointer.py"}  # its words are changed elsewhere
+    texts = [*PAGES, *sorted((ROOT / "appliance").rglob("*.py"))]
+    named = re.compile(r"pip install ['\"]?appliance\b(?!/)")
+    assert [file for file in texts if named.search(file.read_text("utf-8")) and file not in theirs] == []
+
+
+def test_every_extra_is_told() -> None:
+    """The README's table of extras has those of pyproject.toml, the one for work on the appliance aside."""
+    extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"].keys() - {"dev"}
+    table = read("README.md").split("| Extra |")[1].split("\n\n")[0]
+    assert set(re.findall(r"^\| `([a-z]+)` \|", table, re.MULTILINE)) == extras
 
 
 def test_the_readmes_recipe_is_valid() -> None:
