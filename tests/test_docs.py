@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,10 +15,12 @@ import click
 import pytest
 import yaml
 from test_cli import walk
+from tiny import write_base
 
 from appliance.cli import appliance
 from appliance.data import load_dataset
 from appliance.data.findings import Rule
+from appliance.demo import QUICK_ROWS, write_dataset
 from appliance.recipe import Recipe, render_schema
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +80,44 @@ def test_every_extra_is_told() -> None:
     extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"].keys() - {"dev"}
     table = read("README.md").split("| Extra |")[1].split("\n\n")[0]
     assert set(re.findall(r"^\| `([a-z]+)` \|", table, re.MULTILINE)) == extras
+
+
+def test_the_readmes_way_into_a_repository_works(tmp_path: Path) -> None:
+    """Its commands, one after the other, with the real Git and DVC, lead to a recipe that would train."""
+    block = read("README.md").split("## In your own repository")[1].split("```")[1]
+    write_dataset(tmp_path, rows=QUICK_ROWS)
+    (tmp_path / "dataset.yaml").unlink()
+    places = {
+        "s3://my-bucket/dvc": str(tmp_path / "dvc"),
+        "s3://my-bucket/registry": (tmp_path / "registry").as_uri(),
+        "~/rows.jsonl": str(next(tmp_path.glob("*.jsonl"))),
+        "appliance init\n": f"appliance init\nsed -i 's|model: .*|model: {write_base(tmp_path / 'base')}|' recipes/*.yaml\n",
+        "appliance reconcile ": "appliance reconcile --dry-run ",
+    }
+    for shown, real in places.items():
+        assert shown in block
+        block = block.replace(shown, real)
+    env = {
+        **{k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "APPLIANCE_"))},
+        **{f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "DVC_NO_ANALYTICS": "1",
+        "APPLIANCE_CACHE": str(tmp_path / "cache"),
+    }
+    done = subprocess.run(
+        ["bash", "-euc", block], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tickets: would train: has no version yet" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "Makefile", "recipes/demo.yaml"])
+def test_the_demos_time_is_one(name: str) -> None:
+    """Whoever says how long the demo takes says the same."""
+    lines = [line for line in read(name).splitlines() if "demo" in line]
+    told = [number for line in lines for number in re.findall(r"[Aa]bout (\d+) min", line)]
+    assert told
+    assert set(told) == {"10"}
 
 
 def test_the_readmes_recipe_is_valid() -> None:
