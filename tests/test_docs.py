@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -57,14 +58,95 @@ def test_every_command_is_in_the_readme() -> None:
     assert [name for name in leaves if f"appliance {name}" not in read("README.md")] == []
 
 
-def test_every_command_shown_exists() -> None:
-    """A page shows no verb and no make target that is not there."""
-    verbs = {name.split(" ")[0] for name, _ in walk(appliance)}
+LEAD = re.compile(
+    r"\s*(?:\w+=\S+ )*(?:\$ |run: )?"
+    r"(?:docker run .*IMAGE|docker compose run --rm appliance|(?:\.github/scripts/)?appliance) (?=[a-z-])"
+)
+
+
+def list_commands(file: Path) -> tuple[list[list[str]], list[list[str]]]:
+    """The `appliance` commands that a file shows: those to be typed or run, and those named in running text."""
+    text = re.sub(r"\\\n\s*", "", file.read_text("utf-8"))
+    typed = "" if file.suffix == ".py" else re.sub(r"^ *# *(?=appliance )", "", text, flags=re.MULTILINE)
+    if file.suffix == ".md":
+        parts = re.split(r"^```.*$", text, flags=re.MULTILINE)
+        text, typed = "\n".join(parts[::2]), "\n".join(parts[1::2])
+    return read_commands(typed.splitlines()), read_commands(re.findall(r"`([^`]+)`", text))
+
+
+def read_commands(lines: list[str]) -> list[list[str]]:
+    """The words after `appliance` in each line that runs it, up to a pipe or comment; a `{value}` is one word."""
+    commands = [(line, lead.end()) for line in lines if (lead := LEAD.match(line))]
+    shown = [re.split(r"[|;&<>#`]| \(", line[end:])[0].replace('"${options[@]}"', "") for line, end in commands]
+    return [shlex.split(re.sub(r"\$?\{+[^{}]*\}+", "VALUE", words)) for words in shown]
+
+
+def find_fault(words: list[str], *, is_named: bool) -> str:
+    """What click's own parser has against a command: an unknown verb or option, too many or too few arguments.
+
+    A name in running text may be a verb without its arguments, and may end in an option without its value.
+    """
+    command: click.Command = appliance
+    rest = [word for word in words if word not in ("-h", "--help", "--version")]
+    while isinstance(command, click.Group) and rest:
+        child = command.get_command(click.Context(command), rest[0])
+        if child is None:
+            return f"no command {rest[0]}"
+        command, rest = child, rest[1:]
+    context = click.Context(command)
+    try:
+        given, left, _ = command.make_parser(context).parse_args([*rest])
+    except click.BadOptionUsage as fault:
+        return "" if is_named and words[-1] == fault.option_name else fault.format_message()
+    except click.UsageError as fault:
+        return fault.format_message()
+    wanted = [p for p in command.params if isinstance(p, click.Argument) and p.required]
+    lacking = [p.name for p in wanted if p.value_is_missing(given.get(p.name))]
+    is_whole = bool(rest) or not is_named
+    return f"unexpected {left}" if left else f"lacks {lacking}" if lacking and is_whole else ""
+
+
+SHOWING = sorted(
+    file
+    for pattern in ("*.md", "docs/**/*.md", "recipes/**/*.yaml", "appliance/**/*.py", "appliance/starter/files/*/**/*")
+    for file in ROOT.glob(pattern)
+    if file.is_file() and "__pycache__" not in file.parts
+)
+
+
+@pytest.mark.parametrize("file", sorted({*SHOWING}), ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_command_shown_can_be_typed(file: Path) -> None:
+    """Pages, recipes, starter files and messages show no verb, option or number of arguments that is refused."""
+    typed, named = list_commands(file)
+    faults = [(words, find_fault(words, is_named=False)) for words in typed]
+    faults += [(words, find_fault(words, is_named=True)) for words in named]
+    assert [f"appliance {' '.join(words)}: {fault}" for words, fault in faults if fault] == []
+
+
+def test_a_command_that_cannot_be_typed_is_found(tmp_path: Path) -> None:
+    """The test above is worth something: each class of fault is found, in a block and in running text."""
+    page = tmp_path / "page.md"
+    page.write_text(
+        "`appliance review A..B` `appliance plan` `appliance plna`\n```\nappliance plan\nappliance gc --older\n```\n"
+    )
+    typed, named = list_commands(page)
+    assert [bool(find_fault(words, is_named=True)) for words in named] == [True, False, True]
+    assert [bool(find_fault(words, is_named=False)) for words in typed] == [True, True]
+
+
+def test_the_readmes_table_names_options_of_its_verbs() -> None:
+    """An option in the row of a verb is one that the verb has."""
+    for verb, does in re.findall(r"^\| `appliance ([a-z ]+).*?` \| (.*) \|$", read("README.md"), re.MULTILINE):
+        command = dict(walk(appliance))[verb.strip()]
+        options = {o for p in command.params for o in p.opts}
+        assert set(re.findall(r"`(--[a-z-]+)", does)) <= options, verb
+
+
+def test_every_make_target_shown_exists() -> None:
+    """A page shows no make target that is not there."""
     targets = set(re.findall(r"^([a-z0-9-]+):", read("Makefile"), re.MULTILINE))
-    for page in PAGES:
-        text = page.read_text("utf-8")
-        assert set(re.findall(r"(?:^|`)appliance ([a-z]+)", text, re.MULTILINE)) <= verbs, page
-        assert set(re.findall(r"(?:^|`)make ([a-z0-9-]+)", text, re.MULTILINE)) <= targets, page
+    for page in [*PAGES, ROOT / "recipes" / "demo.yaml"]:
+        assert set(re.findall(r"(?:^|`)make ([a-z0-9-]+)", page.read_text("utf-8"), re.MULTILINE)) <= targets, page
 
 
 def test_nobody_is_told_to_install_a_name_from_an_index() -> None:
@@ -87,11 +169,12 @@ def test_the_readmes_way_into_a_repository_works(tmp_path: Path) -> None:
     block = read("README.md").split("## In your own repository")[1].split("```")[1]
     write_dataset(tmp_path, rows=QUICK_ROWS)
     (tmp_path / "dataset.yaml").unlink()
+    base = write_base(tmp_path / "base")
     places = {
         "s3://my-bucket/dvc": str(tmp_path / "dvc"),
         "s3://my-bucket/registry": (tmp_path / "registry").as_uri(),
         "~/rows.jsonl": str(next(tmp_path.glob("*.jsonl"))),
-        "appliance init\n": f"appliance init\nsed -i 's|model: .*|model: {write_base(tmp_path / 'base')}|' recipes/*.yaml\n",
+        "appliance init\n": f"appliance init\nsed -i 's|model: .*|model: {base}|' recipes/*.yaml\n",
         "appliance reconcile ": "appliance reconcile --dry-run ",
     }
     for shown, real in places.items():
