@@ -22,7 +22,9 @@ from appliance.cli import appliance
 from appliance.data import load_dataset
 from appliance.data.findings import Rule
 from appliance.demo import QUICK_ROWS, write_dataset
-from appliance.recipe import Recipe, render_schema
+from appliance.evaluation.statistics import mcnemar_exact, paired_gain_interval, smallest_gain
+from appliance.manifest import Outcome
+from appliance.recipe import GateSection, Recipe, render_schema
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
@@ -35,11 +37,12 @@ def read(name: str) -> str:
 
 
 def test_what_is_made_from_the_code_is_fresh() -> None:
-    """The schema, the README's tree and the tables of measured speed are what `make docs` writes."""
-    from write import render_readme, render_resume, render_speed
+    """The schema, the recipe's keys, the tree and the tables of measured speed are what `make docs` writes."""
+    from write import render_readme, render_recipe, render_resume, render_speed
 
     assert read("docs/recipe.schema.json") == render_schema()
     assert read("README.md") == render_readme(read("README.md"), ROOT)
+    assert read("docs/recipe.md") == render_recipe(read("docs/recipe.md"))
     assert read("docs/speed.md") == render_speed(read("docs/speed.md"), ROOT)
     assert read("docs/resume.md") == render_resume(read("docs/resume.md"), ROOT)
 
@@ -209,6 +212,54 @@ def test_the_readmes_recipe_is_valid() -> None:
     assert Recipe.model_validate(yaml.safe_load(text)).name == "tickets"
 
 
+def test_parts_of_a_recipe_on_a_page_are_valid() -> None:
+    """A part of a recipe that a page shows can be put into a recipe as it stands."""
+    parts = [
+        part for page in PAGES for part in re.findall(r"```yaml\n(\w+:\n.*?)```", page.read_text("utf-8"), re.DOTALL)
+    ]
+    whole = yaml.safe_load(re.findall(r"```yaml\n(name:.*?)```", read("README.md"), re.DOTALL)[0])
+    assert len([Recipe.model_validate({**whole, **yaml.safe_load(part)}) for part in parts]) >= 2
+
+
+def test_every_key_of_a_recipe_is_described() -> None:
+    """Editors and docs/recipe.md say what each key means."""
+    schema = Recipe.model_json_schema()
+    sections = {"Recipe": schema, **schema["$defs"]}
+    mute = [f"{n}.{k}" for n, s in sections.items() for k, v in s["properties"].items() if not v.get("description")]
+    assert mute == []
+
+
+def test_the_schema_can_be_written_from_what_is_installed(tmp_path: Path) -> None:
+    """The command of docs/recipe.md writes the schema, outside of a clone too."""
+    (command,) = re.findall(r"^python .*recipe\.schema\.json$", read("docs/recipe.md"), re.MULTILINE)
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-euc", command], cwd=tmp_path, env=env, check=True, timeout=60)
+    assert (tmp_path / "recipe.schema.json").read_text("utf-8") == render_schema()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/**/*.yaml")), ids=lambda p: p.stem)
+def test_a_recipe_that_names_a_schema_names_this_one(path: Path) -> None:
+    """Each example names the schema beside it; the demo's does not, for it is also where there is none."""
+    named = re.findall(r"^# yaml-language-server: \$schema=(.*)$", path.read_text("utf-8"), re.MULTILINE)
+    wanted = [ROOT / "docs" / "recipe.schema.json"] if path.parent.name == "examples" else []
+    assert [(path.parent / name).resolve() for name in named] == wanted
+
+
+def test_the_page_on_the_verdict_is_the_code() -> None:
+    """docs/evaluation.md has each outcome, the gates as they are, and numbers that the statistics give."""
+    page = read("docs/evaluation.md")
+    assert set(re.findall(r"^\| `([a-z]+)` \| yes \|", page, re.MULTILINE)) == set(get_args(Outcome))
+    gates = GateSection()
+    assert f"`alpha` {gates.alpha}, `min_gain` {gates.min_gain}, `min_test_rows` {gates.min_test_rows}." in page
+    counts, gains = (
+        re.findall(r"[\d,]+", re.findall(rf"^\| {n} .*$", page, re.MULTILINE)[0]) for n in ("Test rows", "Gain")
+    )
+    found = [smallest_gain(int(n.replace(",", "")), alpha=gates.alpha) for n in counts]
+    assert [f"{(gain or 0) * 100:.0f}" for gain in found] == gains
+    low, high = paired_gain_interval(both=25, wins=12, losses=3, neither=60)
+    assert f"p = {mcnemar_exact(12, 3):.2g}, interval {low * 100:+.1f} to {high * 100:+.1f}" in page
+
+
 def test_every_rule_is_explained() -> None:
     """The table in docs/data.md has the check's rules, each once, and no other."""
     table = read("docs/data.md").split("| Rule |")[1]
@@ -236,9 +287,12 @@ def test_the_conversion_makes_rows(tmp_path: Path) -> None:
     assert [(r.request, r.answer) for r in rows] == [("a", "b"), ("a\n\nc", "b"), ("a", "b"), ("\u00e4", "b")]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "recipe.md"], ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_page_says_a_thing_twice(page: Path) -> None:
-    """No long line stands twice on a page: an edit that went wrong pastes a block a second time."""
+    """No long line stands twice on a page: an edit that went wrong pastes a block a second time.
+
+    docs/recipe.md is written from the code, and methods share keys.
+    """
     lines = [line for line in page.read_text("utf-8").splitlines() if len(line) > 60]
     assert [line for line in lines if lines.count(line) > 1] == []
 
