@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -243,6 +244,17 @@ def test_a_recipe_that_names_a_schema_names_this_one(path: Path) -> None:
     named = re.findall(r"^# yaml-language-server: \$schema=(.*)$", path.read_text("utf-8"), re.MULTILINE)
     wanted = [ROOT / "docs" / "recipe.schema.json"] if path.parent.name == "examples" else []
     assert [(path.parent / name).resolve() for name in named] == wanted
+
+
+def test_the_speed_of_the_other_processor_is_its_result() -> None:
+    """What docs/speed.md says of the EPYC is in a committed result."""
+    result = json.loads(read("benchmarks/results/train_cpu_epyc.json"))
+    rate = statistics.median(result["tokens_per_second"]["appliance"])
+    best = min(ratio for name, ratio in result["ratio"].items() if name.startswith("trl"))
+    words = f"gave {rate:.0f} tokens/s, {result['ratio']['trl']:.1f} times TRL's defaults and {best:.1f} times its best"
+    assert f"{words} ({result['date']}; `benchmarks/results/train_cpu_epyc.json`)" in " ".join(
+        read("docs/speed.md").split()
+    )
 
 
 def test_the_page_on_the_verdict_is_the_code() -> None:
