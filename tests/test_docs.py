@@ -26,6 +26,7 @@ from appliance.demo import QUICK_ROWS, write_dataset
 from appliance.evaluation.statistics import mcnemar_exact, paired_gain_interval, smallest_gain
 from appliance.manifest import Outcome
 from appliance.recipe import GateSection, Recipe, render_schema
+from appliance.training.monitor import Rules, watch_records
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
@@ -255,6 +256,27 @@ def test_the_speed_of_the_other_processor_is_its_result() -> None:
     assert f"{words} ({result['date']}; `benchmarks/results/train_cpu_epyc.json`)" in " ".join(
         read("docs/speed.md").split()
     )
+
+
+def test_the_examples_of_monitoring_are_what_the_rules_say() -> None:
+    """docs/monitoring.md: where a run that begins at 2.4 is refused, and which sameness is a collapse."""
+    rules = Rules(keep="best_loss", patience=None, max_steps=100)
+
+    def refuses(loss: float, *, steps: int) -> bool:
+        losses = [2.4, *[loss] * steps]
+        return bool(
+            watch_records(({"step": i, "loss": x, "learning_rate": 1e-4} for i, x in enumerate(losses)), rules).refusal
+        )
+
+    assert [refuses(7.3, steps=5), refuses(7.3, steps=4), refuses(7.1, steps=5)] == [True, False, False]
+    assert [refuses(3.7, steps=60), refuses(3.5, steps=60)] == [True, False]
+
+    def collapses(answer: float, reference: float) -> bool:
+        found = {"validation_loss": 1.0, "validation_rows": 100, "validation_same_answer": answer}
+        evaluations = [{**found, "step": step, "validation_same_reference": reference} for step in (1, 2)]
+        return any(alert.kind == "collapse" for alert in watch_records(evaluations, rules).alerts)
+
+    assert [collapses(0.95, 0.3), collapses(0.95, 0.9)] == [True, False]
 
 
 def test_the_page_on_the_verdict_is_the_code() -> None:
