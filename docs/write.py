@@ -37,7 +37,7 @@ NAMED = {
     "appliance/report/plot.ttf": "The font of the PNG plots: DejaVu Sans cut to ASCII, licence inside",
     "compose.yaml": "A GPU host with its own object store",
     "datasets.dvc": "The pointer of the demo dataset: the commit of such a file starts the main job",
-    "docs/architecture.md": "Floors, the way of a dataset commit, identity, exit codes",
+    "docs/architecture.md": "Floors, the way of a dataset commit, identity, exit codes, every file",
     "docs/data.md": "Rows, `dataset.yaml`, split, checks",
     "docs/forgetting.md": "Replay and elastic weight consolidation: when, keys, figures",
     "docs/gitops.md": "From zero to the first retrain on a runner",
@@ -88,8 +88,8 @@ def render_tree(root: Path) -> str:
     return "\n".join(["```", *lines, "```"])
 
 
-def render_readme(text: str, root: Path) -> str:
-    """The README with its tree written anew."""
+def render_architecture(text: str, root: Path) -> str:
+    """The page with the tree of files written anew."""
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
     return f"{head}{BEGIN}\n{render_tree(root)}\n{END}{tail}"
@@ -189,8 +189,8 @@ def _say_range(value: dict[str, Any]) -> str:
 def main() -> None:
     """Write the schema and the made part of each page."""
     (ROOT / "docs" / "recipe.schema.json").write_text(render_schema(), "utf-8")
-    readme = ROOT / "README.md"
-    readme.write_text(render_readme(readme.read_text("utf-8"), ROOT), "utf-8")
+    page = ROOT / "docs" / "architecture.md"
+    page.write_text(render_architecture(page.read_text("utf-8"), ROOT), "utf-8")
     recipe = ROOT / "docs" / "recipe.md"
     recipe.write_text(render_recipe(recipe.read_text("utf-8")), "utf-8")
     speed = ROOT / "docs" / "speed.md"

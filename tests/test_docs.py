@@ -40,10 +40,10 @@ def read(name: str) -> str:
 
 def test_what_is_made_from_the_code_is_fresh() -> None:
     """The schema, the recipe's keys, the tree and the tables of measured speed are what `make docs` writes."""
-    from write import render_readme, render_recipe, render_resume, render_speed
+    from write import render_architecture, render_recipe, render_resume, render_speed
 
     assert read("docs/recipe.schema.json") == render_schema()
-    assert read("README.md") == render_readme(read("README.md"), ROOT)
+    assert read("docs/architecture.md") == render_architecture(read("docs/architecture.md"), ROOT)
     assert read("docs/recipe.md") == render_recipe(read("docs/recipe.md"))
     assert read("docs/speed.md") == render_speed(read("docs/speed.md"), ROOT)
     assert read("docs/resume.md") == render_resume(read("docs/resume.md"), ROOT)
@@ -145,6 +145,13 @@ def test_the_readmes_table_names_options_of_its_verbs() -> None:
         command = dict(walk(appliance))[verb.strip()]
         options = {o for p in command.params for o in p.opts}
         assert set(re.findall(r"`(--[a-z-]+)", does)) <= options, verb
+
+
+def test_every_page_is_in_the_readme() -> None:
+    """Who reads the README finds every page, and gets no list of files in its stead."""
+    pages = [f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")]
+    assert [page for page in pages if f"]({page})" not in read("README.md")] == []
+    assert "tests/" not in read("README.md")
 
 
 def test_every_make_target_shown_exists() -> None:
