@@ -23,7 +23,7 @@ from appliance.cli import appliance
 from appliance.data import load_dataset
 from appliance.data.findings import Rule
 from appliance.demo import QUICK_ROWS, write_dataset
-from appliance.evaluation.statistics import mcnemar_exact, paired_gain_interval, smallest_gain
+from appliance.evaluation.verdict import mcnemar_exact, paired_gain_interval, smallest_gain
 from appliance.manifest import Outcome
 from appliance.recipe import GateSection, Recipe, render_schema
 from appliance.training.monitor import Rules, watch_records
