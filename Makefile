@@ -58,7 +58,7 @@ lint: .venv/ready  ## ruff, mypy, the house's layers, zizmor, shellcheck, action
 	@$(PYTHON) .ci/lint.py
 
 .PHONY: docs
-docs: .venv/ready  ## Write the recipe's JSON Schema and the README's tree anew
+docs: .venv/ready  ## Write what the pages have from code and results: recipe's schema and keys, tree, figures
 	@$(PYTHON) docs/write.py
 
 .PHONY: bench

@@ -71,7 +71,7 @@ def run_child(work: Callable[[StopFlag, Emit], None]) -> int:
         emit(failure=str(fault))
         return fault.exit_code
     except ModuleNotFoundError as fault:
-        emit(failure=f"{fault.name} is not installed; pip install 'appliance[train]'")
+        emit(failure=f"{fault.name} is not installed; install the appliance's extra 'train' (README, Install)")
         return 1
     except Exception as fault:
         words = describe_place(fault)

@@ -24,6 +24,7 @@ def _check_targets(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+_VARIANT = "another scale, form or start of the adapters (docs/methods.md)"
 Targets = Annotated[Literal["all-linear"] | tuple[str, ...], AfterValidator(_check_targets)]
 
 
@@ -34,12 +35,16 @@ class LoraMethod(Section):
     start: gaussian, orthogonal, pissa (arXiv 2404.02948), olora (arXiv 2406.01775), mica (arXiv 2604.01694).
     """
 
-    type: Literal["lora"]
-    variant: Literal["plain", "rslora", "dora", "gaussian", "orthogonal", "pissa", "olora", "mica"] = "plain"
-    rank: int = Field(16, ge=1, le=1024)
+    type: Literal["lora"] = Field(description="low-rank adapters on the frozen base")
+    variant: Literal["plain", "rslora", "dora", "gaussian", "orthogonal", "pissa", "olora", "mica"] = Field(
+        "plain", description=_VARIANT
+    )
+    rank: int = Field(16, ge=1, le=1024, description="inner width of an adapter: its capacity and its size")
     alpha: int | None = Field(None, ge=1, description="scale; twice the rank when left out")
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    targets: Targets = "all-linear"
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="share of an adapter's inputs that a step leaves out")
+    targets: Targets = Field(
+        "all-linear", description="names of the layers that get adapters; all-linear: every linear layer but the head"
+    )
 
     @field_validator("variant", mode="before")
     @classmethod
@@ -61,8 +66,10 @@ class QloraMethod(LoraMethod):
     loftq starts from the base's rounding error (arXiv 2310.08659).
     """
 
-    type: Literal["qlora"]  # type: ignore[assignment]
-    variant: Literal["plain", "rslora", "dora", "gaussian", "orthogonal", "olora", "loftq"] = "plain"  # type: ignore[assignment]
+    type: Literal["qlora"] = Field(description="low-rank adapters on the frozen base in 4 bits")  # type: ignore[assignment]
+    variant: Literal["plain", "rslora", "dora", "gaussian", "orthogonal", "olora", "loftq"] = Field(  # type: ignore[assignment]
+        "plain", description=_VARIANT
+    )
 
     @field_validator("variant", mode="before")
     @classmethod
@@ -77,7 +84,7 @@ class QloraMethod(LoraMethod):
 class PromptTuningMethod(Section):
     """Trained vectors before the embedded row; the base is frozen (Lester et al. 2021, arXiv 2104.08691)."""
 
-    type: Literal["prompt-tuning"]
+    type: Literal["prompt-tuning"] = Field(description="trained vectors before the row")
     tokens: int = Field(20, ge=1, le=1024, description="virtual tokens before every row")
     init: Literal["vocabulary", "text", "random"] = Field(
         "vocabulary", description="start from words drawn at random, from the words of 'text', or from noise"
@@ -97,10 +104,12 @@ class PrefixTuningMethod(Section):
     With `projection: mlp` they are made by a two-layer network that is dropped after training.
     """
 
-    type: Literal["prefix-tuning"]
+    type: Literal["prefix-tuning"] = Field(description="trained keys and values before the row in every layer")
     tokens: int = Field(20, ge=1, le=1024, description="virtual tokens before every row")
-    init: Literal["zero", "random"] = "zero"
-    projection: Literal["none", "mlp"] = "none"
+    init: Literal["zero", "random"] = Field("zero", description="what keys and values start from")
+    projection: Literal["none", "mlp"] = Field(
+        "none", description="mlp: they are made by a two-layer network that is dropped after training"
+    )
     hidden: int | None = Field(None, ge=1, le=65536, description="width of the projection; the keys' when left out")
 
     @model_validator(mode="after")
@@ -116,16 +125,16 @@ class PTuningMethod(Section):
     The encoder is dropped after training: the artifact holds the vectors it made.
     """
 
-    type: Literal["p-tuning"]
+    type: Literal["p-tuning"] = Field(description="trained vectors before the row, made by a small encoder")
     tokens: int = Field(20, ge=1, le=1024, description="virtual tokens before every row")
-    encoder: Literal["mlp", "lstm"] = "mlp"
+    encoder: Literal["mlp", "lstm"] = Field("mlp", description="what makes the vectors; dropped after training")
     hidden: int = Field(128, ge=1, le=65536, description="width of the encoder")
 
 
 class Ia3Method(Section):
     """Trained scales of keys, values and inner activations (Liu et al. 2022, arXiv 2205.05638)."""
 
-    type: Literal["ia3"]
+    type: Literal["ia3"] = Field(description="trained scales of keys, values and inner activations")
     targets: Annotated[Literal["auto"] | tuple[str, ...], AfterValidator(_check_targets)] = Field(
         "auto", description="auto: k_proj, v_proj and down_proj"
     )
@@ -155,7 +164,7 @@ class Ia3Method(Section):
 class FullMethod(Section):
     """All weights are trained; the artifact is a full copy of the model."""
 
-    type: Literal["full"]
+    type: Literal["full"] = Field(description="all weights; the artifact is a full copy of the model")
 
 
 Method = Annotated[

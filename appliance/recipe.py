@@ -57,16 +57,21 @@ class BaseSection(Section):
 class SplitSection(Section):
     """How groups of rows are divided; the decision depends on `salt` and the group alone."""
 
-    validation: float = Field(0.1, ge=0.0, le=0.4)
-    test: float = Field(0.1, gt=0.0, le=0.5)
-    salt: str = "appliance-1"
+    validation: float = Field(
+        0.1, ge=0.0, le=0.4, description="share of the groups that is looked at during training and never trained on"
+    )
+    test: float = Field(0.1, gt=0.0, le=0.5, description="share of the groups that only the evaluation sees")
+    salt: str = Field(
+        "appliance-1",
+        description="another text draws another split: rows that the version in use was trained on come into the test",
+    )
 
 
 class DatasetSection(Section):
     """Where the rows are, relative to the repository's root."""
 
     path: str = Field(min_length=1, description="folder of *.jsonl files with a dataset.yaml")
-    split: SplitSection = SplitSection()
+    split: SplitSection = Field(SplitSection(), description="how rows are divided into train, validation and test")
 
     @property
     def name(self) -> str:
@@ -77,24 +82,32 @@ class DatasetSection(Section):
 class SpeedSection(Section):
     """Which way the same numbers are computed; `auto` is right unless a library is to be ruled out.
 
-    `standard` is what transformers and PEFT do by themselves. attention: packed rows apart, without
-    a mask. head: `labelled` scores trained positions only, `fused` never holds the logits. lora: one
-    pass per adapted layer. prefix: what packed rows begin with alike, such as a system prompt, once per
-    micro-batch. compile: torch.compile of every decoder layer, minutes before the first step.
+    `standard` is what transformers and PEFT do by themselves.
     """
 
-    attention: Literal["auto", "standard"] = "auto"
-    head: Literal["auto", "standard", "labelled", "fused"] = "auto"
-    lora: Literal["auto", "standard"] = "auto"
-    prefix: Literal["auto", "standard"] = "auto"
-    compile: Literal["off", "on"] = "off"
+    attention: Literal["auto", "standard"] = Field("auto", description="auto: packed rows apart, without a mask")
+    head: Literal["auto", "standard", "labelled", "fused"] = Field(
+        "auto",
+        description="labelled: scores trained positions only; fused: also never holds the logits; auto: fused on CUDA "
+        "with a C compiler, else labelled",
+    )
+    lora: Literal["auto", "standard"] = Field("auto", description="auto: one pass per adapted layer; not for qlora")
+    prefix: Literal["auto", "standard"] = Field(
+        "auto",
+        description="auto: what packed rows begin with alike (a system prompt) is computed once per micro-batch",
+    )
+    compile: Literal["off", "on"] = Field(
+        "off", description="torch.compile of every decoder layer: minutes before the first step"
+    )
 
 
 class TrainingSection(Section):
     """How the method is optimised. Rates follow the method where left out."""
 
-    epochs: float = Field(3.0, gt=0.0, le=100.0)
-    learning_rate: float | None = Field(None, gt=0.0, le=1.0)
+    epochs: float = Field(3.0, gt=0.0, le=100.0, description="times that each training row is gone through, at most")
+    learning_rate: float | None = Field(
+        None, gt=0.0, le=1.0, description="peak of the schedule; left out, the method's usual one (docs/methods.md)"
+    )
     effective_batch: int = Field(16, ge=1, description="rows per optimizer step")
     max_length: int = Field(1024, ge=16, description="tokens; a longer row is never cut")
     overlong: Literal["refuse", "drop"] = Field(
@@ -103,13 +116,20 @@ class TrainingSection(Section):
     packing: Literal["auto"] | bool = Field(
         "auto", description="rows end to end without padding; auto: wherever the method allows it"
     )
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = Field(0.05, ge=0.0, le=0.5)
-    weight_decay: float = Field(0.0, ge=0.0, le=1.0)
-    max_grad_norm: float = Field(1.0, gt=0.0)
-    seed: int = Field(17, ge=0, lt=2**31)
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="the rate after the warm-up: to 0 along a cosine or a line, or as it is"
+    )
+    warmup_ratio: float = Field(0.05, ge=0.0, le=0.5, description="share of the steps in which the rate rises from 0")
+    weight_decay: float = Field(0.0, ge=0.0, le=1.0, description="AdamW's decay of the trained weights")
+    max_grad_norm: float = Field(1.0, gt=0.0, description="a longer gradient is scaled down to this norm")
+    seed: int = Field(17, ge=0, lt=2**31, description="decides the order of rows, the start of an adapter, and dropout")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto",
+        description="of the products, in training and evaluation; auto: bf16 where the device multiplies it natively",
+    )
+    gradient_checkpointing: Literal["auto", "on", "off"] = Field(
+        "auto", description="on: activations are computed again instead of kept; auto: where memory needs it"
+    )
     checkpoints: int = Field(8, ge=1, le=1000, description="checkpoints, each with an evaluation, over the whole run")
     keep: Literal["last", "best_loss", "best_exact_match"] = Field(
         "best_loss",
@@ -118,7 +138,7 @@ class TrainingSection(Section):
     patience: int | None = Field(
         3, ge=1, le=1000, description="evaluations in a row without a better one that stop training early; null: never"
     )
-    speed: SpeedSection = SpeedSection()
+    speed: SpeedSection = Field(SpeedSection(), description="rules a speed lever out; nothing has to be turned on")
 
 
 class ReplaySection(Section):
@@ -149,8 +169,10 @@ class EwcSection(Section):
 class ForgettingSection(Section):
     """What protects the base model's abilities while the task is learned."""
 
-    replay: ReplaySection | None = None
-    ewc: EwcSection | None = None
+    replay: ReplaySection | None = Field(None, description="general rows among the training rows; any method")
+    ewc: EwcSection | None = Field(
+        None, description="a price on changing weights that general answers depend on; full, lora and qlora"
+    )
 
     @model_validator(mode="after")
     def _ask_for_one(self) -> ForgettingSection:
@@ -164,25 +186,32 @@ class GateSection(Section):
 
     alpha: float = Field(0.01, gt=0.0, le=0.2, description="two-sided level of the exact McNemar test")
     min_gain: float = Field(0.02, ge=0.0, le=1.0, description="smallest gain worth its maintenance, as a share of rows")
-    min_test_rows: int = Field(100, ge=1, description="below this the verdict is inconclusive")
+    min_test_rows: int = Field(100, ge=1, description="with fewer the verdict is inconclusive, or reject")
 
 
 class EvaluationSection(Section):
     """How base and candidate are compared on the held-out test rows."""
 
-    metric: Literal["exact_match", "contract_valid"] = "exact_match"
+    metric: Literal["exact_match", "contract_valid"] = Field(
+        "exact_match",
+        description="what makes an answer right: it equals the reference (JSON: as a value), or it keeps the contract",
+    )
     system_prompt: str | None = Field(
         None, description="the best prompt for the base model; the rows' own when left out"
     )
     few_shot: int = Field(3, ge=0, le=16, description="demonstrations from train for the few-shot arm; 0 leaves it out")
-    max_new_tokens: int = Field(256, ge=1, le=8192)
-    gates: GateSection = GateSection()
+    max_new_tokens: int = Field(256, ge=1, le=8192, description="an answer is cut here; give the longest room")
+    gates: GateSection = Field(GateSection(), description="what the candidate must show")
 
 
 class PublishSection(Section):
     """Where a version goes when the verdict is `ship`."""
 
-    alias: str = Field("staging", pattern=r"^[a-z][a-z0-9-]{0,31}$")
+    alias: str = Field(
+        "staging",
+        pattern=r"^[a-z][a-z0-9-]{0,31}$",
+        description="the name that `ship` moves; its version is the champion",
+    )
 
 
 class NeedsSection(Section):
@@ -196,14 +225,14 @@ class Recipe(Section):
     """One adapter to keep up to date: base x dataset x method, and what it must prove."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="the model's name in the registry")
-    base: BaseSection
-    dataset: DatasetSection
-    method: Method
-    training: TrainingSection = TrainingSection()
-    forgetting: ForgettingSection | None = None
-    evaluation: EvaluationSection = EvaluationSection()
-    publish: PublishSection = PublishSection()
-    needs: NeedsSection = NeedsSection()
+    base: BaseSection = Field(description="the model to start from")
+    dataset: DatasetSection = Field(description="the rows, and how they are divided")
+    method: Method = Field(description="what is trained; `type` chooses it")
+    training: TrainingSection = Field(TrainingSection(), description="how it is optimised")
+    forgetting: ForgettingSection | None = Field(None, description="what protects the base model's other abilities")
+    evaluation: EvaluationSection = Field(EvaluationSection(), description="how base and candidate are compared")
+    publish: PublishSection = Field(PublishSection(), description="where a version goes that ships")
+    needs: NeedsSection = Field(NeedsSection(), description="what the machine must have; never what is made")
 
     @model_validator(mode="after")
     def _check_combination(self) -> Recipe:

@@ -1,4 +1,4 @@
-"""Write what is made from code and results: the recipe's schema, the README's tree, figures of speed and resume."""
+"""Write what is made from code and results: the recipe's schema and keys, the tree, figures of speed and resume."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import ast
 import json
 import re
 import statistics
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from appliance.cli import VERBS
-from appliance.recipe import render_schema
+from appliance.recipe import Recipe, render_schema
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- tree: written by `make docs` -->", "<!-- end of tree -->"
 SPEED, END_SPEED = "<!-- speed: written by `make docs` -->", "<!-- end of speed -->"
 COST, END_COST = "<!-- checkpoints: written by `make docs` -->", "<!-- end of checkpoints -->"
+KEYS, END_KEYS = "<!-- keys: written by `make docs` -->", "<!-- end of keys -->"
 FOLDERS = ("appliance", "benchmarks", "docs", "tests")
 RESULTS = ("train_cpu", "train_cpu_jobs")
 # What has no docstring to quote.
@@ -33,7 +37,7 @@ NAMED = {
     "appliance/report/plot.ttf": "The font of the PNG plots: DejaVu Sans cut to ASCII, licence inside",
     "compose.yaml": "A GPU host with its own object store",
     "datasets.dvc": "The pointer of the demo dataset: the commit of such a file starts the main job",
-    "docs/architecture.md": "Floors, the way of a dataset commit, identity, exit codes",
+    "docs/architecture.md": "Floors, the way of a dataset commit, identity, exit codes, every file",
     "docs/data.md": "Rows, `dataset.yaml`, split, checks",
     "docs/forgetting.md": "Replay and elastic weight consolidation: when, keys, figures",
     "docs/gitops.md": "From zero to the first retrain on a runner",
@@ -41,6 +45,8 @@ NAMED = {
     "docs/mask.md": "What is trained on, for any chat template, and what is refused",
     "docs/methods.md": "Which method when: keys, ranges, memory, cost at inference",
     "docs/operations.md": "Rollback, full disk, stuck runner, rotating keys, test-set rotation",
+    "docs/evaluation.md": "Arms, metric, gates, the verdict and what to do about it",
+    "docs/recipe.md": "Every key of a recipe: type, default, range, meaning",
     "docs/resume.md": "What survives a kill, where it is kept, what is refused",
     "docs/decisions": "Why it is so and what it costs, half a page each",
     "docs/monitoring.md": "What is watched, what stops a run, where it is written",
@@ -82,8 +88,8 @@ def render_tree(root: Path) -> str:
     return "\n".join(["```", *lines, "```"])
 
 
-def render_readme(text: str, root: Path) -> str:
-    """The README with its tree written anew."""
+def render_architecture(text: str, root: Path) -> str:
+    """The page with the tree of files written anew."""
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
     return f"{head}{BEGIN}\n{render_tree(root)}\n{END}{tail}"
@@ -124,11 +130,69 @@ def render_resume(text: str, root: Path) -> str:
     return "\n".join([head + COST, *lines, END_COST + rest.partition(END_COST)[2]])
 
 
+def render_recipe(text: str) -> str:
+    """The page with a table for each section of a recipe, from the schema that editors use."""
+    schema = Recipe.model_json_schema()
+    head, _, rest = text.partition(KEYS)
+    lines = "\n".join(_list_keys(schema, schema["$defs"], path="")).strip()
+    return f"{head}{KEYS}\n{lines}\n{END_KEYS}{rest.partition(END_KEYS)[2]}"
+
+
+def _list_keys(section: dict[str, Any], known: dict[str, Any], *, path: str) -> Iterator[str]:
+    """A section's keys as a table, then the sections in it, each below its path."""
+    properties: dict[str, Any] = section.get("properties", {})
+    yield from ("| Key | Type | Default | Range | Meaning |", "|---|---|---|---|---|")
+    for key, value in properties.items():
+        default = "required" if key in section.get("required", ()) else _say_default(value)
+        cells = (f"`{key}`", _say_type(value), default, _say_range(value), value["description"])
+        yield f"| {' | '.join(cells)} |"
+    for key, value in properties.items():
+        for name in _list_sections(value):
+            part = known[name]
+            kind = part["properties"].get("type", {}).get("const")
+            title = f"{path}{key}" + (f": type {kind}" if kind else "")
+            yield from ("", f"## {title}", *textwrap.wrap(" ".join(part["description"].split()), 120), "")
+            yield from _list_keys(part, known, path=f"{path}{key}.")
+
+
+def _list_sections(value: dict[str, Any]) -> list[str]:
+    """The names of the sections that a key may hold; none for a plain value."""
+    forms = [value, *value.get("anyOf", ()), *value.get("oneOf", ())]
+    return [form["$ref"].rpartition("/")[2] for form in forms if "$ref" in form]
+
+
+def _say_type(value: dict[str, Any]) -> str:
+    if _list_sections(value):
+        return "section"
+    if "anyOf" in value:
+        return " or ".join(_say_type(form) for form in value["anyOf"] if form != {"type": "null"})
+    if "const" in value or "enum" in value:
+        return ", ".join(f"`{word}`" for word in value.get("enum", [value.get("const")]))
+    words = {"string": "text", "array": "list of texts", "boolean": "`true`, `false`"}
+    return words.get(value["type"], value["type"])
+
+
+def _say_default(value: dict[str, Any]) -> str:
+    if _list_sections(value) or value["default"] is None:
+        return "–"
+    return f"`{json.dumps(value['default']).strip(chr(34))}`"
+
+
+def _say_range(value: dict[str, Any]) -> str:
+    """The bounds of a number or the form of a text, of whichever form has any."""
+    bounds = {k: v for form in (value, *value.get("anyOf", ())) for k, v in form.items()}
+    words = {"minimum": "from {}", "exclusiveMinimum": "above {}", "maximum": "to {}", "exclusiveMaximum": "below {}"}
+    told = [text.format(f"{bounds[k]:,}".removesuffix(".0")) for k, text in words.items() if k in bounds]
+    return ", ".join([*told, *([f"`{bounds['pattern']}`"] if "pattern" in bounds else [])])
+
+
 def main() -> None:
-    """Write the four files."""
+    """Write the schema and the made part of each page."""
     (ROOT / "docs" / "recipe.schema.json").write_text(render_schema(), "utf-8")
-    readme = ROOT / "README.md"
-    readme.write_text(render_readme(readme.read_text("utf-8"), ROOT), "utf-8")
+    page = ROOT / "docs" / "architecture.md"
+    page.write_text(render_architecture(page.read_text("utf-8"), ROOT), "utf-8")
+    recipe = ROOT / "docs" / "recipe.md"
+    recipe.write_text(render_recipe(recipe.read_text("utf-8")), "utf-8")
     speed = ROOT / "docs" / "speed.md"
     speed.write_text(render_speed(speed.read_text("utf-8"), ROOT), "utf-8")
     resume = ROOT / "docs" / "resume.md"

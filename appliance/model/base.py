@@ -143,7 +143,7 @@ def _resolve_hub(model: str, *, revision: str, cache: Path, note: Note) -> Base:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as fault:
         raise ModelError(
-            f"base model {model}: hub models need the 'train' extra; pip install 'appliance[train]'"
+            f"base model {model}: hub models need the appliance's extra 'train'; install it (README, Install)"
         ) from fault
     note(f"base model {model}@{revision[:12]} from the hub")
     hub = cache / "hub"

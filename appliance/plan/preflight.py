@@ -70,7 +70,7 @@ def _check_processor(machine: Machine) -> Check:
 
 def _check_device(machine: Machine, probe: Mapping[str, Any]) -> list[Check]:
     if "fault" in probe:
-        action = "install the extra `train` (pip install 'appliance[train]'), or use the image"
+        action = "install the appliance's extra 'train' (README, Install), or use the image"
         return [Check("torch", "fault", str(probe["fault"]), action)]
     versions = f"torch {probe['torch']}, bitsandbytes {probe['bitsandbytes']}"
     checks = [check_gpu(machine, probe), Check("torch", "ok", f"{versions}: multiplies on {probe['device']}")]
