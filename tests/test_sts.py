@@ -268,8 +268,11 @@ def test_a_token_that_is_not_taken_is_told_by_the_data_too(job: Job, sts: Storag
     for token, words in (
         (job.issuer.sign(sub="repo:team/other:environment:training"), REFUSED),
         (job.issuer.sign(life_s=-60), "has run out"),
+        (None, "AWS_WEB_IDENTITY_TOKEN_FILE names a file with this job's token"),
     ):
-        job.mint(token)
+        job.mint(token or "")
+        if token is None:
+            job.token.unlink()
         with pytest.raises(DatasetError) as fault:
             pull_data(load_pointer(tmp_path / "datasets.dvc"), root=tmp_path)
         check_one_line(fault, "datasets.dvc: dvc pull failed: ", words)
