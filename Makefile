@@ -41,7 +41,7 @@ e2e: .venv/ready .cache/act/bin/act  ## The loop for real: git push, act runs th
 
 .PHONY: image-test
 image-test: .venv/ready .cache/act/bin/act .cache/podman-compose/bin/podman-compose  ## Build the image without CUDA and run it for real (needs buildah, podman, runc, debootstrap, iptables)
-	@$(PYTHON) -m pytest -m 'image and not slow' --timeout 2400 tests/test_image.py tests/test_compose.py tests/test_e2e.py $(ARGS)
+	@$(PYTHON) -m pytest -m 'image and not slow' --timeout 2400 tests/test_image.py tests/test_compose.py tests/test_sts.py tests/test_e2e.py $(ARGS)
 	@$(PYTHON) benchmarks/image.py
 
 .PHONY: image-test-cuda

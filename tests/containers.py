@@ -7,13 +7,17 @@ no `buildah podman runc debootstrap iptables` is told to install them (podman's 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 PROGRAMS = ("buildah", "podman", "runc", "debootstrap", "iptables")
 BASE, STORAGE = "localhost/appliance-test-base", "localhost/appliance-test-storage"
 IMAGE, CUDA_IMAGE = "localhost/appliance-test", "localhost/appliance-test-cuda"
+USER = 4711  # whom neither this machine nor the image knows
 # Raising limits is not permitted in some sandboxes, so runc gets bundles, and processes that join one, without them.
 WRAPPER = f"""#!{sys.executable}
 import json, os, sys
@@ -83,6 +88,30 @@ class Engine:
         """Any other podman command. Raises when it fails."""
         return execute("podman", *arguments, env=self.environment, timeout_s=timeout_s)
 
+    @contextlib.contextmanager
+    def serve(self) -> Iterator[Mapping[str, str]]:
+        """The variables by which any user's `docker` asks this engine, which stays root's."""
+        socket, client = self.folder / "engine.sock", self.folder / "docker"
+        client.write_text(f'#!/bin/sh\nexec podman --remote --url unix://{socket} "$@"\n')
+        client.chmod(0o755)
+        argv = ["podman", "system", "service", "--time", "0", f"unix://{socket}"]
+        with subprocess.Popen(argv, env=self.environment) as service:
+            try:
+                deadline = time.monotonic() + 30
+                while not socket.exists():
+                    assert time.monotonic() < deadline, "no service within half a minute"
+                    time.sleep(0.05)
+                socket.chmod(0o666)
+                yield {"CONTAINERS_CONF": self.environment["CONTAINERS_CONF"], "PATH": f"{self.folder}:{os.defpath}"}
+            finally:
+                service.terminate()
+
+
+def give_away(root: Path) -> None:
+    """To `USER`."""
+    for place in (root, *root.rglob("*")):
+        os.chown(place, USER, USER, follow_symlinks=False)
+
 
 def open_engine(folder: Path, *, image: str = IMAGE) -> Engine:
     """Podman over runc, without limits, cgroups and network of its own."""
@@ -92,25 +121,59 @@ def open_engine(folder: Path, *, image: str = IMAGE) -> Engine:
     wrapper = folder / "runc-without-limits"
     wrapper.write_text(WRAPPER)
     wrapper.chmod(0o755)
-    (folder / "containers.conf").write_text(
-        f'[containers]\nnetns = "host"\nlog_driver = "k8s-file"\n'
-        f'[engine]\nruntime = "plain"\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\n'
-        f'[engine.runtimes]\nplain = ["{wrapper}"]\n'
-    )
+    write_settings(folder, runtime=str(wrapper))
     return Engine(folder, image)
 
 
-def build_image(folder: Path, *, torch: str = "cpu", image: str = IMAGE) -> None:
-    """Base, context and image; what is there from an earlier build is used again, layer by layer."""
-    if subprocess.run(["podman", "image", "exists", BASE], check=False).returncode != 0:
-        build_base(folder / "base")
-    context = copy_context(folder / "context")
-    execute(
-        "buildah", "bud", "--isolation", "chroot", "--network", "host", "--layers", "--quiet",
-        "--build-arg", f"BASE_IMAGE={BASE}", "--build-arg", f"TORCH={torch}", "--build-arg", "EXTRAS=train data demo",
-        "--build-arg", f"REVISION={execute('git', 'rev-parse', 'HEAD', cwd=ROOT).strip()}",
-        "--tag", image, str(context), timeout_s=1800,
-    )  # fmt: skip
+def write_settings(folder: Path, *, runtime: str) -> Path:
+    """Podman's own for this machine, with this program to start containers."""
+    file = folder / "containers.conf"
+    file.write_text(
+        f'[containers]\nnetns = "host"\nlog_driver = "k8s-file"\n'
+        f'[engine]\nruntime = "plain"\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\n'
+        f'[engine.runtimes]\nplain = ["{runtime}"]\n'
+    )
+    return file
+
+
+@contextlib.contextmanager
+def open_rootless(home: Path) -> Iterator[Mapping[str, str]]:
+    """The variables by which `USER`, whose `home` this is, has an engine without root, and `BASE` in it."""
+    execute("podman", "save", "--quiet", "--format", "oci-archive", "--output", str(home / "base.tar"), BASE)
+    # Who has no range of others in /etc/subuid is the only one that files in an image can belong to.
+    (home / "storage.conf").write_text('[storage]\ndriver = "overlay"\noptions.overlay.ignore_chown_errors = "true"\n')
+    settings = write_settings(home, runtime=shutil.which("runc") or "runc")
+    (home / "docker").symlink_to(shutil.which("podman") or "podman")
+    (home / "run").mkdir()
+    give_away(home)
+    environment = {
+        "CONTAINERS_CONF": str(settings), "CONTAINERS_STORAGE_CONF": str(home / "storage.conf"), "HOME": str(home),
+        "XDG_RUNTIME_DIR": str(home / "run"), "PATH": f"{home}:{os.defpath}",
+    }  # fmt: skip
+    podman = ("setpriv", "--reuid", str(USER), "--regid", str(USER), "--clear-groups", "podman")
+    inspect = ("image", "inspect", "--format", "{{.Digest}}", BASE)
+    try:
+        execute(*podman, "load", "--quiet", "--input", str(home / "base.tar"), env=environment, cwd=home)
+        digest = execute(*podman, *inspect, env=environment, cwd=home).strip()
+        yield {**environment, "APPLIANCE_IMAGE": f"{BASE}@{digest}"}
+    finally:
+        execute(*podman, "system", "migrate", env=environment, cwd=home)  # ends what holds its namespace
+
+
+@functools.cache
+def build_image(*, torch: str = "cpu", image: str = IMAGE) -> None:
+    """Base, context and image, once; what is there from an earlier build is used again, layer by layer."""
+    with tempfile.TemporaryDirectory() as name:
+        if subprocess.run(["podman", "image", "exists", BASE], check=False).returncode != 0:
+            build_base(Path(name, "base"))
+        context = copy_context(Path(name, "context"))
+        revision = execute("git", "rev-parse", "HEAD", cwd=ROOT).strip()
+        execute(
+            "buildah", "bud", "--isolation", "chroot", "--network", "host", "--layers", "--quiet",
+            "--build-arg", f"BASE_IMAGE={BASE}", "--build-arg", f"TORCH={torch}",
+            "--build-arg", "EXTRAS=train data demo", "--build-arg", f"REVISION={revision}",
+            "--tag", image, str(context), timeout_s=1800,
+        )  # fmt: skip
 
 
 def build_storage(folder: Path) -> None:

@@ -24,7 +24,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import yaml
-from containers import ROOT, STORAGE, Engine, build_storage, execute
+from containers import ROOT, STORAGE, USER, Engine, build_storage, execute, give_away
 from test_image import engine, write_recipe  # noqa: F401 - one is a fixture
 from test_reconcile import AUTHOR, QUIET, base  # noqa: F401 - one is a fixture
 from tiny import write_dataset
@@ -179,12 +179,6 @@ class Host:
         return execute("git", "-c", "safe.directory=*", *words, env={**os.environ, **QUIET, **AUTHOR}, cwd=self.root)
 
 
-def give_away(root: Path) -> None:
-    """To UID 4711, whom the containers run as."""
-    for place in (root, *root.rglob("*")):
-        os.chown(place, 4711, 4711, follow_symlinks=False)
-
-
 @pytest.fixture
 def host(engine: Engine, base: Path, tmp_path: Path) -> Iterator[Host]:  # noqa: F811
     """Set up as docs/image.md says; everything is removed at the end."""
@@ -195,7 +189,7 @@ def host(engine: Engine, base: Path, tmp_path: Path) -> Iterator[Host]:  # noqa:
     shutil.copytree(base, root / "base")
     shutil.copy(ROOT / "compose.yaml", root)
     (root / "override.yaml").write_text(OVERRIDE)
-    settings = {**KEYS, "APPLIANCE_USER": "4711:4711", "APPLIANCE_IMAGE": engine.find_digest()}
+    settings = {**KEYS, "APPLIANCE_USER": f"{USER}:{USER}", "APPLIANCE_IMAGE": engine.find_digest()}
     (root / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
     (root / ".gitignore").write_text("/base\n")
     give_away(root)

@@ -352,7 +352,7 @@ def test_a_push_is_trained_in_the_image(make_forge: Callable[..., Forge], tmp_pa
     """The same workflow with the variable APPLIANCE_IMAGE: the runner needs a container engine and nothing else."""
     (tmp_path / "engine").mkdir()
     engine = open_engine(tmp_path / "engine")
-    build_image(tmp_path / "engine")
+    build_image()
     (tmp_path / "engine" / "docker").symlink_to(shutil.which("podman") or "podman")
     image = ["--var", f"APPLIANCE_IMAGE={engine.find_digest()}", "--env", f"PATH={tmp_path / 'engine'}:{os.defpath}"]
     image += ["--env", f"CONTAINERS_CONF={engine.environment['CONTAINERS_CONF']}"]

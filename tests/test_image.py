@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import yaml
-from containers import CUDA_IMAGE, IMAGE, ROOT, Engine, build_image, execute, open_engine
+from containers import CUDA_IMAGE, IMAGE, ROOT, USER, Engine, build_image, execute, give_away, open_engine
 from test_reconcile import Project, base, make_project  # noqa: F401 - two are fixtures
 from tiny import make_recipe, write_dataset
 
@@ -28,7 +28,7 @@ from appliance.demo.storage import Storage
 
 pytestmark = pytest.mark.image
 # As docker does it: podman alone would make /tmp, /run and /var/tmp writable.
-SEALED = ("--user", "4711:4711", "--read-only", "--read-only-tmpfs=false", "--tmpfs", "/tmp", "--cap-drop", "all")  # noqa: S108
+SEALED = ("--user", f"{USER}:{USER}", "--read-only", "--read-only-tmpfs=false", "--tmpfs", "/tmp", "--cap-drop", "all")  # noqa: S108
 STRANGER = (*SEALED, "--network", "none")
 
 
@@ -37,7 +37,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """podman, and the image in it."""
     folder = tmp_path_factory.mktemp("image")
     engine = open_engine(folder)
-    build_image(folder)
+    build_image()
     return engine
 
 
@@ -115,7 +115,7 @@ def test_a_stranger_without_network_trains_and_publishes(engine: Engine, workspa
     again = engine.run(*STRANGER, *folders, arguments=RUN)
     assert "(already there)" in again.stdout, again.stdout + again.stderr
     owners = {p.stat().st_uid for p in (tmp_path / "out").rglob("*")}
-    assert owners == {4711}, "nothing is left that the job's user cannot delete"
+    assert owners == {USER}, "nothing is left that the job's user cannot delete"
 
 
 def test_a_stranger_reconciles_a_commit_from_s3(
@@ -128,8 +128,7 @@ def test_a_stranger_reconciles_a_commit_from_s3(
     project = make_project()
     project.commit_data(rows=64)
     shutil.rmtree(project.root / "datasets")
-    for place in (project.root, *project.root.rglob("*")):
-        os.chown(place, 4711, 4711, follow_symlinks=False)
+    give_away(project.root)
     _, _, *folders = mount(project.root, tmp_path / "out")
     variables = {**storage.environment, "APPLIANCE_STORE": project.environment["APPLIANCE_STORE"]}
     options = [word for name, value in variables.items() for word in ("--env", f"{name}={value}")]
@@ -271,7 +270,7 @@ print(json.dumps({"cuda": torch.version.cuda, **{d.name: d.version for d in meta
 @pytest.mark.slow
 def test_the_cuda_variant_is_the_same_file_with_another_argument(workspace: Path, tmp_path: Path) -> None:
     """All as locked; without a GPU it trains on the CPU, and says so in one line where one is demanded."""
-    build_image(tmp_path / "build", torch="cuda", image=CUDA_IMAGE)
+    build_image(torch="cuda", image=CUDA_IMAGE)
     engine = open_engine(tmp_path, image=CUDA_IMAGE)
     done = engine.run("--entrypoint", "python", arguments=("-c", _VERSIONS))
     assert done.returncode == 0, done.stderr

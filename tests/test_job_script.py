@@ -224,7 +224,7 @@ def test_an_image_runs_as_this_user_and_left_overs_are_stopped(folder: Path) -> 
         APPLIANCE_IMAGE=IMAGE, RUNNER_NAME="gpu-1", GITHUB_STEP_SUMMARY=str(summary), AWS_SECRET_ACCESS_KEY="secret",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    looked, stopped, ran = (folder / "calls").read_text().splitlines()
+    looked, stopped, _, ran = (folder / "calls").read_text().splitlines()
     assert looked.startswith("ps|--quiet|--filter|label=appliance.runner=gpu-1|")
     assert stopped == "stop|-t|120|left|"
     assert ran.endswith(f"|{IMAGE}|reconcile|--summary|/summary.md|")
@@ -234,6 +234,25 @@ def test_an_image_runs_as_this_user_and_left_overs_are_stopped(folder: Path) -> 
     assert "|--env|APPLIANCE_IMAGE|" in ran, "the manifest says which image made a version"
     assert "=secret" not in ran, "values never stand on a command line"
     assert f"|--volume|{folder}:/workspace|" in ran
+    assert "|--read-only|--tmpfs|/tmp:exec|" in ran
+
+
+@pytest.mark.parametrize(
+    ("says", "user"),
+    [
+        (" Security Options:\n  seccomp\n   Profile: builtin\n  rootless\n  cgroupns", "0:0"),
+        ("  security:\n    rootless: true\n    seccompEnabled: true", "0:0"),
+        (" Security Options:\n  seccomp\n   Profile: builtin\n  cgroupns", f"{os.getuid()}:{os.getgid()}"),
+        ("  security:\n    rootless: false\n    seccompEnabled: true", f"{os.getuid()}:{os.getgid()}"),
+    ],
+    ids=["docker without root", "podman without root", "docker", "podman"],
+)
+def test_a_container_is_whoever_this_user_is_in_it(folder: Path, says: str, user: str) -> None:
+    """Where the engine has no root, that is root: another UID there could read neither token nor checkout."""
+    (folder / "info").write_text(f"{says}\n")
+    write_program(folder, "docker", f'case $1 in info) cat {folder}/info ;; run) printf "%s|" "$@" ;; esac')
+    done = call(folder, "list", APPLIANCE_IMAGE=IMAGE)
+    assert f"|--user|{user}|" in done.stdout, done.stderr
 
 
 HOST = """

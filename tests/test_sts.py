@@ -1,25 +1,31 @@
 """Laws of a role's credentials, with a real issuer of tokens and SeaweedFS's own STS (`tests/issuer.py`).
 
 Sessions end within seconds here. boto3 asks for new ones when less than ten minutes are left, so it asks with
-each request, with the token that is in the file at that moment.
+each request, with the token that is in the file at that moment. Whole jobs run by the job's script: in the
+environment of the runner (marker `slow`), and in the image (`make image-test`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
+from containers import USER, Engine, give_away, open_engine, open_rootless
 from issuer import ROLE, Issuer, start_sts
+from test_image import engine, wait_until  # noqa: F401 - one is a fixture
 from test_job_script import SCRIPT, write_program
 from test_reconcile import QUIET, TRAINING, Project, base, build_project, wait_for  # noqa: F401 - one is a fixture
 from test_registry import promote, publish_new, snapshot
@@ -268,8 +274,11 @@ def test_a_token_that_is_not_taken_is_told_by_the_data_too(job: Job, sts: Storag
     for token, words in (
         (job.issuer.sign(sub="repo:team/other:environment:training"), REFUSED),
         (job.issuer.sign(life_s=-60), "has run out"),
+        (None, "AWS_WEB_IDENTITY_TOKEN_FILE names a file with this job's token"),
     ):
-        job.mint(token)
+        job.mint(token or "")
+        if token is None:
+            job.token.unlink()
         with pytest.raises(DatasetError) as fault:
             pull_data(load_pointer(tmp_path / "datasets.dvc"), root=tmp_path)
         check_one_line(fault, "datasets.dvc: dvc pull failed: ", words)
@@ -297,28 +306,72 @@ def test_a_session_that_has_run_out_on_arrival_names_the_clock(
     check_one_line(fault, "s3://registry/x: no credentials (", "set the clock of this machine")
 
 
-def start_job(project: Project, sts: Storage, issuer: Issuer, runner: Path, *, mint_s: float) -> subprocess.Popen[str]:
-    """`reconcile` by the job's script on a runner that has a token service, a role and no keys."""
-    (runner / "bin").mkdir(parents=True, exist_ok=True)
-    write_program(runner, "appliance", f'exec {sys.executable} -m appliance "$@"')
+@dataclass(frozen=True)
+class Runner:
+    """A machine for jobs: its folder, what its jobs find in their environment, and whom they run as."""
+
+    home: Path
+    environment: Mapping[str, str]
+    user: int
+
+    @property
+    def runs(self) -> Path:
+        """What jobs of one repository leave behind."""
+        return self.home / ".cache" / "appliance" / "runs" / "repository"
+
+    @property
+    def tokens(self) -> list[Path]:
+        """The tokens that are there now."""
+        return list(self.runs.glob("tokens/*"))
+
+    def start(self, root: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+        """A job of the repository `root`, by the script in it."""
+        env = {**QUIET, **self.environment, **variables, "HOME": str(self.home)}
+        return subprocess.Popen(
+            [".github/scripts/appliance", *arguments], cwd=root, env=env, user=self.user, group=self.user,
+            extra_groups=[], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+
+def start_reconcile(
+    runner: Runner, project: Project, sts: Storage, issuer: Issuer, *, mint_s: float
+) -> subprocess.Popen[str]:
+    """`reconcile` with a token service, a role and no keys."""
     with pytest.MonkeyPatch.context() as patch:
-        use_role(sts, runner / "unused", patch)
+        use_role(sts, runner.home / "unused", patch)
         role = {k: v for k, v in os.environ.items() if k.startswith("AWS_")}
-    env = {
-        **role, **QUIET, "PATH": f"{runner / 'bin'}:/usr/local/bin:/usr/bin:/bin", "HOME": str(runner),
-        "PYTHONPATH": str(SCRIPT.parent.parent.parent), "OMP_NUM_THREADS": "1", "APPLIANCE_MINT_S": str(mint_s),
-        "APPLIANCE_STORE": project.store.url, "ACTIONS_ID_TOKEN_REQUEST_URL": f"{issuer.url}/token?version=1",
+    store = {"APPLIANCE_STORE": project.store.url}
+    return runner.start(project.root, "reconcile", **role, **store, **offer_tokens(issuer, mint_s=mint_s))
+
+
+def offer_tokens(issuer: Issuer, *, mint_s: float) -> dict[str, str]:
+    """What a runner tells a job that has `id-token: write`; the script asks again after `mint_s`."""
+    return {
+        "ACTIONS_ID_TOKEN_REQUEST_URL": f"{issuer.url}/token?version=1",
         "ACTIONS_ID_TOKEN_REQUEST_TOKEN": "request",
-    }  # fmt: skip
-    return subprocess.Popen(
-        [str(SCRIPT), "reconcile"], cwd=project.root, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        "APPLIANCE_MINT_S": str(mint_s),
+    }
 
 
 @pytest.fixture
-def project(base: Path, sts: Storage, tmp_path: Path) -> Project:  # noqa: F811 - the fixture
-    """A team's repository whose data is only in its remote."""
-    made = build_project(tmp_path / "repository", base=base, storage=sts)
+def ground() -> Iterator[Path]:
+    """A folder that every user may enter, which `tmp_path` is not."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def copy_script(root: Path) -> None:
+    """Put the job's script where a repository has it."""
+    (root / ".github" / "scripts").mkdir(parents=True)
+    shutil.copy(SCRIPT, root / ".github" / "scripts")
+
+
+@pytest.fixture
+def project(base: Path, sts: Storage, ground: Path) -> Project:  # noqa: F811 - the fixture
+    """A team's repository with the job's script, whose data is only in its remote."""
+    made = build_project(ground / "repository", base=base, storage=sts)
+    copy_script(made.root)
     made.write_recipe(training={**TRAINING, "epochs": 1})
     made.commit_data(rows=120)
     for folder in ("datasets", ".dvc/cache"):
@@ -326,14 +379,60 @@ def project(base: Path, sts: Storage, tmp_path: Path) -> Project:  # noqa: F811 
     return made
 
 
-@pytest.mark.slow
+@pytest.fixture
+def own(ground: Path) -> Runner:
+    """A runner that has the appliance, and runs jobs as this user."""
+    (ground / "runner" / "bin").mkdir(parents=True)
+    write_program(ground / "runner", "appliance", f'exec {sys.executable} -m appliance "$@"')
+    environment = {
+        "PATH": f"{ground / 'runner' / 'bin'}:/usr/local/bin:/usr/bin:/bin", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(SCRIPT.parent.parent.parent),
+    }  # fmt: skip
+    return Runner(ground / "runner", environment, os.getuid())
+
+
+@pytest.fixture
+def contained(engine: Engine, ground: Path, project: Project) -> Iterator[Runner]:  # noqa: F811 - the fixture
+    """A runner that has the image and a container engine of root's, and runs jobs as another user, as docker's do."""
+    (ground / "engine").mkdir()
+    (ground / "runner").mkdir()
+    for folder in (ground / "runner", project.root):
+        give_away(folder)
+    with open_engine(ground / "engine").serve() as environment:
+        named = {"APPLIANCE_IMAGE": engine.find_digest(), "RUNNER_NAME": f"role-{os.getpid()}"}
+        yield Runner(ground / "runner", {**environment, **named}, USER)
+        for left in find_containers(engine):
+            engine.call("kill", left)
+
+
+def find_containers(engine: Engine) -> list[str]:  # noqa: F811
+    """The ones of that runner's jobs which are there now."""
+    return engine.call("ps", "--quiet", "--filter", f"label=appliance.runner=role-{os.getpid()}").split()
+
+
+@pytest.fixture(
+    params=[pytest.param("own", marks=pytest.mark.slow), pytest.param("contained", marks=pytest.mark.image)]
+)
+def runner(request: pytest.FixtureRequest) -> Runner:
+    """Both ways to run a job."""
+    found: Runner = request.getfixturevalue(request.param)
+    return found
+
+
+def check_left(runner: Runner, project: Project) -> None:
+    """No token is left behind, and nothing that the next job of this user could not replace."""
+    assert runner.tokens == []
+    left = [*runner.home.rglob("*"), *project.root.rglob("*")]
+    assert {place.lstat().st_uid for place in left} == {runner.user}
+
+
 def test_a_training_longer_than_its_token_and_session_is_published(
-    project: Project, sts: Storage, issuer: Issuer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runner: Runner, project: Project, sts: Storage, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The job's script mints on: data is pulled with the first token, and the version published with a later one."""
     monkeypatch.setattr(issuer, "life_s", 5)
     monkeypatch.setattr(issuer, "minted", [])
-    job = start_job(project, sts, issuer, tmp_path / "runner", mint_s=0.5)
+    job = start_reconcile(runner, project, sts, issuer, mint_s=0.5)
     _, said = job.communicate(timeout=250)
     assert job.returncode in (0, 3), said
     (version,) = project.versions()
@@ -341,17 +440,16 @@ def test_a_training_longer_than_its_token_and_session_is_published(
     assert written is not None
     assert written.modified is not None
     assert written.modified > issuer.minted[0] + SESSION_S, "neither the first token nor its last session were good"
+    check_left(runner, project)
 
 
-@pytest.mark.slow
 def test_a_token_that_ended_in_training_costs_a_message_and_no_training(
-    project: Project, sts: Storage, issuer: Issuer, tmp_path: Path
+    runner: Runner, project: Project, sts: Storage, issuer: Issuer
 ) -> None:
     """Without a new token nothing is published, and it is said in one line; the next job publishes what was made."""
-    runner = tmp_path / "runner"
-    job = start_job(project, sts, issuer, runner, mint_s=1000)
-    wait_for(lambda: list(runner.glob(".cache/appliance/runs/*/*/training/metrics.jsonl")), job)
-    (token,) = runner.glob(".cache/appliance/runs/*/tokens/*")
+    job = start_reconcile(runner, project, sts, issuer, mint_s=1000)
+    wait_for(lambda: list(runner.runs.glob("*/training/metrics.jsonl")), job)
+    (token,) = runner.tokens
     token.write_text(issuer.sign(life_s=-60))
     _, said = job.communicate(timeout=250)
     assert job.returncode == 1, said
@@ -360,8 +458,70 @@ def test_a_token_that_ended_in_training_costs_a_message_and_no_training(
     assert "mint a new token into AWS_WEB_IDENTITY_TOKEN_FILE and run the same command again" in line
     assert (project.versions(), project.alias()) == ([], None)
 
-    job = start_job(project, sts, issuer, runner, mint_s=1)
+    job = start_reconcile(runner, project, sts, issuer, mint_s=1)
     _, said = job.communicate(timeout=250)
     assert job.returncode in (0, 3), said
     assert "steps" not in said, "it was trained already"
     assert len(project.versions()) == 1
+    check_left(runner, project)
+
+
+@pytest.mark.image
+def test_a_stop_ends_container_and_role_and_the_next_job_goes_on(
+    contained: Runner,
+    project: Project,
+    sts: Storage,
+    issuer: Issuer,
+    engine: Engine,  # noqa: F811 - the fixture
+) -> None:
+    """The container has the role, not the means to mint; after SIGTERM a checkpoint is there, and no token."""
+    project.write_recipe(training={**TRAINING, "epochs": 12})
+    project.run("git", "-c", "safe.directory=*", "commit", "--quiet", "--all", "--message", "longer")
+    give_away(project.root)
+    job = start_reconcile(contained, project, sts, issuer, mint_s=0.5)
+    wait_until(lambda: list(contained.runs.glob("*/training/checkpoints/checkpoint-*/sealed.json")), job)
+    (running,) = find_containers(engine)
+    (facts,) = json.loads(engine.call("inspect", running))
+    assert facts["Config"]["User"] == f"{USER}:{USER}"
+    assert facts["HostConfig"]["ReadonlyRootfs"]
+    variables = dict(word.split("=", 1) for word in facts["Config"]["Env"])
+    assert variables["AWS_ROLE_ARN"] == ROLE
+    assert not variables.keys() & {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+    assert not [name for name in variables if name.startswith("ACTIONS_")]
+    job.send_signal(signal.SIGTERM)
+    _, said = job.communicate(timeout=180)
+    assert job.returncode == 33, said
+    assert find_containers(engine) == []
+    check_left(contained, project)
+    minted = len(issuer.minted)
+    job = start_reconcile(contained, project, sts, issuer, mint_s=1000)
+    _, said = job.communicate(timeout=250)
+    assert job.returncode in (0, 3), said
+    assert "resuming from step" in said
+    assert len(issuer.minted) == minted + 1, "and nobody minted on for the job before"
+    assert len(project.versions()) == 1
+
+
+@pytest.mark.image
+@pytest.mark.usefixtures("engine")
+def test_a_rootless_engine_hands_over_every_token(ground: Path, issuer: Issuer) -> None:
+    """Its root is this user: token, checkout and folders are its own there, and all else is sealed."""
+    copy_script(ground / "repository")
+    (ground / "home").mkdir()
+    give_away(ground / "repository")
+    show = 'cat "$AWS_WEB_IDENTITY_TOKEN_FILE"; echo'
+    write = "touch /out/a /cache/a /workspace/a /tmp/a; touch /a 2>/dev/null || echo sealed"
+    with open_rootless(ground / "home") as environment:
+        runner = Runner(ground / "home", environment, USER)
+        tokens = offer_tokens(issuer, mint_s=0.5)
+        job = runner.start(
+            ground / "repository", "sh", "-c", f"{show}; {write}; sleep 2; {show}", **tokens, AWS_ROLE_ARN=ROLE
+        )
+        output, said = job.communicate(timeout=60)
+        assert job.returncode == 0, said
+    first, sealed, last = output.splitlines()
+    assert first.count(".") == last.count(".") == 2
+    assert first != last
+    assert sealed == "sealed"
+    assert (ground / "repository" / "a").stat().st_uid == USER
+    assert runner.tokens == []

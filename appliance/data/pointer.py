@@ -21,6 +21,11 @@ from appliance.digest import list_files
 from appliance.errors import CommandError, DatasetError
 
 _REASONS = (
+    # a frame of botocore's: DVC takes a token file that is not there for data that are not there
+    (
+        "open(self._web_identity_token_path)",
+        "check that AWS_WEB_IDENTITY_TOKEN_FILE names a file with this job's token",
+    ),
     ("Missing cache", "the remote lacks the data of this commit; its author has to run `dvc push`"),
     ("unsaved files", "its folder has uncommitted changes, which are kept; `dvc add` and commit, or move them away"),
     ("No remote", "no DVC remote is configured; `dvc remote add --default store s3://bucket/prefix`"),
