@@ -21,7 +21,9 @@ from test_command import run_beside_read_only
 from tiny import make_recipe, write_base, write_dataset
 
 from appliance.cli import VERBS, appliance
+from appliance.cli.common import print_finished
 from appliance.demo.storage import Storage
+from appliance.pipeline import Finished
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "boto3", "botocore", "dvc", "pydantic")
@@ -174,6 +176,11 @@ def test_a_run_goes_from_rows_to_a_pulled_version(project: Path, tmp_path: Path)
     assert first.returncode in (0, 3), first.stderr
     second = call("run", "recipes/colours.yaml", cwd=project, env=env)
     assert "already there" in second.stdout, second.stderr
+    assert second.returncode == first.returncode, "the same command says the same again"
+    trained = call("train", "recipes/colours.yaml", cwd=project, env={**env, "APPLIANCE_STORE": ""})
+    assert trained.returncode == 0, "a training has no verdict, whatever was judged earlier"
+    assert "verdict" not in trained.stdout
+    assert "adapter " in trained.stdout
     rows = json.loads(call("list", "--json", cwd=project, env=env).stdout)
     assert len(rows) == 1
     assert "no versions of nope" in (told := call("list", "nope", cwd=project, env=env).stdout)
@@ -204,6 +211,14 @@ def test_a_run_goes_from_rows_to_a_pulled_version(project: Path, tmp_path: Path)
         env=env,
     )
     assert [o["arm"] for o in json.loads(said.stdout)] == ["candidate", "zero_shot"], said.stderr
+
+
+@pytest.mark.parametrize("was_done", [False, True])
+@pytest.mark.parametrize(("outcome", "code"), [("ship", 0), ("hold", 3), ("reject", 3), ("inconclusive", 0), ("", 0)])
+def test_the_exit_code_is_the_verdicts_whenever_it_was_made(outcome: str, code: int, was_done: bool) -> None:
+    """Pinned for scripts: 3 where the verdict refuses, now or earlier; an inconclusive one is no refusal."""
+    finished = Finished("m", "k", folder=None, outcome=outcome, reasons=(), version="", alias="", was_done=was_done)
+    assert print_finished(finished) == code
 
 
 @pytest.mark.parametrize("size", [pytest.param("60k", marks=pytest.mark.slow), "300k"])

@@ -36,8 +36,8 @@ VERBS: dict[str, str] = {
     "generate": "Generate with a pulled version, and without it.",
 }
 
-_EPILOG = """Exit codes: 0 ok, 1 error, 2 usage, 3 the verdict refuses, 33 stopped by a signal (run it again to
-resume), 34 transient device fault, 70 bug."""
+_EPILOG = """Exit codes: 0 ok (an inconclusive verdict too, which moves no alias), 1 error, 2 usage, 3 the verdict
+refuses (hold, reject), 33 stopped by a signal (run it again to resume), 34 transient device fault, 70 bug."""
 
 
 class _Verbs(click.Group):

@@ -137,7 +137,10 @@ def print_json(value: Any) -> None:
 
 
 def print_finished(finished: Finished) -> int:
-    """Say how a run ended and return the exit code: 3 when the verdict refuses."""
+    """Say how a run ended and return the exit code: 3 when the verdict refuses, now or when the version was made.
+
+    So the same command says the same again. `reconcile` is another question: whether anything new was refused.
+    """
     if finished.outcome:
         click.echo(f"verdict   {finished.outcome}")
     for reason in finished.reasons:

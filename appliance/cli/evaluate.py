@@ -26,7 +26,8 @@ from appliance.recipe import load_recipe
 def command(*, recipe: Path, store_url: str | None, root: Path, cache: Path, runs: Path | None) -> int:
     """Compare the adapter of RECIPE with the prompted base (and with the champion, given --store).
 
-    Trains first when there is no finished adapter. Exit code 3 when the verdict is hold or reject.
+    Trains first when there is no finished adapter. Exit code 3 when the verdict is hold or reject, 0 when it
+    is inconclusive.
     """
     finished = run_recipe(
         load_recipe(recipe),

@@ -25,7 +25,10 @@ from appliance.store import open_store
 @store_option(required=True)
 @workspace_options
 def command(*, recipe: Path, store_url: str, root: Path, cache: Path, runs: Path | None) -> int:
-    """Publish the evaluated run of RECIPE: files first, manifest last; the alias moves only on `ship`."""
+    """Publish the evaluated run of RECIPE: files first, manifest last; the alias moves only on `ship`.
+
+    Exit code 3 when the verdict is hold or reject, 0 when it is inconclusive.
+    """
     workspace = build_workspace(root=root, cache=cache, runs=runs)
     prepared = prepare(load_recipe(recipe), workspace=workspace)
     finished = publish_run(prepared, workspace=workspace, store=open_store(store_url), origin=find_origin(root))

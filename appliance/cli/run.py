@@ -43,7 +43,8 @@ def command(
 ) -> int:
     """Check, train, evaluate, judge and publish one RECIPE; without --store it stops at the card.
 
-    Interrupted, the same command goes on where it stopped.
+    Interrupted, the same command goes on where it stopped. Exit code 3 when the verdict is hold or reject,
+    also of a version that was there already; 0 when it is inconclusive.
     """
     store = open_given_store(store_url)
     if mirror_checkpoints and store is None:
