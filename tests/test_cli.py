@@ -258,6 +258,22 @@ def test_a_folder_that_may_not_be_written_is_one_message(project: Path, tmp_path
     assert f"{out}/repository: read-only file system; give this user access to it" in done.stderr
 
 
+def test_failure_json_is_of_the_last_command(tmp_path: Path) -> None:
+    """In a container every failure leaves it, a wrong call too, and the next command that works leaves none."""
+    env = {"APPLIANCE_OUT": str(tmp_path), "APPLIANCE_STORE": ""}
+    for arguments, code, words in (
+        (["plan", "none.yaml"], 1, "none.yaml: cannot be read"),
+        (["list"], 2, "--store"),
+        (["rnu"], 2, "No such command"),
+    ):
+        assert call(*arguments, env=env, cwd=tmp_path).returncode == code
+        failure = json.loads((tmp_path / "failure.json").read_text())
+        assert failure["exit_code"] == code
+        assert words in failure["message"]
+    assert call("list", "--store", (tmp_path / "store").as_uri(), env=env, cwd=tmp_path).returncode == 0
+    assert not (tmp_path / "failure.json").exists()
+
+
 @pytest.mark.parametrize("value", ["", "1"])
 def test_no_color_means_no_color(value: str) -> None:
     """On a terminal, findings and errors are coloured unless NO_COLOR is set."""

@@ -24,6 +24,7 @@ _BUG, _USAGE, _INTERRUPTED = 70, 2, 33
 
 def run_guarded(group: click.Group, argv: Sequence[str] | None) -> int:
     """Run `group`; return 0 or the exit code of what went wrong, after saying it."""
+    _forget_failure()
     for number in list_stop_signals():
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _stop)
     try:
@@ -32,6 +33,7 @@ def run_guarded(group: click.Group, argv: Sequence[str] | None) -> int:
         return done.exit_code
     except click.ClickException as fault:
         fault.show()
+        _write_failure(fault.format_message(), _USAGE)
         return _USAGE
     except (click.Abort, KeyboardInterrupt):
         return _fail("stopped; what was finished is kept: run the same command to go on", _INTERRUPTED)
@@ -69,11 +71,24 @@ def _report_bug() -> int:
     return _BUG
 
 
-def _write_failure(message: str, code: int) -> None:
-    """In a container (`APPLIANCE_OUT` is set) a failed run leaves `failure.json` for machines."""
+def _find_record() -> Path | None:
+    """`failure.json` for machines, which a failed command leaves in a container (`APPLIANCE_OUT` is set)."""
     out = os.environ.get("APPLIANCE_OUT")
-    if out and Path(out).is_dir():
+    return Path(out) / "failure.json" if out and Path(out).is_dir() else None
+
+
+def _forget_failure() -> None:
+    """What an earlier command left would be read as the failure of this one."""
+    if (record := _find_record()) and record.exists():
         try:
-            write_atomic(Path(out) / "failure.json", json.dumps({"message": message, "exit_code": code}).encode())
+            record.unlink()
         except OSError as fault:
-            sys.stderr.write(f"{out}/failure.json: not written ({fault})\n")
+            sys.stderr.write(f"{record}: of an earlier command, not removed ({fault})\n")
+
+
+def _write_failure(message: str, code: int) -> None:
+    if record := _find_record():
+        try:
+            write_atomic(record, json.dumps({"message": message, "exit_code": code}).encode())
+        except OSError as fault:
+            sys.stderr.write(f"{record}: not written ({fault})\n")
