@@ -112,11 +112,7 @@ def _load_general(
 
 def check_data(recipe: Recipe, *, root: Path) -> Report:
     """The findings for a recipe's dataset that need no base model."""
-    return check_dataset(
-        root / recipe.dataset.path,
-        split=recipe.dataset.split,
-        gates_min_test_rows=recipe.evaluation.gates.min_test_rows,
-    )
+    return check_dataset(root / recipe.dataset.path, split=recipe.dataset.split, gates=recipe.evaluation.gates)
 
 
 def check_recipe(recipe: Recipe, *, workspace: Workspace) -> Report:

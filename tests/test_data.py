@@ -26,7 +26,7 @@ from appliance.errors import DatasetError, TrainingError
 from appliance.example import Example, Message
 from appliance.model import load_template
 from appliance.preparation import Workspace, check_recipe
-from appliance.recipe import Recipe, SplitSection
+from appliance.recipe import GateSection, Recipe, SplitSection
 from appliance.training import build_rows
 
 SPLIT = SplitSection()
@@ -93,7 +93,7 @@ def test_each_fault_is_found_at_its_line_by_its_rule(tmp_path: Path, rule: str, 
 
 def test_a_good_dataset_has_no_errors(tmp_path: Path) -> None:
     """The check does not cry wolf."""
-    report = check_dataset(write_dataset(tmp_path / "d", rows=200), split=SPLIT, gates_min_test_rows=10)
+    report = check_dataset(write_dataset(tmp_path / "d", rows=200), split=SPLIT, gates=GateSection(min_test_rows=10))
     assert report.findings == ()
     assert report.counts["rows"] == 200
 
@@ -148,6 +148,20 @@ def test_a_folder_without_rows_says_what_it_has(tmp_path: Path) -> None:
     assert "no *.jsonl file, only rows.csv" in str(check_dataset(folder, split=SPLIT).errors[0])
 
 
+def test_a_folder_of_datasets_names_them(tmp_path: Path) -> None:
+    """Who gives `datasets` is told which folders in it have rows, and nothing of a missing card."""
+    write_dataset(tmp_path / "datasets" / "r")
+    (finding,) = check_dataset(tmp_path / "datasets").errors
+    assert str(finding).endswith(f"[missing] no rows, but folders of rows; name one: {tmp_path / 'datasets' / 'r'}")
+
+
+def test_without_a_recipe_nothing_is_said_of_its_split(tmp_path: Path) -> None:
+    """Sides and enough test rows are the recipe's: a split or a gate that nobody asked for is not invented."""
+    report = check_dataset(write_dataset(tmp_path / "d", rows=50))
+    assert {f.rule for f in report.warnings} == {"volume"}
+    assert report.counts == {"rows": 50, "provenance": {"program": 50}}
+
+
 def test_of_a_fault_in_every_row_some_are_shown_and_no_other_is_lost(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,7 +209,7 @@ def test_a_contract_that_is_no_schema_is_a_fault_of_the_card(tmp_path: Path) -> 
 def test_fewer_than_ten_rows_are_refused_and_few_are_questioned(tmp_path: Path) -> None:
     """9 rows are an error, 50 a warning that says what so few test rows can show."""
     assert [f.rule for f in check_dataset(write_dataset(tmp_path / "9", rows=9), split=SPLIT).errors] == ["volume"]
-    some = check_dataset(write_dataset(tmp_path / "50", rows=50), split=SPLIT)
+    some = check_dataset(write_dataset(tmp_path / "50", rows=50), split=SPLIT, gates=GateSection())
     assert not some.errors
     assert {f.rule for f in some.warnings} == {"volume", "test-size"}
 

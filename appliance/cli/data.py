@@ -11,7 +11,7 @@ from appliance.cli.common import build_workspace, json_option, print_json
 from appliance.cli.sections import print_section
 from appliance.data import Report, check_dataset, describe_findings
 from appliance.preparation import check_recipe
-from appliance.recipe import SplitSection, load_recipe
+from appliance.recipe import load_recipe
 
 
 @click.group("data")
@@ -40,16 +40,18 @@ def command() -> None:
 def check(*, folder: Path | None, recipe_path: Path | None, root: Path, cache: Path, as_json: bool) -> int:
     """Check a dataset FOLDER, or all rows of a recipe as training would; every fault with its file and line.
 
+    Which rows are tested on, and whether they are enough for the gate, is told with --recipe.
+
     Of one kind of fault the first 20 are shown; --json has all. Exit code 1 when there are errors;
     warnings are listed. A base model that is not at hand is a warning.
     """
-    if (folder is None) == (recipe_path is None):
-        raise click.UsageError("give either a dataset folder or --recipe")
-    if recipe_path is not None:
+    if folder is not None and recipe_path is None:
+        report = check_dataset(folder)
+    elif recipe_path is not None and folder is None:
         workspace = build_workspace(root=root, cache=cache, runs=None)
         report = check_recipe(load_recipe(recipe_path), workspace=workspace)
     else:
-        report = check_dataset(folder or root, split=SplitSection())
+        raise click.UsageError("give either a dataset folder or --recipe")
     if as_json:
         print_json(
             {

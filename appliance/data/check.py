@@ -16,7 +16,7 @@ from appliance.data.findings import Finding, Rule, Severity
 from appliance.data.rows import Dataset, Row, read_dataset
 from appliance.data.split import select_side
 from appliance.example import Example
-from appliance.recipe import SplitSection
+from appliance.recipe import GateSection, SplitSection
 
 _SMALLEST = 10
 _IMBALANCE = 20
@@ -44,13 +44,11 @@ class Report:
         return tuple(f for f in self.findings if f.severity == "warning")
 
 
-def check_dataset(
-    folder: Path,
-    *,
-    split: SplitSection,
-    gates_min_test_rows: int = 100,
-) -> Report:
-    """Check the dataset in `folder` by the rules that need no base model; `masks` has the others."""
+def check_dataset(folder: Path, *, split: SplitSection | None = None, gates: GateSection | None = None) -> Report:
+    """Check the dataset in `folder` by the rules that need no base model; `masks` has the others.
+
+    Which rows are tested on, and whether they are enough, is known by a recipe's `split` and `gates` alone.
+    """
     dataset, unreadable = read_dataset(folder)
     if dataset is None:
         return Report(None, unreadable)
@@ -58,7 +56,9 @@ def check_dataset(
     for rule in _RULES:
         findings += rule(dataset)
     counts = _count(dataset, split)
-    findings += _check_sizes(dataset, counts["test"], floor=gates_min_test_rows)
+    findings += _check_volume(dataset)
+    if split is not None and gates is not None:
+        findings += _check_test_rows(dataset, counts["test"], floor=gates.min_test_rows)
     return Report(dataset, tuple(findings), counts)
 
 
@@ -186,8 +186,8 @@ _RULES: tuple[Callable[[Dataset], Iterator[Finding]], ...] = (
 )
 
 
-def _check_sizes(dataset: Dataset, test_rows: int, *, floor: int) -> Iterator[Finding]:
-    """Volume against the guide's 100, 500 and 2,000, and what so many test rows can show."""
+def _check_volume(dataset: Dataset) -> Iterator[Finding]:
+    """Rows against the guide's 100 and 500."""
     rows, place = len(dataset.rows), str(dataset.folder)
     severity: Severity = "error" if rows < _SMALLEST else "warning"
     if rows < 100:
@@ -195,21 +195,25 @@ def _check_sizes(dataset: Dataset, test_rows: int, *, floor: int) -> Iterator[Fi
             f"{rows} rows; at least {_SMALLEST} are needed and 100 for a simple task (500 to 1,000 for a complex one)"
         )
         yield Finding(severity, "volume", place, message, "collect more, or prompt with a few examples instead")
-    if rows >= _SMALLEST and test_rows < floor:
+
+
+def _check_test_rows(dataset: Dataset, test_rows: int, *, floor: int) -> Iterator[Finding]:
+    """What so many test rows can show."""
+    if len(dataset.rows) >= _SMALLEST and test_rows < floor:
         points = next((p for n, p in reversed(_DETECTABLE) if test_rows >= n), None)
         finds = f"find only gains of {points} points or more" if points else "hardly show any gain"
         message = (
             f"{test_rows} test rows, the gate wants {floor}: a test on so few can {finds}, "
             "the verdict will be inconclusive"
         )
-        yield Finding("warning", "test-size", place, message, "add rows or raise dataset.split.test")
+        yield Finding("warning", "test-size", str(dataset.folder), message, "add rows or raise dataset.split.test")
 
 
-def _count(dataset: Dataset, split: SplitSection) -> dict[str, Any]:
-    sides = Counter(select_side(r.example.group_key, split) for r in dataset.rows)
+def _count(dataset: Dataset, split: SplitSection | None) -> dict[str, Any]:
+    sides = Counter(select_side(r.example.group_key, split) for r in dataset.rows) if split is not None else {}
     counts: dict[str, Any] = {
         "rows": len(dataset.rows),
-        **{side: sides[side] for side in ("train", "validation", "test")},
+        **({side: sides[side] for side in ("train", "validation", "test")} if split is not None else {}),
         "provenance": dict(sorted(Counter(r.example.provenance for r in dataset.rows).items())),
     }
     categories = Counter(r.example.category for r in dataset.rows if r.example.category is not None)
