@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from appliance.data import (
     summarise_dataset,
 )
 from appliance.errors import DatasetError, TrainingError
+from appliance.evaluation import Result, judge
 from appliance.example import Example, Message
 from appliance.model import load_template
 from appliance.preparation import Workspace, check_recipe
@@ -212,6 +214,23 @@ def test_fewer_than_ten_rows_are_refused_and_few_are_questioned(tmp_path: Path) 
     some = check_dataset(write_dataset(tmp_path / "50", rows=50), split=SPLIT, gates=GateSection())
     assert not some.errors
     assert {f.rule for f in some.warnings} == {"volume", "test-size"}
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.05])
+def test_the_check_states_the_gain_that_the_verdict_states(tmp_path: Path, alpha: float) -> None:
+    """Of the same test rows by the recipe's own gate, both say the same points."""
+    gates = GateSection(alpha=alpha)
+    report = check_dataset(write_dataset(tmp_path / "d", rows=200), split=SPLIT, gates=gates)
+    (found,) = [f.message for f in report.warnings if f.rule == "test-size"]
+    scores = {"exact_match": 1.0}
+    results = [
+        Result(f"t{i}", arm, "", "eos", tokens=1, prompt_tokens=1, seconds=0.1, category=None, group="g", scores=scores)
+        for arm in ("zero_shot", "candidate")
+        for i in range(report.counts["test"])
+    ]
+    reason = judge(results, metric="exact_match", gates=gates).reasons[0]
+    (points,) = re.findall(r"gains of \d+ points or more", reason)
+    assert points in found
 
 
 def make_base(folder: Path, *, template: str = TEMPLATE) -> Path:

@@ -17,12 +17,10 @@ from appliance.data.rows import Dataset, Row, read_dataset
 from appliance.data.split import select_side
 from appliance.example import Example
 from appliance.recipe import GateSection, SplitSection
+from appliance.statistics import smallest_gain
 
 _SMALLEST = 10
 _IMBALANCE = 20
-# Smallest gain in points that an exact two-sided McNemar test at 0.05 finds with 80% power when 5%
-# of the rows get worse, by the number of test rows.
-_DETECTABLE = ((10, 78), (40, 28), (100, 15), (200, 9), (500, 5))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +56,7 @@ def check_dataset(folder: Path, *, split: SplitSection | None = None, gates: Gat
     counts = _count(dataset, split)
     findings += _check_volume(dataset)
     if split is not None and gates is not None:
-        findings += _check_test_rows(dataset, counts["test"], floor=gates.min_test_rows)
+        findings += _check_test_rows(dataset, counts["test"], gates=gates)
     return Report(dataset, tuple(findings), counts)
 
 
@@ -197,14 +195,14 @@ def _check_volume(dataset: Dataset) -> Iterator[Finding]:
         yield Finding(severity, "volume", place, message, "collect more, or prompt with a few examples instead")
 
 
-def _check_test_rows(dataset: Dataset, test_rows: int, *, floor: int) -> Iterator[Finding]:
-    """What so many test rows can show."""
-    if len(dataset.rows) >= _SMALLEST and test_rows < floor:
-        points = next((p for n, p in reversed(_DETECTABLE) if test_rows >= n), None)
-        finds = f"find only gains of {points} points or more" if points else "hardly show any gain"
+def _check_test_rows(dataset: Dataset, test_rows: int, *, gates: GateSection) -> Iterator[Finding]:
+    """What so many test rows can show, by the test that will judge."""
+    if len(dataset.rows) >= _SMALLEST and test_rows < gates.min_test_rows:
+        gain = smallest_gain(test_rows, alpha=gates.alpha)
+        finds = f"find only gains of {gain * 100:.0f} points or more" if gain else "hardly show any gain"
         message = (
-            f"{test_rows} test rows, the gate wants {floor}: a test on so few can {finds}, "
-            "the verdict will be inconclusive"
+            f"{test_rows} test rows, the gate wants {gates.min_test_rows}: a test at {gates.alpha:g} on so few can "
+            f"{finds}, the verdict will be inconclusive"
         )
         yield Finding("warning", "test-size", str(dataset.folder), message, "add rows or raise dataset.split.test")
 
