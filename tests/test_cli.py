@@ -122,7 +122,11 @@ BAD: list[tuple[list[str], int, str]] = [
     (["pull", "colours@production", "out", "--store", "file:///tmp/appliance-no-such-store"], 1, "colours"),
     (["generate", "."], 1, "appliance pull"),
     (["reconcile", "--store", "file:///tmp/appliance-no-such-store"], 1, "Git repository"),
-    (["rnu"], 2, "No such command"),
+    (["rnu"], 2, "No such command 'rnu'; did you mean run?"),
+    (["xyz"], 2, "No such command 'xyz'."),
+    (["list"], 2, "APPLIANCE_STORE"),
+    (["list", "typo", "--store", "file:///tmp/appliance-no-such-store"], 1, "no model 'typo'; there is none yet"),
+    (["plan", "recipes/colour.yaml"], 1, "did you mean recipes/colours.yaml?"),
 ]
 
 
@@ -183,8 +187,10 @@ def test_a_run_goes_from_rows_to_a_pulled_version(project: Path, tmp_path: Path)
     assert "adapter " in trained.stdout
     rows = json.loads(call("list", "--json", cwd=project, env=env).stdout)
     assert len(rows) == 1
-    assert "no versions of nope" in (told := call("list", "nope", cwd=project, env=env).stdout)
-    assert "there is colours" in told, "a misspelt name never makes the registry look empty"
+    for verb in ("list", "show", "check"):
+        misspelt = call(verb, "colour", cwd=project, env=env)
+        assert misspelt.returncode == 1, verb
+        assert "no model 'colour'; did you mean colours?" in misspelt.stderr, verb
     version = f"colours@{rows[0]['version']}"
     assert rows[0]["version"] in call("show", version, cwd=project, env=env).stdout
     forced = call("promote", version, "production", "--force", cwd=project, env=env)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 import click
 
@@ -48,7 +49,8 @@ class _Verbs(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
-            return None
+            close = get_close_matches(cmd_name, VERBS, n=1)
+            return ctx.fail(f"No such command {cmd_name!r}; did you mean {close[0]}?") if close else None
         command: click.Command = importlib.import_module(f"appliance.cli.{cmd_name}").command
         return command
 

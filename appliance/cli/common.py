@@ -29,7 +29,8 @@ tensorboard_option = click.option(
     "--tensorboard",
     type=click.Path(path_type=Path, file_okay=False),
     envvar="APPLIANCE_TENSORBOARD",
-    help="Also write TensorBoard event files, one folder per run, into this folder. [env: APPLIANCE_TENSORBOARD]",
+    show_envvar=True,
+    help="Also write TensorBoard event files, one folder per run, into this folder.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
@@ -40,10 +41,10 @@ def store_option(*, required: bool) -> Callable[[F], F]:
         "--store",
         "store_url",
         envvar="APPLIANCE_STORE",
+        show_envvar=True,
         required=required,
         metavar="URL",
-        help="The registry: s3://bucket/prefix (endpoint and credentials by the AWS conventions) or file:///folder. "
-        "[env: APPLIANCE_STORE]",
+        help="The registry: s3://bucket/prefix (endpoint and credentials by the AWS conventions) or file:///folder.",
     )
 
 
@@ -54,15 +55,17 @@ def workspace_options(function: F) -> F:
             "--runs",
             type=click.Path(path_type=Path),
             envvar="APPLIANCE_OUT",
-            help="Folder of run folders; ROOT/.appliance/runs when left out. [env: APPLIANCE_OUT]",
+            show_envvar=True,
+            help="Folder of run folders; ROOT/.appliance/runs when left out.",
         ),
         click.option(
             "--cache",
             type=click.Path(path_type=Path),
             envvar="APPLIANCE_CACHE",
+            show_envvar=True,
             default=lambda: Path.home() / ".cache" / "appliance",
             show_default="~/.cache/appliance",
-            help="Folder for base models and token rows. [env: APPLIANCE_CACHE]",
+            help="Folder for base models and token rows.",
         ),
         click.option(
             "--root",
@@ -80,7 +83,8 @@ mirror_option = click.option(
     "--mirror-checkpoints",
     is_flag=True,
     envvar="APPLIANCE_MIRROR_CHECKPOINTS",
-    help="Keep checkpoints in the store too, and go on from those of a lost host. [env: APPLIANCE_MIRROR_CHECKPOINTS]",
+    show_envvar=True,
+    help="Keep checkpoints in the store too, and go on from those of a lost host.",
 )
 
 

@@ -32,9 +32,10 @@ def command() -> None:
     "--cache",
     type=click.Path(path_type=Path),
     envvar="APPLIANCE_CACHE",
+    show_envvar=True,
     default=lambda: Path.home() / ".cache" / "appliance",
     show_default="~/.cache/appliance",
-    help="Folder for base models. [env: APPLIANCE_CACHE]",
+    help="Folder for base models.",
 )
 @json_option
 def check(*, folder: Path | None, recipe_path: Path | None, root: Path, cache: Path, as_json: bool) -> int:

@@ -34,9 +34,10 @@ from appliance.recipe import EvaluationSection, Recipe
     "--cache",
     type=click.Path(path_type=Path),
     envvar="APPLIANCE_CACHE",
+    show_envvar=True,
     default=lambda: Path.home() / ".cache" / "appliance",
     show_default="~/.cache/appliance",
-    help="Folder for base models. [env: APPLIANCE_CACHE]",
+    help="Folder for base models.",
 )
 @json_option
 def command(
