@@ -24,6 +24,7 @@ from appliance.cli import VERBS, appliance
 from appliance.cli.common import print_finished
 from appliance.demo.storage import Storage
 from appliance.pipeline import Finished
+from appliance.registry.refs import DEFAULT_ALIAS
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "boto3", "botocore", "dvc", "pydantic")
@@ -85,6 +86,13 @@ def test_every_command_and_option_has_help() -> None:
         assert command.help, name
         for parameter in command.params:
             assert not isinstance(parameter, click.Option) or parameter.help, f"{name}: {parameter.name}"
+
+
+def test_verbs_that_take_a_name_say_which_version_it_is() -> None:
+    """A bare NAME is an alias that no recipe moves by default, so the help of each such verb tells it."""
+    taking = [c for _, c in walk(appliance) for p in c.params if (p.metavar or "").startswith("NAME[@")]
+    assert len(taking) == 3
+    assert all(f"NAME alone means NAME@{DEFAULT_ALIAS}" in " ".join((c.help or "").split()) for c in taking)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from appliance.store import open_store
 def command(*, reference: str, folder: Path, store_url: str) -> None:
     """Fetch REFERENCE into FOLDER; every byte is verified before the folder appears.
 
-    A folder that holds this version already is verified and left as it is.
+    A folder that holds this version already is verified and left as it is. NAME alone means NAME@production;
+    where a verdict ships, the recipe's publish.alias is moved, which is staging when left out.
     """
     manifest = registry.pull(open_store(store_url), reference, folder)
     size = sum(f.size for f in manifest.files)

@@ -22,6 +22,7 @@ def command(*, reference: str, store_url: str, root: Path, cache: Path, runs: Pa
     """Train a version again from its commit and compare the artifact with the published one, byte by byte.
 
     The working tree is left alone: the commit is checked out elsewhere. Exit code 1 when a file differs.
+    NAME alone means NAME@production, as for `appliance pull`.
     """
     workspace = build_workspace(root=root, cache=cache, runs=runs)
     found = reproduce(reference, workspace=workspace, store=open_store(store_url))

@@ -16,7 +16,11 @@ from appliance.store import open_store
 @store_option(required=True)
 @json_option
 def command(*, reference: str, store_url: str, as_json: bool) -> None:
-    """Show what a version was made from, what it proved, and its files."""
+    """Show what a version was made from, what it proved, and its files.
+
+    NAME alone means NAME@production; where a verdict ships, the recipe's publish.alias is moved, which is
+    staging when left out.
+    """
     version, manifest = registry.resolve(open_store(store_url), reference)
     if as_json:
         click.echo(json.dumps(manifest.model_dump(mode="json", by_alias=True), indent=2, sort_keys=True))
