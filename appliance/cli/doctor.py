@@ -10,7 +10,6 @@ import click
 from appliance.cli.common import (
     build_workspace,
     json_option,
-    open_given_store,
     print_json,
     store_option,
     workspace_options,
@@ -37,7 +36,7 @@ def command(
     checks = examine_machine(
         read_machine(),
         folders={"runs": workspace.runs, "cache": workspace.cache},
-        store=open_given_store(store_url),
+        store_url=store_url,
     )
     if as_json:
         print_json([asdict(c) for c in checks])
