@@ -24,7 +24,7 @@ from appliance.evaluation.outputs import decode_outputs
 from appliance.evaluation.worker import group_arms
 from appliance.method import LoraMethod, Method, QloraMethod
 from appliance.model import load_template
-from appliance.model.shapes import read_sizes, read_weight_shapes
+from appliance.model.shapes import count_values, read_sizes, read_weight_shapes
 from appliance.plan import Machine, build_plan
 from appliance.plan.plan import RANGES, count_trainable
 from appliance.recipe import is_packed, parse_recipe
@@ -133,6 +133,7 @@ def check_method_learns(base: Path, folder: Path, method: dict[str, Any]) -> Non
     assert done.losses[1] < done.losses[0] - 0.005
     weights, sizes = read_weight_shapes(base), read_sizes(base)
     assert done.summary["trainable_parameters"] == count_trainable(done.job.method, weights, sizes)
+    assert done.summary["total_parameters"] == count_values(weights), "the base's alone, whole also in 4 bits"
     untouched = read_logits(load_arms([], folder=base, precision="fp32"), base)
     if method["type"] == "full":
         tuned = read_logits(load_arms([], folder=done.job.adapter, precision="fp32"), base)

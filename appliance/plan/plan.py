@@ -7,7 +7,6 @@ answered with half the micro-batch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from appliance.model.shapes import (
     ModelSizes,
     Shape,
     check_method,
+    count_values,
     list_linears,
     read_sizes,
     read_weight_dtypes,
@@ -100,7 +100,7 @@ def build_plan(
     longest = max(lengths)
     weights = read_weight_shapes(base)
     check_method(recipe.method, list_linears(weights), base=base)
-    parameters = sum(math.prod(s) for s in weights.values())
+    parameters = count_values(weights)
     sizes = read_sizes(base)
     trainable = count_trainable(recipe.method, weights, sizes)
     width = _measure_width(recipe, machine)
@@ -177,7 +177,7 @@ def select_micro_batch(
 def count_trainable(method: Method, weights: Mapping[str, Shape], sizes: ModelSizes) -> int:
     """How many parameters the method trains, exactly; `weights` are those of the base by name."""
     if isinstance(method, FullMethod):
-        return sum(math.prod(s) for s in weights.values())
+        return count_values(weights)
     if isinstance(method, LoraMethod):
         return _count_lora(method, select_targets(method.targets, list_linears(weights)))
     if isinstance(method, Ia3Method):
@@ -238,10 +238,10 @@ def _estimate_static(method: Method, *, weights: Mapping[str, Shape], trainable:
 
     4-bit matrices take 0.516 bytes a weight with their doubly quantised scales (arXiv 2305.14314).
     """
-    parameters = sum(math.prod(s) for s in weights.values())
+    parameters = count_values(weights)
     if isinstance(method, FullMethod):
         return 16.0 * parameters
-    linear = sum(math.prod(s) for s in list_linears(weights).values())
+    linear = count_values(list_linears(weights))
     matrices = (0.516 if isinstance(method, QloraMethod) else width) * linear
     return matrices + width * (parameters - linear) + 16.0 * trainable
 
