@@ -276,6 +276,11 @@ def count_steps(section: TrainingSection, *, rows: int) -> int:
     return max(1, math.ceil(math.ceil(rows / section.effective_batch) * section.epochs))
 
 
+def select_learning_rate(section: TrainingSection, method: Method) -> float:
+    """The recipe's rate, or the usual one of the method."""
+    return section.learning_rate if section.learning_rate is not None else method.rate
+
+
 def load_recipe(path: Path) -> Recipe:
     """Read and check one recipe file. Raises `RecipeError` that lists every fault with its line."""
     try:

@@ -26,11 +26,10 @@ from appliance.method import LoraMethod, Method, QloraMethod
 from appliance.model import load_template
 from appliance.model.shapes import count_values, read_sizes, read_weight_shapes
 from appliance.plan import Machine, build_plan
-from appliance.plan.plan import RANGES, count_trainable
+from appliance.plan.plan import count_trainable
 from appliance.recipe import is_packed, parse_recipe
 from appliance.training import TrainingJob
 from appliance.training.arguments import CHANGING_THE_BASE, build_adapter_arguments
-from appliance.training.arguments import RATES as RATES_BY_DEFAULT
 from appliance.training.batches import build_records, collate_packed, collate_padded
 from appliance.training.rows import load_rows
 
@@ -545,5 +544,6 @@ def test_the_pages_rates_are_those_of_the_code() -> None:
         kind, default, usual, _ = (c.strip().strip("`") for c in line.strip("|").split("|"))
         low, high = usual.split(" to ")
         told[kind] = (float(default), (float(low), float(high)))
-    assert told == {kind: (RATES_BY_DEFAULT[kind], RANGES[kind]) for kind in RANGES}
-    assert RANGES.keys() == RATES_BY_DEFAULT.keys()
+    methods = {get_args(m.model_fields["type"].annotation)[0]: m for m in get_args(get_args(Method)[0])}
+    assert told == {kind: (method.rate, method.usual_rates) for kind, method in methods.items()}
+    assert all(low <= rate <= high for rate, (low, high) in told.values())

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
+from appliance.cli.lines import wrap
 from appliance.data import is_current, load_pointer
 from appliance.errors import CommandError, DatasetError
 from appliance.pipeline import Finished
@@ -131,7 +132,7 @@ def open_given_store(url: str | None) -> Store | None:
 
 def say(text: str) -> None:
     """One line of what is being done, to standard error."""
-    sys.stderr.write(f"  {text}\n")
+    sys.stderr.write(wrap(f"  {text}\n", indent=4, stream=sys.stderr))
     sys.stderr.flush()
 
 
@@ -148,7 +149,7 @@ def print_finished(finished: Finished) -> int:
     if finished.outcome:
         click.echo(f"verdict   {finished.outcome}")
     for reason in finished.reasons:
-        click.echo(f"          {reason}")
+        click.echo(wrap(f"          {reason}", indent=10))
     if finished.folder is not None:
         click.echo(f"run       {finished.folder}")
         made = f"card      {finished.folder / 'card' / 'card.html'}"

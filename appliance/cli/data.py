@@ -8,6 +8,7 @@ import click
 
 from appliance.cli.changes import describe_diff, diff_revisions
 from appliance.cli.common import build_workspace, json_option, print_json
+from appliance.cli.lines import say_count, wrap
 from appliance.cli.sections import print_section
 from appliance.data import Report, check_dataset, describe_findings
 from appliance.preparation import check_recipe
@@ -19,7 +20,7 @@ def command() -> None:
     """Check datasets before anything is spent on them."""
 
 
-@command.command("check")
+@command.command("check", short_help="Check a dataset, or all rows of a recipe.")
 @click.argument("folder", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--recipe",
@@ -66,7 +67,7 @@ def check(*, folder: Path | None, recipe_path: Path | None, root: Path, cache: P
     return 1 if report.errors else 0
 
 
-@command.command("diff")
+@command.command("diff", short_help="Show by row what changed between two commits.")
 @click.argument("revisions", metavar="REV..REV")
 @click.option("--root", type=click.Path(path_type=Path), default=".", show_default=True, help="The repository.")
 @json_option
@@ -87,10 +88,11 @@ def diff(*, revisions: str, root: Path, as_json: bool) -> int:
 
 
 def _print_report(report: Report) -> None:
-    for line in describe_findings(report.errors):
-        click.echo(click.style("error    ", fg="red") + line)
-    for line in describe_findings(report.warnings):
-        click.echo(click.style("warning  ", fg="yellow") + line)
+    for word, color, findings in (("error", "red", report.errors), ("warning", "yellow", report.warnings)):
+        for line in describe_findings(findings):
+            text = wrap(f"{word:<9}{line}", indent=9)
+            click.echo(click.style(text[:9], fg=color) + text[9:])
     for name, value in report.counts.items():
-        click.echo(f"{name:12} {value}")
-    click.echo(f"{len(report.errors)} errors, {len(report.warnings)} warnings")
+        counted = ", ".join(f"{k} {v:,}" for k, v in value.items()) if isinstance(value, dict) else f"{value:,}"
+        click.echo(wrap(f"{name:12} {counted}", indent=13))
+    click.echo(f"{say_count(len(report.errors), 'error')}, {say_count(len(report.warnings), 'warning')}")

@@ -14,6 +14,7 @@ from appliance.cli.common import (
     store_option,
     workspace_options,
 )
+from appliance.cli.lines import wrap
 from appliance.errors import DeviceError
 from appliance.plan import Check, examine_machine, read_machine
 
@@ -50,6 +51,7 @@ def command(
 def _print_checks(checks: list[Check]) -> None:
     for check in checks:
         word, color = _MARKS[check.outcome]
-        click.echo(f"{click.style(f'{word:<8}', fg=color)} {check.subject:<10} {check.found}")
+        text = wrap(f"{word:<8} {check.subject:<10} {check.found}", indent=20)
+        click.echo(click.style(text[:8], fg=color) + text[8:])
         if check.action:
-            click.echo(f"{'':<8} {'':<10} {check.action}")
+            click.echo(wrap(f"{'':<20}{check.action}", indent=20))

@@ -15,6 +15,7 @@ from typing import Literal
 import click
 
 from appliance.child import list_stop_signals
+from appliance.cli.lines import wrap
 from appliance.command import leave_closed_terminal
 from appliance.digest import write_atomic
 from appliance.errors import ApplianceError, InterruptedRunError, describe_place
@@ -59,7 +60,7 @@ def _choose_color() -> Literal[False] | None:
 def _fail(message: str, code: int) -> int:
     is_colored = sys.stderr.isatty() and _choose_color() is None
     lead = "\x1b[31merror:\x1b[0m " if is_colored else "error: "
-    sys.stderr.write(f"{lead}{message}\n")
+    sys.stderr.write(f"{lead}{wrap(f'error: {message}', indent=2, stream=sys.stderr).removeprefix('error: ')}\n")
     _write_failure(message, code)
     return code
 

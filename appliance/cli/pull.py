@@ -8,6 +8,7 @@ import click
 
 from appliance import registry
 from appliance.cli.common import store_option
+from appliance.cli.lines import say_count
 from appliance.store import open_store
 
 
@@ -23,6 +24,5 @@ def command(*, reference: str, folder: Path, store_url: str) -> None:
     """
     manifest = registry.pull(open_store(store_url), reference, folder)
     size = sum(f.size for f in manifest.files)
-    click.echo(
-        f"{manifest.name}@{manifest.version}: {len(manifest.files)} files, {size / 1e6:.1f} MB, verified, in {folder}"
-    )
+    files = say_count(len(manifest.files), "file")
+    click.echo(f"{manifest.name}@{manifest.version}: {files}, {size / 1e6:.1f} MB, verified, in {folder}")

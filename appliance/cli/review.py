@@ -101,7 +101,7 @@ def _check(outcome: Outcome, *, workspace: Workspace) -> tuple[list[Section], in
     recipe = _load(outcome, workspace)
     is_trained = outcome.action == "train"  # the others' rows have been through training, or will not go there
     report = check_recipe(recipe, workspace=workspace) if is_trained else check_data(recipe, root=workspace.root)
-    rows = [(f.severity, str(f).replace(f"{workspace.root}/", "")) for f in (*report.errors, *report.warnings)]
+    rows = [(f.severity, str(f)) for f in (*report.errors, *report.warnings)]
     more = (f"... and {len(rows) - _FINDINGS} more: `appliance data check`",) if len(rows) > _FINDINGS else ()
     section = Section(f"Findings: {outcome.recipe}", ("Severity", "Finding"), tuple(rows[:_FINDINGS]), more)
     return [section] if rows else [], len(report.errors)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,15 @@ class Report:
     def errors(self) -> tuple[Finding, ...]:
         """What keeps the dataset from being trained on."""
         return tuple(f for f in self.findings if f.severity == "error")
+
+    def shorten(self, root: Path) -> Report:
+        """The same, with every place below `root` named from there, as people in the repository name it."""
+
+        def cut(text: str) -> str:
+            return text.replace(f"{root}/", "")
+
+        found = (replace(f, where=cut(f.where), message=cut(f.message), fix=cut(f.fix)) for f in self.findings)
+        return replace(self, findings=tuple(found))
 
     @property
     def warnings(self) -> tuple[Finding, ...]:

@@ -45,7 +45,8 @@ def load_general(section: ReplaySection | EwcSection, *, root: Path) -> GeneralR
     dataset, faults = check_general(root / section.path)
     if dataset is None or faults:
         more = f"\n... and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        raise DatasetError("\n".join(f"{key}: {f}" for f in faults[:_SHOWN]) + more)
+        lines = (f"{key}: {f}".replace(f"{root}/", "") for f in faults[:_SHOWN])
+        raise DatasetError("\n".join(lines) + more)
     return GeneralRows(key, dataset.examples, dataset.digest)
 
 

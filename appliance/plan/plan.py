@@ -36,19 +36,9 @@ from appliance.model.shapes import (
 )
 from appliance.plan.machine import Machine
 from appliance.plan.penalty import PenaltyMemory, measure_penalty
-from appliance.recipe import Recipe, count_steps, is_packed
+from appliance.recipe import Recipe, count_steps, is_packed, select_learning_rate
 
 _OVERHEAD = 1 << 30
-# Usual rates, by the papers and by PEFT's own examples (docs/methods.md).
-RANGES = {
-    "full": (1e-5, 2e-5),
-    "lora": (1e-4, 3e-4),
-    "qlora": (1e-4, 3e-4),
-    "prompt-tuning": (1e-2, 3e-1),
-    "prefix-tuning": (1e-3, 3e-2),
-    "p-tuning": (1e-4, 1e-2),
-    "ia3": (1e-3, 1e-2),
-}
 _EPOCHS = (2, 5)
 _EPOCHS_OF_PROMPTS = (2, 50)
 _MICRO_TOKENS = {"cpu": 4096, "gpu": 16384}  # more does not make a step faster a token
@@ -62,6 +52,8 @@ class Plan:
 
     rows: int
     validation_rows: int
+    epochs: float
+    learning_rate: float
     steps: int
     tokens: int
     trained_tokens: int
@@ -142,6 +134,8 @@ def build_plan(
     return Plan(
         rows=len(lengths),
         validation_rows=validation_rows,
+        epochs=section.epochs,
+        learning_rate=select_learning_rate(section, recipe.method),
         steps=count_steps(section, rows=len(lengths)),
         tokens=round(sum(lengths) * section.epochs),
         trained_tokens=round(trained_tokens * section.epochs),
@@ -293,7 +287,7 @@ def _add_overhead(held: float) -> int:
 def _warn(recipe: Recipe, *, rows: int, peak: int, machine: Machine, penalty: PenaltyMemory) -> list[str]:
     """What the guide would question; each names its range."""
     found = []
-    low, high = RANGES[recipe.method.type]
+    low, high = recipe.method.usual_rates
     rate = recipe.training.learning_rate
     if rate is not None and not low <= rate <= high:
         found.append(

@@ -20,9 +20,8 @@ from appliance.errors import TrainingError
 from appliance.method import FullMethod
 from appliance.model.shapes import count_values, read_weight_shapes
 from appliance.model.weights import Precision, load_model
-from appliance.recipe import is_packed
+from appliance.recipe import is_packed, select_learning_rate
 from appliance.training import attention
-from appliance.training.arguments import select_learning_rate
 from appliance.training.checkpoints import is_sound, name_checkpoint
 from appliance.training.journal import Journal
 from appliance.training.launch import TrainingJob
