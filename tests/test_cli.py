@@ -7,6 +7,7 @@ import os
 import pty
 import resource
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -86,6 +87,31 @@ def test_every_command_and_option_has_help() -> None:
         assert command.help, name
         for parameter in command.params:
             assert not isinstance(parameter, click.Option) or parameter.help, f"{name}: {parameter.name}"
+
+
+def test_every_verb_ends_its_help_with_an_example_that_works() -> None:
+    """Each has commands to copy, and each of them is a call that the command line takes."""
+    for name, command in walk(appliance):
+        if isinstance(command, click.Group):
+            continue
+        lines = [line.strip() for line in (command.epilog or "").splitlines() if line.strip().startswith("appliance ")]
+        assert lines, name
+        for line in lines:
+            words = shlex.split(line)[1:]
+            assert " ".join(words).startswith(name)
+            command.make_context(name, words[len(name.split()) :])
+
+
+def test_an_option_is_the_same_in_every_verb() -> None:
+    """Folders and stores have one description, so that a script for one verb is right for another."""
+    for option in ("root", "cache", "runs", "tensorboard", "mirror_checkpoints"):
+        told = {
+            (p.help, p.envvar) for name, c in walk(appliance) if name != "init" for p in c.params if p.name == option
+        }
+        assert len(told) == 1, option
+    verbs = dict(walk(appliance))
+    options = {v: {p.name for p in verbs[v].params} for v in ("run", "evaluate")}
+    assert options["run"] - options["evaluate"] == {"force"}, "evaluate trains as well"
 
 
 def test_verbs_that_take_a_name_say_which_version_it_is() -> None:

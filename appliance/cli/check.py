@@ -11,7 +11,7 @@ import click
 
 from appliance import registry
 from appliance.cli.common import json_option, print_json, store_option
-from appliance.cli.lines import say_count, wrap
+from appliance.cli.lines import say_count, show_example, wrap
 from appliance.cli.sections import Section
 from appliance.cli.summary import append_section, told_in
 from appliance.store import open_store
@@ -20,7 +20,7 @@ _DAMAGED = 1
 _LISTED = 200  # GitHub takes a megabyte of summary
 
 
-@click.command("check")
+@click.command("check", epilog=show_example("appliance check --sample 20 --store s3://BUCKET/registry"))
 @click.argument("name", required=False)
 @store_option(required=True)
 @click.option("--read-data", is_flag=True, help="Read and hash the data of every blob.")

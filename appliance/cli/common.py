@@ -49,35 +49,34 @@ def store_option(*, required: bool) -> Callable[[F], F]:
     )
 
 
+root_option = click.option(
+    "--root",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=".",
+    show_default=True,
+    help="The repository: dataset and base paths in a recipe start here.",
+)
+cache_option = click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    envvar="APPLIANCE_CACHE",
+    show_envvar=True,
+    default=lambda: Path.home() / ".cache" / "appliance",
+    show_default="~/.cache/appliance",
+    help="Folder for base models and token rows.",
+)
+_runs_option = click.option(
+    "--runs",
+    type=click.Path(path_type=Path),
+    envvar="APPLIANCE_OUT",
+    show_envvar=True,
+    help="Folder of run folders; ROOT/.appliance/runs when left out.",
+)
+
+
 def workspace_options(function: F) -> F:
     """`--root`, `--cache` and `--runs`."""
-    for option in (
-        click.option(
-            "--runs",
-            type=click.Path(path_type=Path),
-            envvar="APPLIANCE_OUT",
-            show_envvar=True,
-            help="Folder of run folders; ROOT/.appliance/runs when left out.",
-        ),
-        click.option(
-            "--cache",
-            type=click.Path(path_type=Path),
-            envvar="APPLIANCE_CACHE",
-            show_envvar=True,
-            default=lambda: Path.home() / ".cache" / "appliance",
-            show_default="~/.cache/appliance",
-            help="Folder for base models and token rows.",
-        ),
-        click.option(
-            "--root",
-            type=click.Path(path_type=Path, file_okay=False),
-            default=".",
-            show_default=True,
-            help="The repository: dataset and base paths in a recipe start here.",
-        ),
-    ):
-        function = option(function)
-    return function
+    return root_option(cache_option(_runs_option(function)))
 
 
 mirror_option = click.option(
@@ -128,6 +127,13 @@ def read_actor() -> str:
 def open_given_store(url: str | None) -> Store | None:
     """The store, when one was given."""
     return open_store(url) if url else None
+
+
+def choose_mirror(store: Store | None, *, is_asked: bool) -> Store | None:
+    """Where checkpoints are kept too: the store, when it is asked for."""
+    if is_asked and store is None:
+        raise click.UsageError("--mirror-checkpoints: no store to keep them in; give --store")
+    return store if is_asked else None
 
 
 def say(text: str) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from appliance.cli.changes import describe_diff, diff_revisions
-from appliance.cli.common import build_workspace, json_option, print_json
-from appliance.cli.lines import say_count, wrap
+from appliance.cli.common import build_workspace, cache_option, json_option, print_json, root_option
+from appliance.cli.lines import say_count, show_example, wrap
 from appliance.cli.sections import print_section
 from appliance.data import Report, check_dataset, describe_findings
 from appliance.preparation import check_recipe
@@ -20,7 +20,11 @@ def command() -> None:
     """Check datasets before anything is spent on them."""
 
 
-@command.command("check", short_help="Check a dataset, or all rows of a recipe.")
+@command.command(
+    "check",
+    short_help="Check a dataset, or all rows of a recipe.",
+    epilog=show_example("appliance data check datasets/tickets", "appliance data check --recipe recipes/tickets.yaml"),
+)
 @click.argument("folder", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--recipe",
@@ -28,16 +32,8 @@ def command() -> None:
     type=click.Path(path_type=Path),
     help="Check this recipe's dataset, splits and general rows, and by its base's template every mask and length.",
 )
-@click.option("--root", type=click.Path(path_type=Path), default=".", show_default=True, help="The repository.")
-@click.option(
-    "--cache",
-    type=click.Path(path_type=Path),
-    envvar="APPLIANCE_CACHE",
-    show_envvar=True,
-    default=lambda: Path.home() / ".cache" / "appliance",
-    show_default="~/.cache/appliance",
-    help="Folder for base models.",
-)
+@root_option
+@cache_option
 @json_option
 def check(*, folder: Path | None, recipe_path: Path | None, root: Path, cache: Path, as_json: bool) -> int:
     """Check a dataset FOLDER, or all rows of a recipe as training would; every fault with its file and line.
@@ -67,9 +63,13 @@ def check(*, folder: Path | None, recipe_path: Path | None, root: Path, cache: P
     return 1 if report.errors else 0
 
 
-@command.command("diff", short_help="Show by row what changed between two commits.")
+@command.command(
+    "diff",
+    short_help="Show by row what changed between two commits.",
+    epilog=show_example("appliance data diff origin/main..HEAD"),
+)
 @click.argument("revisions", metavar="REV..REV")
-@click.option("--root", type=click.Path(path_type=Path), default=".", show_default=True, help="The repository.")
+@root_option
 @json_option
 def diff(*, revisions: str, root: Path, as_json: bool) -> int:
     """Show by row what changed between two commits: added, edited, removed, renamed, moved, and the splits.

@@ -14,14 +14,14 @@ from appliance.cli.common import (
     store_option,
     workspace_options,
 )
-from appliance.cli.lines import wrap
+from appliance.cli.lines import show_example, wrap
 from appliance.errors import DeviceError
 from appliance.plan import Check, examine_machine, read_machine
 
 _MARKS = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "fault": ("fault", "red")}
 
 
-@click.command("doctor")
+@click.command("doctor", epilog=show_example("appliance doctor --gpu --store s3://BUCKET/registry"))
 @workspace_options
 @store_option(required=False)
 @click.option("--gpu", "needs_gpu", is_flag=True, help="Fail with exit code 34 where there is no usable GPU.")

@@ -20,6 +20,11 @@ def wrap(text: str, *, indent: int, stream: TextIO | None = None) -> str:
     )
 
 
+def show_example(*lines: str) -> str:
+    """The end of a verb's help: commands to copy, with a word on what they do where they do not say it."""
+    return "\n".join(("\b", "Example:", *(f"  {line}" for line in lines)))
+
+
 def say_count(number: float, noun: str) -> str:
     """`1 error`, `2 errors`, `1.5 epochs`."""
     text = f"{number:,}".removesuffix(".0")

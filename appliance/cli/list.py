@@ -6,10 +6,11 @@ import click
 
 from appliance import registry
 from appliance.cli.common import json_option, print_json, store_option
+from appliance.cli.lines import show_example
 from appliance.store import open_store
 
 
-@click.command("list")
+@click.command("list", epilog=show_example("appliance list tickets --store s3://BUCKET/registry"))
 @click.argument("name", required=False)
 @store_option(required=True)
 @json_option

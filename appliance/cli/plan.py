@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from appliance.cli.common import build_workspace, json_option, print_json, recipe_argument, say, workspace_options
-from appliance.cli.lines import say_count, wrap
+from appliance.cli.lines import say_count, show_example, wrap
 from appliance.general import preview_rows
 from appliance.model import ChatTemplate, TokenRow, fit_template, load_template
 from appliance.plan import Plan, read_machine
@@ -23,7 +23,7 @@ _LINES = re.compile(r"[^\n]*\n|[^\n]+")
 _LISTED = 5
 
 
-@click.command("plan")
+@click.command("plan", epilog=show_example("appliance plan recipes/tickets.yaml --show-mask 3"))
 @recipe_argument
 @workspace_options
 @click.option(

@@ -14,13 +14,14 @@ from appliance.cli.common import (
     store_option,
     workspace_options,
 )
+from appliance.cli.lines import show_example
 from appliance.pipeline import publish_run
 from appliance.preparation import prepare
 from appliance.recipe import load_recipe
 from appliance.store import open_store
 
 
-@click.command("publish")
+@click.command("publish", epilog=show_example("appliance publish recipes/tickets.yaml --store s3://BUCKET/registry"))
 @recipe_argument
 @store_option(required=True)
 @workspace_options

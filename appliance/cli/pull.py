@@ -8,11 +8,11 @@ import click
 
 from appliance import registry
 from appliance.cli.common import store_option
-from appliance.cli.lines import say_count
+from appliance.cli.lines import say_count, show_example
 from appliance.store import open_store
 
 
-@click.command("pull")
+@click.command("pull", epilog=show_example("appliance pull tickets@production ./tickets --store s3://BUCKET/registry"))
 @click.argument("reference", metavar="NAME[@ALIAS|@VERSION]")
 @click.argument("folder", type=click.Path(path_type=Path))
 @store_option(required=True)

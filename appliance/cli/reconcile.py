@@ -17,13 +17,19 @@ from appliance.cli.common import (
     tensorboard_option,
     workspace_options,
 )
-from appliance.cli.lines import wrap
+from appliance.cli.lines import show_example, wrap
 from appliance.cli.summary import append_section, describe_action, describe_outcomes, told_in
 from appliance.reconcile import Outcome, find_unclaimed, plan_from_git, reconcile
 from appliance.store import open_store
 
 
-@click.command("reconcile")
+@click.command(
+    "reconcile",
+    epilog=show_example(
+        "appliance reconcile --dry-run --store s3://BUCKET/registry",
+        "appliance reconcile --only tickets --store s3://BUCKET/registry",
+    ),
+)
 @store_option(required=False)
 @workspace_options
 @tensorboard_option

@@ -7,13 +7,14 @@ from pathlib import Path
 import click
 
 from appliance.cli.common import build_workspace, json_option, print_json, store_option, workspace_options
+from appliance.cli.lines import show_example
 from appliance.reproduction import Difference, Reproduction, reproduce
 from appliance.store import open_store
 
 _DIFFERENT = 1
 
 
-@click.command("reproduce")
+@click.command("reproduce", epilog=show_example("appliance reproduce tickets@staging --store s3://BUCKET/registry"))
 @click.argument("reference", metavar="NAME[@ALIAS|@VERSION]")
 @store_option(required=True)
 @workspace_options

@@ -9,6 +9,7 @@ import click
 from appliance import registry
 from appliance.cli.changes import describe_diff, diff_revisions
 from appliance.cli.common import build_workspace, json_option, print_json, say, store_option, workspace_options
+from appliance.cli.lines import show_example
 from appliance.cli.prices import Prices, describe_cost, load_prices
 from appliance.cli.sections import Section, print_section
 from appliance.cli.summary import append_section, describe_outcomes
@@ -27,7 +28,7 @@ _ROWS, _FINDINGS = 50, 50
 _UNREADABLE = "cannot be read from here; the same checks stop a training before anything is spent: "
 
 
-@click.command("review")
+@click.command("review", epilog=show_example("appliance review --since origin/main"))
 @click.option("--since", metavar="REV", help="The commit to compare with; everything counts as new when left out.")
 @store_option(required=False)
 @workspace_options

@@ -8,10 +8,11 @@ import click
 
 from appliance import registry
 from appliance.cli.common import json_option, store_option
+from appliance.cli.lines import show_example
 from appliance.store import open_store
 
 
-@click.command("show")
+@click.command("show", epilog=show_example("appliance show tickets@staging --store s3://BUCKET/registry"))
 @click.argument("reference", metavar="NAME[@ALIAS|@VERSION]")
 @store_option(required=True)
 @json_option
