@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import TEMPLATE, make_recipe, write_dataset, write_tokenizer
+from tiny import TEMPLATE, load_dataset, make_recipe, write_dataset, write_tokenizer
 
 from appliance.cli import main
 from appliance.data import (
     Report,
     check_dataset,
-    load_dataset,
     order_general,
     select_side,
     split_dataset,
@@ -177,7 +176,9 @@ def test_of_a_fault_in_every_row_some_are_shown_and_no_other_is_lost(
     assert schema[-1].endswith("... and 480 more of [schema]; `appliance data check --json` has all")
     assert len([line for line in lines if "[roles]" in line]) == 1
     main(["data", "check", str(folder), "--json"])
-    assert len(json.loads(capsys.readouterr().out)["errors"]) >= 501
+    errors = json.loads(capsys.readouterr().out)["errors"]
+    assert len(errors) >= 501
+    assert errors[0].keys() == {"severity", "rule", "where", "message", "fix", "id"}, "no line to take apart"
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
@@ -196,8 +197,6 @@ def test_what_cannot_be_read_at_all_is_one_error(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "d")
     (folder / "dataset.yaml").write_text("name: [")
     assert [f.rule for f in check_dataset(folder, split=SPLIT).errors] == ["card"]
-    with pytest.raises(DatasetError, match=r"dataset\.yaml"):
-        load_dataset(folder)
 
 
 def test_a_contract_that_is_no_schema_is_a_fault_of_the_card(tmp_path: Path) -> None:
@@ -283,7 +282,7 @@ def test_the_check_of_a_recipe_names_every_row_that_training_would_refuse(tmp_pa
     write_rows(folder, rows, contract={"type": "text"})
     template = load_template(make_base(tmp_path / "base"))
     report = check(tmp_path)
-    found = {(int(f.where.removeprefix(f"{folder / 'rows.jsonl'}:")), f.rule) for f in report.errors}
+    found = {(int(f.where.removeprefix("datasets/colours/rows.jsonl:")), f.rule) for f in report.errors}
     assert found == {(3, "mask"), (8, "mask"), (13, "mask"), (18, "mask"), (23, "mask"), (28, "length"),
                      (51, "unreviewed"), (56, "roles")}  # fmt: skip
     for words in MASKED:
@@ -331,7 +330,7 @@ def test_general_rows_are_checked_like_those_beside_them(tmp_path: Path) -> None
     folder = write_rows(tmp_path / "general", rows, contract={"type": "text"})
     asked = {"replay": {"path": "general", "share": 0.3}, "ewc": {"path": "general"}}
     found = {(f.where, f.rule) for f in check(tmp_path, forgetting=asked).errors}
-    file = folder / "rows.jsonl"
+    file = "general/rows.jsonl"
     assert found == {(f"{file}:4", "mask"), (f"{file}:6", "shared-prompt"), (f"{file}:8", "unreviewed")}
     (missing,) = check(tmp_path, forgetting={"ewc": {"path": "nowhere"}}).errors
     assert "run `dvc pull`, correct the path, or leave it out" in missing.fix

@@ -13,9 +13,9 @@ import click
 import pytest
 import yaml
 from test_cli import walk
+from tiny import load_dataset
 
 from appliance.cli import appliance
-from appliance.data import load_dataset
 from appliance.data.findings import Rule
 from appliance.recipe import Recipe, render_schema
 

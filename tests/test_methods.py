@@ -15,7 +15,7 @@ import pytest
 import yaml
 from test_cli import call
 from test_training import make_examples, make_job, run_in_process
-from tiny import make_recipe, write_base, write_dataset
+from tiny import build_adapted, make_recipe, write_base, write_dataset
 
 from appliance.errors import InterruptedRunError, ModelError, RecipeError, TrainingError
 from appliance.evaluation.arms import Arm, Prompt
@@ -199,13 +199,11 @@ def test_a_stopped_run_ends_with_the_bytes_of_one_that_was_not(
 
 def test_a_start_that_differs_is_not_resumed(base: Path, tmp_path: Path) -> None:
     """A part of the base is taken out; a checkpoint made with another part would not fit."""
-    import torch
-
-    from appliance.training.methods import build_model, copy_start, digest_start
+    from appliance.training.methods import copy_start, digest_start
 
     method = {"type": "lora", "rank": 4, "variant": "pissa"}
     job = make_job(base, tmp_path, make_recipe(method=method, training={"precision": "fp32"}))
-    starts = [copy_start(build_model(job, precision="fp32", device=torch.device("cpu")), job.method) for _ in range(2)]
+    starts = [copy_start(build_adapted(job), job.method) for _ in range(2)]
     assert digest_start(starts[0]) == digest_start(starts[1])
     key = min(starts[1])
     starts[1][key] = starts[1][key] + 1e-6
@@ -387,13 +385,11 @@ def test_gradient_checkpointing_changes_memory_and_not_the_result(base: Path, tm
     """The gradients of a step are those without it."""
     import torch
 
-    from appliance.training.methods import build_model
-
     method = next(m for m in FAST if m["type"] == kind)
     recipe = make_recipe(method=method, training={"precision": "fp32", "packing": False})
     job = make_job(base, tmp_path, recipe)
     records = build_records(load_rows(tmp_path / "train.rows.jsonl"))[:4]
-    model = build_model(job, precision="fp32", device=torch.device("cpu")).train()
+    model = build_adapted(job).train()
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -411,10 +407,8 @@ def test_a_validation_pass_leaves_the_gradients_of_4_bit_layers_as_they_are(base
     """A CPU's layout for inference has no gradient; a pass in evaluation mode must not switch to it."""
     import torch
 
-    from appliance.training.methods import build_model
-
     job = make_job(base, tmp_path, make_recipe(method={"type": "qlora", "rank": 4, "variant": "gaussian"}))
-    model = build_model(job, precision="fp32", device=torch.device("cpu"))
+    model = build_adapted(job)
     batch = collate_packed(build_records(load_rows(tmp_path / "train.rows.jsonl"))[:4])
     gradients = []
     for _ in range(2):

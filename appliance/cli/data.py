@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -54,8 +55,8 @@ def check(*, folder: Path | None, recipe_path: Path | None, root: Path, cache: P
         print_json(
             {
                 "counts": report.counts,
-                "errors": [str(f) for f in report.errors],
-                "warnings": [str(f) for f in report.warnings],
+                "errors": [asdict(f) for f in report.errors],
+                "warnings": [asdict(f) for f in report.warnings],
             }
         )
     else:

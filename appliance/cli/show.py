@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from appliance import registry
-from appliance.cli.common import json_option, store_option
+from appliance.cli.common import json_option, print_json, store_option
 from appliance.cli.lines import show_example
 from appliance.store import open_store
 
@@ -24,7 +22,7 @@ def command(*, reference: str, store_url: str, as_json: bool) -> None:
     """
     version, manifest = registry.resolve(open_store(store_url), reference)
     if as_json:
-        click.echo(json.dumps(manifest.model_dump(mode="json", by_alias=True), indent=2, sort_keys=True))
+        print_json(manifest.model_dump(mode="json", by_alias=True))
         return
     facts = {
         "version": f"{manifest.name}@{version}",

@@ -18,9 +18,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from appliance.contract import Contract, TextContract
-from appliance.data.findings import Finding, Rule, describe_findings
+from appliance.data.findings import Finding, Rule
 from appliance.digest import digest_folder
-from appliance.errors import DatasetError
 from appliance.example import Example, Message, Provenance, Role
 
 _SHOWN = 20
@@ -71,14 +70,6 @@ class Dataset:
     def examples(self) -> tuple[Example, ...]:
         """The rows without their places, in file and line order."""
         return tuple(r.example for r in self.rows)
-
-
-def load_dataset(folder: Path) -> Dataset:
-    """The dataset in `folder`. Raises `DatasetError` listing what keeps it from being read."""
-    dataset, findings = read_dataset(folder)
-    if dataset is None or findings:
-        raise DatasetError("\n".join(describe_findings(findings)))
-    return dataset
 
 
 def read_dataset(folder: Path) -> tuple[Dataset | None, tuple[Finding, ...]]:

@@ -25,7 +25,7 @@ from appliance.training import attention
 from appliance.training.checkpoints import is_sound, name_checkpoint
 from appliance.training.journal import Journal
 from appliance.training.launch import TrainingJob
-from appliance.training.levers import select_levers
+from appliance.training.levers import Levers
 from appliance.training.methods import Weights, load_encoder, subtract_start
 from appliance.training.monitor import Rules, Watched
 
@@ -93,6 +93,7 @@ def build_summary(
     seen: Watched,
     rules: Rules,
     kept_step: int,
+    levers: Levers,
     precision: Precision,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -100,7 +101,6 @@ def build_summary(
     losses = [r["loss"] for r in journal.records if "loss" in r]
     last = max((r for r in journal.records if "loss" in r), key=lambda r: r["step"])
     kept = next((e for e in seen.evaluations if e.step == kept_step), None)
-    levers = select_levers(job.training, method=job.method, on_cuda=device.type == "cuda")
     gc.collect()
     return {
         "steps": last["step"],
@@ -128,6 +128,7 @@ def build_summary(
         "dtype": precision,
         "device": name_device(device),
         "threads": torch.get_num_threads(),
+        "levers": levers.to_json(),
         "attention": attention.NAME if levers.attention == "packed" else "sdpa",
         "packing": is_packed(job.training, job.method),
         "peak_memory_bytes": measure_peak_memory(device),
