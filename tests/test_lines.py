@@ -66,6 +66,14 @@ def test_findings_are_named_from_the_root_and_keep_the_width(project: Path, argu
     assert " ".join(line.split()) in " ".join(" ".join(shown).split()), "wrapped, and nothing lost"
 
 
+def test_notes_stand_on_lines_of_their_own(project: Path) -> None:
+    """What is said while a verb works is wrapped, and never runs into what comes after it."""
+    shown = show("plan", "good.yaml", cwd=project)
+    assert len([line for line in shown if line.startswith("  warning: ")]) == 2, shown
+    assert [line for line in shown if line.startswith("run  ")]
+    assert max(map(len, shown)) <= 80
+
+
 def test_counts_are_words_and_no_python(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`provenance program 20` and `1 error`, never a dictionary and `1 errors`."""
     assert main(["data", "check", "--recipe", str(project / "colours.yaml"), "--root", str(project)]) == 1

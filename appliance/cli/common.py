@@ -138,7 +138,7 @@ def choose_mirror(store: Store | None, *, is_asked: bool) -> Store | None:
 
 def say(text: str) -> None:
     """One line of what is being done, to standard error."""
-    sys.stderr.write(wrap(f"  {text}\n", indent=4, stream=sys.stderr))
+    sys.stderr.write(wrap(f"  {text}", indent=4, stream=sys.stderr) + "\n")
     sys.stderr.flush()
 
 
