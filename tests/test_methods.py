@@ -235,7 +235,7 @@ REFUSED = [
     ({"type": "prompt-tuning", "tokens": 0}, {}, "greater than or equal to 1"),
     ({"type": "ia3", "targets": ["k_proj"], "feedforward": ["down_proj"]}, {}, "not among the targets"),
     ({"type": "p-tuning", "rank": 4}, {}, "unknown key method.rank"),
-    ({"type": "prompt_tuning"}, {}, "'prompt-tuning'"),
+    ({"type": "prompt_tuning"}, {}, "did you mean prompt-tuning?"),
 ]
 
 
