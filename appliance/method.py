@@ -1,11 +1,13 @@
 """The methods of training, one closed section each: what is trained, from what start, with which keys.
 
 A combination that a library would accept and then do something else with is refused here, with the reason.
+`rate` is what a method is trained with where the recipe names none, `usual_rates` what the plan does not question:
+by the papers and by PEFT's own examples (docs/methods.md has the sources).
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -35,6 +37,8 @@ class LoraMethod(Section):
     start: gaussian, orthogonal, pissa (arXiv 2404.02948), olora (arXiv 2406.01775), mica (arXiv 2604.01694).
     """
 
+    rate: ClassVar[float] = 2e-4
+    usual_rates: ClassVar[tuple[float, float]] = (1e-4, 3e-4)
     type: Literal["lora"] = Field(description="low-rank adapters on the frozen base")
     variant: Literal["plain", "rslora", "dora", "gaussian", "orthogonal", "pissa", "olora", "mica"] = Field(
         "plain", description=_VARIANT
@@ -84,6 +88,8 @@ class QloraMethod(LoraMethod):
 class PromptTuningMethod(Section):
     """Trained vectors before the embedded row; the base is frozen (Lester et al. 2021, arXiv 2104.08691)."""
 
+    rate: ClassVar[float] = 3e-2
+    usual_rates: ClassVar[tuple[float, float]] = (1e-2, 3e-1)
     type: Literal["prompt-tuning"] = Field(description="trained vectors before the row")
     tokens: int = Field(20, ge=1, le=1024, description="virtual tokens before every row")
     init: Literal["vocabulary", "text", "random"] = Field(
@@ -104,6 +110,8 @@ class PrefixTuningMethod(Section):
     With `projection: mlp` they are made by a two-layer network that is dropped after training.
     """
 
+    rate: ClassVar[float] = 1e-2
+    usual_rates: ClassVar[tuple[float, float]] = (1e-3, 3e-2)
     type: Literal["prefix-tuning"] = Field(description="trained keys and values before the row in every layer")
     tokens: int = Field(20, ge=1, le=1024, description="virtual tokens before every row")
     init: Literal["zero", "random"] = Field("zero", description="what keys and values start from")
@@ -125,6 +133,8 @@ class PTuningMethod(Section):
     The encoder is dropped after training: the artifact holds the vectors it made.
     """
 
+    rate: ClassVar[float] = 1e-3
+    usual_rates: ClassVar[tuple[float, float]] = (1e-4, 1e-2)
     type: Literal["p-tuning"] = Field(description="trained vectors before the row, made by a small encoder")
     tokens: int = Field(20, ge=1, le=1024, description="virtual tokens before every row")
     encoder: Literal["mlp", "lstm"] = Field("mlp", description="what makes the vectors; dropped after training")
@@ -134,6 +144,8 @@ class PTuningMethod(Section):
 class Ia3Method(Section):
     """Trained scales of keys, values and inner activations (Liu et al. 2022, arXiv 2205.05638)."""
 
+    rate: ClassVar[float] = 3e-3
+    usual_rates: ClassVar[tuple[float, float]] = (1e-3, 1e-2)
     type: Literal["ia3"] = Field(description="trained scales of keys, values and inner activations")
     targets: Annotated[Literal["auto"] | tuple[str, ...], AfterValidator(_check_targets)] = Field(
         "auto", description="auto: k_proj, v_proj and down_proj"
@@ -164,6 +176,8 @@ class Ia3Method(Section):
 class FullMethod(Section):
     """All weights are trained; the artifact is a full copy of the model."""
 
+    rate: ClassVar[float] = 2e-5
+    usual_rates: ClassVar[tuple[float, float]] = (1e-5, 2e-5)
     type: Literal["full"] = Field(description="all weights; the artifact is a full copy of the model")
 
 

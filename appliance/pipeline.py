@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,8 +84,8 @@ def run_prepared(
             run.start_over()
         _prepare_stage(run, prepared, workspace=workspace, origin=origin)
         _train_stage(run, prepared, workspace=workspace)
-        if until == "train":
-            return _describe(run, recipe, version="")
+        if until == "train":  # nothing is judged, and what was judged earlier is not what was asked
+            return replace(_describe(run, recipe, version=""), outcome="", reasons=())
         _evaluate_stage(run, prepared, workspace=workspace, store=store)
         _judge_stage(run, prepared)
         _card_stage(run, prepared)
@@ -363,7 +363,7 @@ def _describe(run: Run, recipe: Recipe, *, version: str, alias: str = "") -> Fin
         key=run.key,
         folder=run.folder,
         outcome=verdict["outcome"],
-        reasons=tuple(verdict["reasons"]),
+        reasons=report.say_reasons(verdict["reasons"]),
         version=version,
         alias=alias,
         was_done=False,

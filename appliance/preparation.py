@@ -111,21 +111,25 @@ def _load_general(
 
 
 def check_data(recipe: Recipe, *, root: Path) -> Report:
-    """The findings for a recipe's dataset that need no base model."""
-    return check_dataset(
-        root / recipe.dataset.path,
-        split=recipe.dataset.split,
-        gates_min_test_rows=recipe.evaluation.gates.min_test_rows,
-    )
+    """The findings for a recipe's dataset that need no base model; places are named from `root`."""
+    return _check_data(recipe, root=root).shorten(root)
+
+
+def _check_data(recipe: Recipe, *, root: Path) -> Report:
+    return check_dataset(root / recipe.dataset.path, split=recipe.dataset.split, gates=recipe.evaluation.gates)
 
 
 def check_recipe(recipe: Recipe, *, workspace: Workspace) -> Report:
     """All that training would refuse of a recipe's rows, before a GPU is asked for.
 
     `check_data`, the split, the folders of general rows, and by the base's chat template every mask and
-    length. A base that is not at hand is one warning, and the rest is checked.
+    length. A base that is not at hand is one warning, and the rest is checked. Places are named from the root.
     """
-    report = check_data(recipe, root=workspace.root)
+    return _check_recipe(recipe, workspace=workspace).shorten(workspace.root)
+
+
+def _check_recipe(recipe: Recipe, *, workspace: Workspace) -> Report:
+    report = _check_data(recipe, root=workspace.root)
     rows = report.dataset.rows if report.dataset is not None else ()
     sides: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
     for row in rows:

@@ -10,13 +10,14 @@ import difflib
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from appliance.digest import digest_json
 from appliance.errors import RecipeError
+from appliance.faults import ALIAS, NAME, Lines, describe_fault, join_path
 from appliance.method import (
     VIRTUAL_TOKENS,
     Method,
@@ -24,8 +25,8 @@ from appliance.method import (
     Section,
 )
 
-Line = dict[tuple[str | int, ...], int]
 _EWC_METHODS = ("full", "lora", "qlora")
+_LISTED = 8
 
 
 class BaseSection(Section):
@@ -209,7 +210,7 @@ class PublishSection(Section):
 
     alias: str = Field(
         "staging",
-        pattern=r"^[a-z][a-z0-9-]{0,31}$",
+        pattern=ALIAS,
         description="the name that `ship` moves; its version is the champion",
     )
 
@@ -224,7 +225,7 @@ class NeedsSection(Section):
 class Recipe(Section):
     """One adapter to keep up to date: base x dataset x method, and what it must prove."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="the model's name in the registry")
+    name: str = Field(pattern=NAME, description="the model's name in the registry")
     base: BaseSection = Field(description="the model to start from")
     dataset: DatasetSection = Field(description="the rows, and how they are divided")
     method: Method = Field(description="what is trained; `type` chooses it")
@@ -304,14 +305,29 @@ def count_steps(section: TrainingSection, *, rows: int) -> int:
     return max(1, math.ceil(math.ceil(rows / section.effective_batch) * section.epochs))
 
 
+def select_learning_rate(section: TrainingSection, method: Method) -> float:
+    """The recipe's rate, or the usual one of the method."""
+    return section.learning_rate if section.learning_rate is not None else method.rate
+
+
 def load_recipe(path: Path) -> Recipe:
     """Read and check one recipe file. Raises `RecipeError` that lists every fault with its line."""
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as fault:
-        message = f"{path}: cannot be read ({fault}); give the path of a recipe, e.g. recipes/demo.yaml"
-        raise RecipeError(message) from fault
+        reason = (getattr(fault, "strerror", None) or "not UTF-8").lower()
+        raise RecipeError(f"{path}: cannot be read, {reason}; {_describe_recipes(path)}") from fault
     return parse_recipe(text, source=str(path))
+
+
+def _describe_recipes(path: Path) -> str:
+    """What to give in place of a recipe that is not there: one whose name is close, or those that there are."""
+    folders = (path, path.parent, path.parent / "recipes")
+    found = [p for folder in folders for p in sorted(folder.glob("*.yaml")) if p != path]
+    close = difflib.get_close_matches(path.stem, [p.stem for p in found], n=1)
+    if close:
+        return f"did you mean {next(p for p in found if p.stem == close[0])}?"
+    return f"there is {', '.join(map(str, found[:_LISTED]))}" if found else "give the path of a recipe, a *.yaml"
 
 
 def parse_recipe(text: str, *, source: str) -> Recipe:
@@ -328,25 +344,25 @@ def parse_recipe(text: str, *, source: str) -> Recipe:
     if not isinstance(values, dict):
         message = f"{source}:1: found {type(values).__name__}, expected keys such as name, base, dataset, method"
         raise RecipeError(message)
-    lines: Line = {}
+    lines: Lines = {}
     faults = [f"{source}:{line}: {text}" for line, text in _map_lines(root, lines, ())]
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as invalid:
-        faults += [_describe(e, lines=lines, source=source) for e in invalid.errors()]
+        faults += [describe_fault(e, model=Recipe, lines=lines, source=source) for e in invalid.errors()]
     if faults:
         raise RecipeError("\n".join(dict.fromkeys(faults)))
     return recipe
 
 
-def _map_lines(node: Any, lines: Line, path: tuple[str | int, ...]) -> list[tuple[int, str]]:
+def _map_lines(node: Any, lines: Lines, path: tuple[str | int, ...]) -> list[tuple[int, str]]:
     """Fill `lines` with the line of every key path; return duplicate keys as (line, fault)."""
     faults = []
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*path, key.value)
             if here in lines:
-                faults.append((key.start_mark.line + 1, f"key {_dotted(here)} is given twice; keep one"))
+                faults.append((key.start_mark.line + 1, f"key {join_path(here)} is given twice; keep one"))
             lines[here] = key.start_mark.line + 1
             faults += _map_lines(value, lines, here)
     elif isinstance(node, yaml.SequenceNode):
@@ -356,67 +372,8 @@ def _map_lines(node: Any, lines: Line, path: tuple[str | int, ...]) -> list[tupl
     return faults
 
 
-def _describe(error: Any, *, lines: Line, source: str) -> str:
-    """One pydantic error as `file:line: key: what; next action`."""
-    path = _strip_tags(error["loc"], lines) or _read_path(error["msg"], lines)
-    line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), 1)
-    where = f"{source}:{line}"
-    if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key {_dotted(path)}{_did_you_mean(error['loc'])}"
-    if error["type"] == "missing":
-        return f"{where}: key {_dotted(path)} is missing; add it"
-    if error["type"] == "union_tag_not_found":
-        return f"{where}: key {_dotted((*path, 'type'))} is missing; use one of {', '.join(_METHODS)}"
-    found = f", found {error['input']!r}" if not isinstance(error["input"], dict | Recipe) else ""
-    text = error["msg"].removeprefix("Value error, ").removeprefix(f"{_dotted(path)}: ")
-    return f"{where}: {_dotted(path) or 'recipe'}: {text}{found}"
-
-
-def _read_path(message: str, lines: Line) -> tuple[str | int, ...]:
-    """The key that a fault of the whole recipe starts with, when the file has it."""
-    path = tuple(message.removeprefix("Value error, ").partition(": ")[0].split("."))
-    return path if path in lines else ()
-
-
-def _strip_tags(loc: tuple[str | int, ...], lines: Line) -> tuple[str | int, ...]:
-    """Leave out what pydantic puts into a location that is no key of the file (union tags)."""
-    path: tuple[str | int, ...] = ()
-    for index, part in enumerate(loc):
-        is_last = index == len(loc) - 1
-        is_tag = part in _METHODS and path == ("method",)
-        if ((*path, part) in lines or is_last) and not is_tag:
-            path = (*path, part)
-    return path
-
-
-def _did_you_mean(loc: tuple[str | int, ...]) -> str:
-    model: Any = Recipe
-    for part in loc[:-1]:
-        if part in _METHODS:
-            model = _METHODS[str(part)]
-        elif part != "method" and isinstance(part, str) and part in model.model_fields:
-            model = _find_section(model.model_fields[part].annotation)
-    known = list(model.model_fields)
-    close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(known)}"
-
-
-def _find_section(annotation: Any) -> Any:
-    """The section in `Section | None`, or the section itself."""
-    return next(a for a in (*get_args(annotation), annotation) if isinstance(a, type) and issubclass(a, Section))
-
-
-def _dotted(path: tuple[str | int, ...]) -> str:
-    return ".".join(str(p) for p in path)
-
-
 def _is_commit(revision: str | None) -> bool:
     return revision is not None and len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)
-
-
-_METHODS: dict[str, type[Section]] = {
-    get_args(m.model_fields["type"].annotation)[0]: m for m in get_args(get_args(Method)[0])
-}
 
 
 def render_schema() -> str:

@@ -7,6 +7,7 @@ import os
 import pty
 import resource
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,7 +22,10 @@ from test_command import run_beside_read_only
 from tiny import make_recipe, write_base, write_dataset
 
 from appliance.cli import VERBS, appliance
+from appliance.cli.common import print_finished
 from appliance.demo.storage import Storage
+from appliance.pipeline import Finished
+from appliance.registry.refs import DEFAULT_ALIAS
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "boto3", "botocore", "dvc", "pydantic")
@@ -85,6 +89,38 @@ def test_every_command_and_option_has_help() -> None:
             assert not isinstance(parameter, click.Option) or parameter.help, f"{name}: {parameter.name}"
 
 
+def test_every_verb_ends_its_help_with_an_example_that_works() -> None:
+    """Each has commands to copy, and each of them is a call that the command line takes."""
+    for name, command in walk(appliance):
+        if isinstance(command, click.Group):
+            continue
+        lines = [line.strip() for line in (command.epilog or "").splitlines() if line.strip().startswith("appliance ")]
+        assert lines, name
+        for line in lines:
+            words = shlex.split(line)[1:]
+            assert " ".join(words).startswith(name)
+            command.make_context(name, words[len(name.split()) :])
+
+
+def test_an_option_is_the_same_in_every_verb() -> None:
+    """Folders and stores have one description, so that a script for one verb is right for another."""
+    for option in ("root", "cache", "runs", "tensorboard", "mirror_checkpoints"):
+        told = {
+            (p.help, p.envvar) for name, c in walk(appliance) if name != "init" for p in c.params if p.name == option
+        }
+        assert len(told) == 1, option
+    verbs = dict(walk(appliance))
+    options = {v: {p.name for p in verbs[v].params} for v in ("run", "evaluate")}
+    assert options["run"] - options["evaluate"] == {"force"}, "evaluate trains as well"
+
+
+def test_verbs_that_take_a_name_say_which_version_it_is() -> None:
+    """A bare NAME is an alias that no recipe moves by default, so the help of each such verb tells it."""
+    taking = [c for _, c in walk(appliance) for p in c.params if (p.metavar or "").startswith("NAME[@")]
+    assert len(taking) == 3
+    assert all(f"NAME alone means NAME@{DEFAULT_ALIAS}" in " ".join((c.help or "").split()) for c in taking)
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny base, a dataset and a recipe; not a Git repository."""
@@ -120,7 +156,11 @@ BAD: list[tuple[list[str], int, str]] = [
     (["pull", "colours@production", "out", "--store", "file:///tmp/appliance-no-such-store"], 1, "colours"),
     (["generate", "."], 1, "appliance pull"),
     (["reconcile", "--store", "file:///tmp/appliance-no-such-store"], 1, "Git repository"),
-    (["rnu"], 2, "No such command"),
+    (["rnu"], 2, "No such command 'rnu'; did you mean run?"),
+    (["xyz"], 2, "No such command 'xyz'."),
+    (["list"], 2, "APPLIANCE_STORE"),
+    (["list", "typo", "--store", "file:///tmp/appliance-no-such-store"], 1, "no model 'typo'; there is none yet"),
+    (["plan", "recipes/colour.yaml"], 1, "did you mean recipes/colours.yaml?"),
 ]
 
 
@@ -174,10 +214,17 @@ def test_a_run_goes_from_rows_to_a_pulled_version(project: Path, tmp_path: Path)
     assert first.returncode in (0, 3), first.stderr
     second = call("run", "recipes/colours.yaml", cwd=project, env=env)
     assert "already there" in second.stdout, second.stderr
+    assert second.returncode == first.returncode, "the same command says the same again"
+    trained = call("train", "recipes/colours.yaml", cwd=project, env={**env, "APPLIANCE_STORE": ""})
+    assert trained.returncode == 0, "a training has no verdict, whatever was judged earlier"
+    assert "verdict" not in trained.stdout
+    assert "adapter " in trained.stdout
     rows = json.loads(call("list", "--json", cwd=project, env=env).stdout)
     assert len(rows) == 1
-    assert "no versions of nope" in (told := call("list", "nope", cwd=project, env=env).stdout)
-    assert "there is colours" in told, "a misspelt name never makes the registry look empty"
+    for verb in ("list", "show", "check"):
+        misspelt = call(verb, "colour", cwd=project, env=env)
+        assert misspelt.returncode == 1, verb
+        assert "no model 'colour'; did you mean colours?" in misspelt.stderr, verb
     version = f"colours@{rows[0]['version']}"
     assert rows[0]["version"] in call("show", version, cwd=project, env=env).stdout
     forced = call("promote", version, "production", "--force", cwd=project, env=env)
@@ -204,6 +251,14 @@ def test_a_run_goes_from_rows_to_a_pulled_version(project: Path, tmp_path: Path)
         env=env,
     )
     assert [o["arm"] for o in json.loads(said.stdout)] == ["candidate", "zero_shot"], said.stderr
+
+
+@pytest.mark.parametrize("was_done", [False, True])
+@pytest.mark.parametrize(("outcome", "code"), [("ship", 0), ("hold", 3), ("reject", 3), ("inconclusive", 0), ("", 0)])
+def test_the_exit_code_is_the_verdicts_whenever_it_was_made(outcome: str, code: int, was_done: bool) -> None:
+    """Pinned for scripts: 3 where the verdict refuses, now or earlier; an inconclusive one is no refusal."""
+    finished = Finished("m", "k", folder=None, outcome=outcome, reasons=(), version="", alias="", was_done=was_done)
+    assert print_finished(finished) == code
 
 
 @pytest.mark.parametrize("size", [pytest.param("60k", marks=pytest.mark.slow), "300k"])
@@ -241,6 +296,22 @@ def test_a_folder_that_may_not_be_written_is_one_message(project: Path, tmp_path
     assert "Traceback" not in done.stderr
     assert done.stdout == "1\n1\n", done.stderr
     assert f"{out}/repository: read-only file system; give this user access to it" in done.stderr
+
+
+def test_failure_json_is_of_the_last_command(tmp_path: Path) -> None:
+    """In a container every failure leaves it, a wrong call too, and the next command that works leaves none."""
+    env = {"APPLIANCE_OUT": str(tmp_path), "APPLIANCE_STORE": ""}
+    for arguments, code, words in (
+        (["plan", "none.yaml"], 1, "none.yaml: cannot be read"),
+        (["list"], 2, "--store"),
+        (["rnu"], 2, "No such command"),
+    ):
+        assert call(*arguments, env=env, cwd=tmp_path).returncode == code
+        failure = json.loads((tmp_path / "failure.json").read_text())
+        assert failure["exit_code"] == code
+        assert words in failure["message"]
+    assert call("list", "--store", (tmp_path / "store").as_uri(), env=env, cwd=tmp_path).returncode == 0
+    assert not (tmp_path / "failure.json").exists()
 
 
 @pytest.mark.parametrize("value", ["", "1"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,23 +11,23 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import TEMPLATE, make_recipe, write_dataset, write_tokenizer
+from tiny import TEMPLATE, load_dataset, make_recipe, write_dataset, write_tokenizer
 
 from appliance.cli import main
 from appliance.data import (
     Report,
     check_dataset,
-    load_dataset,
     order_general,
     select_side,
     split_dataset,
     summarise_dataset,
 )
 from appliance.errors import DatasetError, TrainingError
+from appliance.evaluation import Result, judge
 from appliance.example import Example, Message
 from appliance.model import load_template
 from appliance.preparation import Workspace, check_recipe
-from appliance.recipe import Recipe, SplitSection
+from appliance.recipe import GateSection, Recipe, SplitSection
 from appliance.training import build_rows
 
 SPLIT = SplitSection()
@@ -93,7 +94,7 @@ def test_each_fault_is_found_at_its_line_by_its_rule(tmp_path: Path, rule: str, 
 
 def test_a_good_dataset_has_no_errors(tmp_path: Path) -> None:
     """The check does not cry wolf."""
-    report = check_dataset(write_dataset(tmp_path / "d", rows=200), split=SPLIT, gates_min_test_rows=10)
+    report = check_dataset(write_dataset(tmp_path / "d", rows=200), split=SPLIT, gates=GateSection(min_test_rows=10))
     assert report.findings == ()
     assert report.counts["rows"] == 200
 
@@ -148,6 +149,20 @@ def test_a_folder_without_rows_says_what_it_has(tmp_path: Path) -> None:
     assert "no *.jsonl file, only rows.csv" in str(check_dataset(folder, split=SPLIT).errors[0])
 
 
+def test_a_folder_of_datasets_names_them(tmp_path: Path) -> None:
+    """Who gives `datasets` is told which folders in it have rows, and nothing of a missing card."""
+    write_dataset(tmp_path / "datasets" / "r")
+    (finding,) = check_dataset(tmp_path / "datasets").errors
+    assert str(finding).endswith(f"[missing] no rows, but folders of rows; name one: {tmp_path / 'datasets' / 'r'}")
+
+
+def test_without_a_recipe_nothing_is_said_of_its_split(tmp_path: Path) -> None:
+    """Sides and enough test rows are the recipe's: a split or a gate that nobody asked for is not invented."""
+    report = check_dataset(write_dataset(tmp_path / "d", rows=50))
+    assert {f.rule for f in report.warnings} == {"volume"}
+    assert report.counts == {"rows": 50, "provenance": {"program": 50}}
+
+
 def test_of_a_fault_in_every_row_some_are_shown_and_no_other_is_lost(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,7 +176,9 @@ def test_of_a_fault_in_every_row_some_are_shown_and_no_other_is_lost(
     assert schema[-1].endswith("... and 480 more of [schema]; `appliance data check --json` has all")
     assert len([line for line in lines if "[roles]" in line]) == 1
     main(["data", "check", str(folder), "--json"])
-    assert len(json.loads(capsys.readouterr().out)["errors"]) >= 501
+    errors = json.loads(capsys.readouterr().out)["errors"]
+    assert len(errors) >= 501
+    assert errors[0].keys() == {"severity", "rule", "where", "message", "fix", "id"}, "no line to take apart"
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
@@ -180,8 +197,6 @@ def test_what_cannot_be_read_at_all_is_one_error(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "d")
     (folder / "dataset.yaml").write_text("name: [")
     assert [f.rule for f in check_dataset(folder, split=SPLIT).errors] == ["card"]
-    with pytest.raises(DatasetError, match=r"dataset\.yaml"):
-        load_dataset(folder)
 
 
 def test_a_contract_that_is_no_schema_is_a_fault_of_the_card(tmp_path: Path) -> None:
@@ -195,9 +210,26 @@ def test_a_contract_that_is_no_schema_is_a_fault_of_the_card(tmp_path: Path) -> 
 def test_fewer_than_ten_rows_are_refused_and_few_are_questioned(tmp_path: Path) -> None:
     """9 rows are an error, 50 a warning that says what so few test rows can show."""
     assert [f.rule for f in check_dataset(write_dataset(tmp_path / "9", rows=9), split=SPLIT).errors] == ["volume"]
-    some = check_dataset(write_dataset(tmp_path / "50", rows=50), split=SPLIT)
+    some = check_dataset(write_dataset(tmp_path / "50", rows=50), split=SPLIT, gates=GateSection())
     assert not some.errors
     assert {f.rule for f in some.warnings} == {"volume", "test-size"}
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.05])
+def test_the_check_states_the_gain_that_the_verdict_states(tmp_path: Path, alpha: float) -> None:
+    """Of the same test rows by the recipe's own gate, both say the same points."""
+    gates = GateSection(alpha=alpha)
+    report = check_dataset(write_dataset(tmp_path / "d", rows=200), split=SPLIT, gates=gates)
+    (found,) = [f.message for f in report.warnings if f.rule == "test-size"]
+    scores = {"exact_match": 1.0}
+    results = [
+        Result(f"t{i}", arm, "", "eos", tokens=1, prompt_tokens=1, seconds=0.1, category=None, group="g", scores=scores)
+        for arm in ("zero_shot", "candidate")
+        for i in range(report.counts["test"])
+    ]
+    reason = judge(results, metric="exact_match", gates=gates).reasons[0]
+    (points,) = re.findall(r"gains of \d+ points or more", reason)
+    assert points in found
 
 
 def make_base(folder: Path, *, template: str = TEMPLATE) -> Path:
@@ -250,7 +282,7 @@ def test_the_check_of_a_recipe_names_every_row_that_training_would_refuse(tmp_pa
     write_rows(folder, rows, contract={"type": "text"})
     template = load_template(make_base(tmp_path / "base"))
     report = check(tmp_path)
-    found = {(int(f.where.removeprefix(f"{folder / 'rows.jsonl'}:")), f.rule) for f in report.errors}
+    found = {(int(f.where.removeprefix("datasets/colours/rows.jsonl:")), f.rule) for f in report.errors}
     assert found == {(3, "mask"), (8, "mask"), (13, "mask"), (18, "mask"), (23, "mask"), (28, "length"),
                      (51, "unreviewed"), (56, "roles")}  # fmt: skip
     for words in MASKED:
@@ -298,7 +330,7 @@ def test_general_rows_are_checked_like_those_beside_them(tmp_path: Path) -> None
     folder = write_rows(tmp_path / "general", rows, contract={"type": "text"})
     asked = {"replay": {"path": "general", "share": 0.3}, "ewc": {"path": "general"}}
     found = {(f.where, f.rule) for f in check(tmp_path, forgetting=asked).errors}
-    file = folder / "rows.jsonl"
+    file = "general/rows.jsonl"
     assert found == {(f"{file}:4", "mask"), (f"{file}:6", "shared-prompt"), (f"{file}:8", "unreviewed")}
     (missing,) = check(tmp_path, forgetting={"ewc": {"path": "nowhere"}}).errors
     assert "run `dvc pull`, correct the path, or leave it out" in missing.fix

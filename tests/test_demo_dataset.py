@@ -14,7 +14,7 @@ from appliance.data import check_dataset, digest_dvc_folder, load_pointer
 from appliance.demo import DEMO_ROWS, GROWTH_ROWS, write_dataset
 from appliance.demo.repository import read_recipe
 from appliance.demo.requests import BASE_PROMPT, CANONICAL, SCHEMA, build_requests
-from appliance.recipe import SplitSection, parse_recipe
+from appliance.recipe import GateSection, SplitSection, parse_recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,7 +36,7 @@ def test_the_repository_points_to_exactly_these_bytes(folder: Path) -> None:
 
 def test_the_check_finds_nothing(folder: Path) -> None:
     """Every row keeps its contract, no prompt is repeated, no category is thin, the test set is large enough."""
-    report = check_dataset(folder, split=SplitSection())
+    report = check_dataset(folder, split=SplitSection(), gates=GateSection())
     assert report.findings == ()
     assert report.counts["rows"] == DEMO_ROWS
     assert report.counts["provenance"] == {"program": DEMO_ROWS}

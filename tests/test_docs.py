@@ -17,15 +17,14 @@ import click
 import pytest
 import yaml
 from test_cli import walk
-from tiny import write_base
+from tiny import load_dataset, write_base
 
 from appliance.cli import appliance
-from appliance.data import load_dataset
 from appliance.data.findings import Rule
 from appliance.demo import QUICK_ROWS, write_dataset
-from appliance.evaluation.verdict import mcnemar_exact, paired_gain_interval, smallest_gain
 from appliance.manifest import Outcome
 from appliance.recipe import GateSection, Recipe, render_schema
+from appliance.statistics import mcnemar_exact, paired_gain_interval, smallest_gain
 from appliance.training.monitor import Rules, watch_records
 
 ROOT = Path(__file__).parent.parent

@@ -27,7 +27,7 @@ def test_a_machine_that_can_train_passes_with_a_line_for_each_part(tmp_path: Pat
     """This one: torch multiplies and quantises in a child, folders are written to, nothing is left in them."""
     options = ["--runs", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache"), "--json"]
     done = CliRunner().invoke(command, [*options, "--store", (tmp_path / "store").as_uri()], standalone_mode=False)
-    checks = {c["subject"].split()[0]: c for c in json.loads(done.output)}
+    checks = {c["subject"]: c for c in json.loads(done.output)}
     assert done.return_value == 0, done.output
     assert [*checks] == ["processor", "GPU", "torch", "runs", "cache", "git", "dvc", "store"]
     assert "multiplies on cpu" in checks["torch"]["found"]
@@ -79,7 +79,7 @@ def test_further_gpus_are_told() -> None:
 def test_a_torch_that_does_not_start_is_a_fault_and_no_traceback() -> None:
     """The child's last line is the reason."""
     assert "libcudart.so.13" in probe_torch()["fault"]
-    checks = examine_machine(machine(), folders={}, store=None)
+    checks = examine_machine(machine(), folders={}, store_url=None)
     assert [c.outcome for c in checks if c.subject == "torch"] == ["fault"]
 
 
@@ -87,7 +87,7 @@ def test_a_folder_that_cannot_be_written_to_is_a_fault_with_what_to_do(tmp_path:
     """A file is where the folder should be."""
     (tmp_path / "file").touch()
     check = check_folder("runs", tmp_path / "file" / "runs")
-    assert (check.outcome, check.found) == ("fault", "Not a directory")
+    assert (check.outcome, check.found) == ("fault", f"{tmp_path / 'file' / 'runs'}: Not a directory")
     assert "mount a folder" in check.action
 
 
@@ -125,3 +125,14 @@ def test_a_store_that_does_not_answer_is_a_fault(tmp_path: Path, monkeypatch: py
     assert "fault    store      " in done.output
     assert "fault    torch      " in done.output
     assert "ok       git        " in done.output
+
+
+@pytest.mark.usefixtures("broken_torch")
+@pytest.mark.parametrize("url", ["http://example.com/x", "s3://", "file:relative"])
+def test_a_store_that_cannot_be_opened_is_a_fault_among_the_others(tmp_path: Path, url: str) -> None:
+    """A wrong address is one line in its column, after the other checks."""
+    options = ["--runs", str(tmp_path), "--cache", str(tmp_path), "--store", url]
+    done = CliRunner().invoke(command, options, standalone_mode=False)
+    assert done.return_value == 1, done.output
+    assert "fault    store      " in done.output
+    assert f" runs       {tmp_path}: writable" in done.output

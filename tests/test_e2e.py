@@ -28,10 +28,10 @@ import pytest
 import yaml
 from containers import build_image, open_engine
 from test_reconcile import AUTHOR, GATES, QUIET, TRAINING, base  # noqa: F401 - one is a fixture
-from tiny import COLOURS, make_recipe, write_dataset
+from tiny import COLOURS, load_dataset, make_recipe, write_dataset
 
 from appliance import registry
-from appliance.data import load_dataset, split_dataset
+from appliance.data import split_dataset
 from appliance.demo import QUICK_ROWS
 from appliance.demo.dataset import write_dataset as write_demo
 from appliance.demo.repository import read_recipe

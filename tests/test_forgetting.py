@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
-from tiny import COLOURS, make_recipe, write_base, write_dataset
+from tiny import COLOURS, build_adapted, make_recipe, write_base, write_dataset
 
 from appliance import pipeline
 from appliance.data import count_replayed, load_prompts
@@ -105,10 +105,9 @@ def build(job: TrainingJob) -> tuple[Any, Any]:
     import torch
 
     from appliance.training.ewc import build_penalty
-    from appliance.training.methods import build_model
 
     torch.manual_seed(3)
-    model = build_model(job, precision="fp32", device=torch.device("cpu"))
+    model = build_adapted(job)
     return model, build_penalty(job, model, precision="fp32", emit=lambda **_event: None)
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from families import FAMILIES, write_family
-from tiny import COLOURS, make_recipe, write_base
+from tiny import COLOURS, load_dataset, make_recipe, write_base
 
 from appliance.cli import appliance
 from appliance.example import decode_examples
@@ -88,8 +88,6 @@ def test_on_a_terminal_trained_text_and_control_tokens_have_their_colours(chatml
 def test_the_pieces_are_the_row(chatml: Path) -> None:
     """Nothing of a row is left out or doubled, and what is shown as trained is as many tokens as are trained."""
     template = load_template(chatml.parent / "base")
-    from appliance.data import load_dataset
-
     for example in load_dataset(chatml.parent / "datasets" / "colours").examples[:8]:
         row = render_row(example, template)
         pieces = show_mask(row, template)
@@ -162,8 +160,6 @@ def test_the_run_record_counts_what_was_dropped_and_keeps_test_rows(tmp_path: Pa
 
 def test_rows_for_the_card_are_few_and_telling(chatml: Path) -> None:
     """The first row, and the one with the most answers; never more than three."""
-    from appliance.data import load_dataset
-
     template = load_template(chatml.parent / "base")
     rows = [render_row(e, template) for e in load_dataset(chatml.parent / "datasets" / "colours").examples]
     masks = select_masks(rows, template)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -13,7 +14,7 @@ import yaml
 from appliance.digest import digest_json
 from appliance.errors import RecipeError
 from appliance.method import Method
-from appliance.recipe import load_recipe, parse_recipe
+from appliance.recipe import Recipe, load_recipe, parse_recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
@@ -62,7 +63,23 @@ def test_all_faults_are_reported_at_once_with_their_lines() -> None:
         (GOOD.replace("./base", "owner/model"), "needs 'revision'"),
         (GOOD.replace("./base", "owner/model"), "`git ls-remote https://huggingface.co/owner/model HEAD` shows it"),
         (GOOD.replace("type: lora", "rank: 8"), "r.yaml:4: key method.type is missing; use one of lora, qlora"),
-        (GOOD.replace("lora", "lroa"), "r.yaml:4: method"),
+        (GOOD.replace("lora", "lroa"), "r.yaml:4: method.type: found 'lroa', which is no method; did you mean lora?"),
+        (GOOD.replace("lora", "magic"), "which is no method; use one of lora, qlora"),
+        (GOOD.replace("{type: lora}", "lora"), "r.yaml:4: method: found 'lora', expected keys below it, such as type"),
+        (GOOD.replace("name: a", "name: A b"), "expected lower-case letters, digits and '-', at most 63, such as my-"),
+        (
+            GOOD + "publish: {alias: Prod}\n",
+            "r.yaml:5: publish.alias: found 'Prod', expected a letter, then lower-case",
+        ),
+        (GOOD + "training: {effective_batch: 2.5}\n", "found 2.5, expected a whole number; left out, it is 16"),
+        (GOOD + "training: {epochs: 0}\n", "found 0, expected a value greater than 0; left out, it is 3.0"),
+        (GOOD + "training: {overlong: dorp}\n", "expected 'refuse' or 'drop'; did you mean drop?"),
+        (GOOD + "training: {packing: maybe}\n", "training.packing: found 'maybe', expected true or false"),
+        (GOOD + "training:\n", "r.yaml:5: training: found nothing, expected keys below it, such as epochs"),
+        (
+            GOOD.replace("{type: lora}", "{type: lora, targets: 3}"),
+            "r.yaml:4: method.targets: found 3, expected a list",
+        ),
         (GOOD.replace("method: {type: lora}", ""), "key method is missing"),
         (GOOD + "training: {learning_rate: .nan}\n", "r.yaml:5: training.learning_rate"),
         (GOOD + "training: {epochs: many}\n", "found 'many'"),
@@ -79,6 +96,40 @@ def test_a_missing_file_names_the_path_and_the_next_action(tmp_path: Path) -> No
     """A recipe that is not there is no traceback."""
     with pytest.raises(RecipeError, match=r"none\.yaml: cannot be read"):
         load_recipe(tmp_path / "none.yaml")
+
+
+def test_a_missing_recipe_is_answered_with_those_that_there_are(tmp_path: Path) -> None:
+    """Names of files that exist, here or in recipes/, a close one first; never an example that may not be there."""
+    (tmp_path / "recipes").mkdir()
+    for name in ("tickets", "invoices"):
+        (tmp_path / "recipes" / f"{name}.yaml").write_text(GOOD)
+    with pytest.raises(RecipeError, match=r"no such file or directory; did you mean .*/recipes/tickets\.yaml\?$"):
+        load_recipe(tmp_path / "tickts.yaml")
+    with pytest.raises(RecipeError, match=r"; there is .*/recipes/invoices\.yaml, .*/recipes/tickets\.yaml$"):
+        load_recipe(tmp_path / "recipes" / "x.yaml")
+    with pytest.raises(RecipeError, match=r"recipes: cannot be read, is a directory; there is .*invoices\.yaml"):
+        load_recipe(tmp_path / "recipes")
+    with pytest.raises(RecipeError, match=r"; give the path of a recipe, a \*\.yaml$"):
+        load_recipe(tmp_path / "none" / "x.yaml")
+
+
+@pytest.mark.parametrize("value", ["x y", "1.5", "[]", "{a: b}", ""])
+def test_no_value_is_met_with_a_librarys_words(value: str) -> None:
+    """Whatever is written for a key, the message names the key, what was found and what was expected."""
+    sections = {
+        "TrainingSection": "training: {{{}: {}}}",
+        "GateSection": "evaluation: {{gates: {{{}: {}}}}}",
+        "LoraMethod": "method: {{type: lora, {}: {}}}",
+    }
+    for section, form in sections.items():
+        for key in Recipe.model_json_schema()["$defs"][section]["properties"].keys() - {"type"}:
+            text = GOOD.replace("method: {type: lora}\n", "") if section == "LoraMethod" else GOOD
+            try:
+                parse_recipe(text + form.format(key, value) + "\n", source="r.yaml")
+            except RecipeError as fault:
+                for line in str(fault).splitlines():
+                    assert re.match(r"r\.yaml:\d: (unknown key )?[a-z_.]+[:;] ", line), line
+                    assert "Input" not in line
 
 
 def test_comments_order_and_spelled_out_defaults_do_not_change_the_digest() -> None:

@@ -482,7 +482,10 @@ def test_a_damaged_blob_in_the_store_stops_a_publication(store: Store, tmp_path:
         ("dmo", "no model 'dmo'; did you mean demo?"),
         ("demo@prodution", "no alias 'prodution' of demo; did you mean production?"),
         ("demo@zzz", "no alias 'zzz' of demo; there is production"),
-        ("held", "held has no alias 'production'; give held@VERSION or an alias (held@staging)"),
+        (
+            "held",
+            "held has no alias 'production', which held alone means; give held@VERSION or an alias (held@staging)",
+        ),
         (
             "demo@20260131120000-aaaaaaaaaaaa-000000000000",
             "no version '20260131120000-aaaaaaaaaaaa-000000000000' of demo; did",

@@ -20,9 +20,10 @@ from tiny import make_recipe
 from appliance.errors import ApplianceError
 from appliance.evaluation import judge
 from appliance.recipe import GateSection
-from appliance.report import build_card, render_html, render_markdown, write_card
+from appliance.report import build_card, render_html, render_markdown, say_reasons, write_card
 from appliance.report.plots import Plot, _log_ticks, render_png
 from appliance.report.words import list_facts
+from appliance.training.arguments import build_adapter_arguments
 
 MARKED = re.compile(r"<mark>(.*?)</mark>", re.DOTALL)
 GOLDEN = Path(__file__).parent / "golden"
@@ -129,6 +130,34 @@ def test_the_card_is_as_it_was_last_looked_at(name: str) -> None:
         GOLDEN.mkdir(exist_ok=True)
         (GOLDEN / name).write_text(text)
     assert text == (GOLDEN / name).read_text()
+
+
+def test_reasons_name_the_arms_as_the_table_does() -> None:
+    """No `few_shot` beside `base, few-shot`; in the page, in Markdown and in what the command line prints."""
+    card = make_card(champion=True)
+    shown = say_reasons(card["verdict"]["reasons"])
+    assert "points against base, few-shot (95%" in shown[0]
+    assert "points against version in use (95%" in shown[1]
+    for text in (render_html(card), render_markdown(card)):
+        assert "few_shot" not in text.replace("\\", "")
+        assert "against base, few-shot" in text
+
+
+def test_an_alpha_that_is_left_out_is_the_one_that_was_trained_with() -> None:
+    """Twice the rank, as the adapter's configuration says; what another method leaves out has no row."""
+    recipe = make_recipe(method={"type": "lora", "rank": 12})
+    alpha = build_adapter_arguments(recipe.method)["lora_alpha"]
+    assert list_facts(make_card(recipe=recipe))["Method"]["alpha"] == str(alpha) == "24"
+    given = make_recipe(method={"type": "lora", "rank": 12, "alpha": 5})
+    assert list_facts(make_card(recipe=given))["Method"]["alpha"] == "5"
+    prefix = list_facts(make_card(recipe=make_recipe(method={"type": "prefix-tuning"})))["Method"]
+    assert "hidden" not in prefix
+    assert "alpha" not in prefix
+
+
+def test_the_verdict_is_a_sentence() -> None:
+    """What stands after the full stop begins with a capital."""
+    assert re.search(r"\*\*Verdict: ship\.\*\* [A-Z]", render_markdown(make_card()))
 
 
 def test_the_page_is_whole_and_needs_nobody() -> None:

@@ -15,7 +15,7 @@ import pytest
 from test_evaluation import make_job as make_generation_job
 from test_forgetting import count_live_bytes
 from test_training import make_examples, make_job, run_in_process
-from tiny import TEMPLATE, make_recipe, write_base, write_tokenizer
+from tiny import TEMPLATE, build_adapted, make_recipe, write_base, write_tokenizer
 
 from appliance.errors import ApplianceError, EvaluationError, ModelError, TrainingError
 from appliance.evaluation import generate
@@ -201,12 +201,8 @@ def test_a_loss_that_becomes_nan_ends_the_run_at_that_step(base: Path, tmp_path:
 
 def train_live(base: Path, folder: Path) -> tuple[Any, TrainingJob, TokenRow]:
     """A model with an untrained adapter on it, its job and a row."""
-    import torch
-
-    from appliance.training.methods import build_model
-
     job = make_job(base, folder)
-    model = build_model(job, precision="fp32", device=torch.device("cpu"))
+    model = build_adapted(job)
     return model, job, load_rows(folder / "train.rows.jsonl")[0]
 
 

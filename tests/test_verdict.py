@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appliance.errors import EvaluationError
-from appliance.evaluation import Result, judge, smallest_gain
-from appliance.evaluation.statistics import mcnemar_exact, paired_gain_interval, wilson_interval
+from appliance.evaluation import Result, judge
 from appliance.recipe import GateSection
+from appliance.statistics import mcnemar_exact, paired_gain_interval, smallest_gain, wilson_interval
 
 GATES = GateSection(min_test_rows=100)
 
@@ -158,10 +158,26 @@ def test_a_known_gain_is_shipped_at_the_stated_power() -> None:
 
 @pytest.mark.parametrize(("n", "points"), [(10, 78), (40, 28), (100, 15), (200, 9), (500, 5)])
 def test_the_power_table(n: int, points: int) -> None:
-    """The smallest detectable gains at 0.05 with 5% of rows worse, as the data check states them."""
+    """The smallest detectable gains at 0.05 with 5% of rows worse."""
     gain = smallest_gain(n, alpha=0.05)
     assert gain is not None
     assert abs(gain * 100 - points) <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 200), st.integers(0, 200))
+def test_mcnemar_is_that_of_scipy(wins: int, losses: int) -> None:
+    """An independent implementation gives the same p-value, to the last digits."""
+    from scipy.stats import binomtest
+
+    expected = binomtest(wins, wins + losses, 0.5).pvalue if wins + losses else 1.0
+    assert mcnemar_exact(wins, losses) == pytest.approx(expected, rel=1e-12)
+
+
+def test_thousands_of_rows_are_not_too_many() -> None:
+    """No factor of the power leaves the range of a float, and more rows find a smaller gain."""
+    gains = [smallest_gain(n, alpha=0.01) for n in (0, 5, 100, 1000, 10_000)]
+    assert gains == [None, None, 0.19, 0.05, 0.02]
 
 
 def test_mcnemar_by_hand() -> None:

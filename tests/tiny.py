@@ -7,7 +7,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+from appliance.data import Dataset
+from appliance.data.rows import read_dataset
 from appliance.recipe import Recipe
+from appliance.training import TrainingJob
 
 SPECIAL = ("<|im_start|>", "<|im_end|>")
 TEMPLATE = (
@@ -96,3 +99,22 @@ def write_dataset(folder: Path, *, rows: int = 64, shuffle: bool = False) -> Pat
         lines.append(json.dumps({"id": f"r{index}", "messages": messages, "provenance": "program"}))
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def load_dataset(folder: Path) -> Dataset:
+    """The dataset in `folder`, which can be read."""
+    dataset, findings = read_dataset(folder)
+    assert dataset is not None, findings
+    assert not findings
+    return dataset
+
+
+def build_adapted(job: TrainingJob) -> Any:
+    """The model of a job on the CPU, in fp32, with the trainable weights of its method."""
+    import torch
+
+    from appliance.training.levers import select_levers
+    from appliance.training.methods import build_model
+
+    levers = select_levers(job.training, method=job.method, on_cuda=False)
+    return build_model(job, levers=levers, precision="fp32", device=torch.device("cpu"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 import click
 
@@ -36,8 +37,8 @@ VERBS: dict[str, str] = {
     "generate": "Generate with a pulled version, and without it.",
 }
 
-_EPILOG = """Exit codes: 0 ok, 1 error, 2 usage, 3 the verdict refuses, 33 stopped by a signal (run it again to
-resume), 34 transient device fault, 70 bug."""
+_EPILOG = """Exit codes: 0 ok (an inconclusive verdict too, which moves no alias), 1 error, 2 usage, 3 the verdict
+refuses (hold, reject), 33 stopped by a signal (run it again to resume), 34 transient device fault, 70 bug."""
 
 
 class _Verbs(click.Group):
@@ -48,7 +49,8 @@ class _Verbs(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
-            return None
+            close = get_close_matches(cmd_name, VERBS, n=1)
+            return ctx.fail(f"No such command {cmd_name!r}; did you mean {close[0]}?") if close else None
         command: click.Command = importlib.import_module(f"appliance.cli.{cmd_name}").command
         return command
 

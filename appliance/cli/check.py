@@ -11,6 +11,7 @@ import click
 
 from appliance import registry
 from appliance.cli.common import json_option, print_json, store_option
+from appliance.cli.lines import say_count, show_example, wrap
 from appliance.cli.sections import Section
 from appliance.cli.summary import append_section, told_in
 from appliance.store import open_store
@@ -19,7 +20,7 @@ _DAMAGED = 1
 _LISTED = 200  # GitHub takes a megabyte of summary
 
 
-@click.command("check")
+@click.command("check", epilog=show_example("appliance check --sample 20 --store s3://BUCKET/registry"))
 @click.argument("name", required=False)
 @store_option(required=True)
 @click.option("--read-data", is_flag=True, help="Read and hash the data of every blob.")
@@ -32,6 +33,7 @@ _LISTED = 200  # GitHub takes a megabyte of summary
 @click.option(
     "--date",
     type=click.DateTime(["%Y-%m-%d"]),
+    metavar="YYYY-MM-DD",
     default=lambda: datetime.now(UTC).strftime("%Y-%m-%d"),
     show_default="today, UTC",
     help="The day whose sample is read.",
@@ -69,10 +71,9 @@ def command(
         print_json(_to_json(report, url=store.url))
     else:
         for finding in report.findings:
-            click.echo(
-                click.style(f"{finding.severity}: {finding}", fg="red" if finding.severity == "damage" else None)
-            )
-        click.echo(total)
+            text = wrap(f"{finding.severity}: {finding}", indent=2)
+            click.echo(click.style(text, fg="red" if finding.severity == "damage" else None))
+        click.echo(wrap(total, indent=2))
     return 0 if report.is_sound else _DAMAGED
 
 
@@ -80,10 +81,12 @@ def _describe(report: registry.Report, *, url: str) -> str:
     """The last line: the outcome, what there is, and what of it was read."""
     damage = sum(f.severity == "damage" for f in report.findings)
     outcome = "sound" if report.is_sound else f"{damage} damaged"
-    counts = f"{report.models} models, {report.versions} versions, {report.blobs} blobs, {report.size:,} bytes"
-    loose = f"; {report.unnamed} blobs that no manifest names yet" if report.unnamed else ""
+    found = ((report.models, "model"), (report.versions, "version"), (report.blobs, "blob"), (report.size, "byte"))
+    counts = ", ".join(say_count(number, noun) for number, noun in found)
+    loose = f"; {say_count(report.unnamed, 'blob')} that no manifest names yet" if report.unnamed else ""
     empty = "; nothing is published here yet" if not report.versions else ""
-    return f"{url}: {outcome}: {counts}; {report.read_blobs} blobs, {report.read_size:,} bytes read{loose}{empty}"
+    read = f"{say_count(report.read_blobs, 'blob')}, {say_count(report.read_size, 'byte')} read"
+    return f"{url}: {outcome}: {counts}; {read}{loose}{empty}"
 
 
 def _build_section(report: registry.Report, *, total: str) -> Section:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
+from appliance.cli.lines import wrap
 from appliance.data import is_current, load_pointer
 from appliance.errors import CommandError, DatasetError
 from appliance.pipeline import Finished
@@ -29,7 +30,8 @@ tensorboard_option = click.option(
     "--tensorboard",
     type=click.Path(path_type=Path, file_okay=False),
     envvar="APPLIANCE_TENSORBOARD",
-    help="Also write TensorBoard event files, one folder per run, into this folder. [env: APPLIANCE_TENSORBOARD]",
+    show_envvar=True,
+    help="Also write TensorBoard event files, one folder per run, into this folder.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
@@ -40,47 +42,49 @@ def store_option(*, required: bool) -> Callable[[F], F]:
         "--store",
         "store_url",
         envvar="APPLIANCE_STORE",
+        show_envvar=True,
         required=required,
         metavar="URL",
-        help="The registry: s3://bucket/prefix (endpoint and credentials by the AWS conventions) or file:///folder. "
-        "[env: APPLIANCE_STORE]",
+        help="The registry: s3://bucket/prefix (endpoint and credentials by the AWS conventions) or file:///folder.",
     )
+
+
+root_option = click.option(
+    "--root",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=".",
+    show_default=True,
+    help="The repository: dataset and base paths in a recipe start here.",
+)
+cache_option = click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    envvar="APPLIANCE_CACHE",
+    show_envvar=True,
+    default=lambda: Path.home() / ".cache" / "appliance",
+    show_default="~/.cache/appliance",
+    help="Folder for base models and token rows.",
+)
+_runs_option = click.option(
+    "--runs",
+    type=click.Path(path_type=Path),
+    envvar="APPLIANCE_OUT",
+    show_envvar=True,
+    help="Folder of run folders; ROOT/.appliance/runs when left out.",
+)
 
 
 def workspace_options(function: F) -> F:
     """`--root`, `--cache` and `--runs`."""
-    for option in (
-        click.option(
-            "--runs",
-            type=click.Path(path_type=Path),
-            envvar="APPLIANCE_OUT",
-            help="Folder of run folders; ROOT/.appliance/runs when left out. [env: APPLIANCE_OUT]",
-        ),
-        click.option(
-            "--cache",
-            type=click.Path(path_type=Path),
-            envvar="APPLIANCE_CACHE",
-            default=lambda: Path.home() / ".cache" / "appliance",
-            show_default="~/.cache/appliance",
-            help="Folder for base models and token rows. [env: APPLIANCE_CACHE]",
-        ),
-        click.option(
-            "--root",
-            type=click.Path(path_type=Path, file_okay=False),
-            default=".",
-            show_default=True,
-            help="The repository: dataset and base paths in a recipe start here.",
-        ),
-    ):
-        function = option(function)
-    return function
+    return root_option(cache_option(_runs_option(function)))
 
 
 mirror_option = click.option(
     "--mirror-checkpoints",
     is_flag=True,
     envvar="APPLIANCE_MIRROR_CHECKPOINTS",
-    help="Keep checkpoints in the store too, and go on from those of a lost host. [env: APPLIANCE_MIRROR_CHECKPOINTS]",
+    show_envvar=True,
+    help="Keep checkpoints in the store too, and go on from those of a lost host.",
 )
 
 
@@ -125,9 +129,16 @@ def open_given_store(url: str | None) -> Store | None:
     return open_store(url) if url else None
 
 
+def choose_mirror(store: Store | None, *, is_asked: bool) -> Store | None:
+    """Where checkpoints are kept too: the store, when it is asked for."""
+    if is_asked and store is None:
+        raise click.UsageError("--mirror-checkpoints: no store to keep them in; give --store")
+    return store if is_asked else None
+
+
 def say(text: str) -> None:
     """One line of what is being done, to standard error."""
-    sys.stderr.write(f"  {text}\n")
+    sys.stderr.write(wrap(f"  {text}", indent=4, stream=sys.stderr) + "\n")
     sys.stderr.flush()
 
 
@@ -137,11 +148,14 @@ def print_json(value: Any) -> None:
 
 
 def print_finished(finished: Finished) -> int:
-    """Say how a run ended and return the exit code: 3 when the verdict refuses."""
+    """Say how a run ended and return the exit code: 3 when the verdict refuses, now or when the version was made.
+
+    So the same command says the same again. `reconcile` is another question: whether anything new was refused.
+    """
     if finished.outcome:
         click.echo(f"verdict   {finished.outcome}")
     for reason in finished.reasons:
-        click.echo(f"          {reason}")
+        click.echo(wrap(f"          {reason}", indent=10))
     if finished.folder is not None:
         click.echo(f"run       {finished.folder}")
         made = f"card      {finished.folder / 'card' / 'card.html'}"

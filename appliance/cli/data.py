@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from appliance.cli.changes import describe_diff, diff_revisions
-from appliance.cli.common import build_workspace, json_option, print_json
+from appliance.cli.common import build_workspace, cache_option, json_option, print_json, root_option
+from appliance.cli.lines import say_count, show_example, wrap
 from appliance.cli.sections import print_section
 from appliance.data import Report, check_dataset, describe_findings
 from appliance.preparation import check_recipe
-from appliance.recipe import SplitSection, load_recipe
+from appliance.recipe import load_recipe
 
 
 @click.group("data")
@@ -19,7 +21,11 @@ def command() -> None:
     """Check datasets before anything is spent on them."""
 
 
-@command.command("check")
+@command.command(
+    "check",
+    short_help="Check a dataset, or all rows of a recipe.",
+    epilog=show_example("appliance data check datasets/tickets", "appliance data check --recipe recipes/tickets.yaml"),
+)
 @click.argument("folder", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--recipe",
@@ -27,35 +33,30 @@ def command() -> None:
     type=click.Path(path_type=Path),
     help="Check this recipe's dataset, splits and general rows, and by its base's template every mask and length.",
 )
-@click.option("--root", type=click.Path(path_type=Path), default=".", show_default=True, help="The repository.")
-@click.option(
-    "--cache",
-    type=click.Path(path_type=Path),
-    envvar="APPLIANCE_CACHE",
-    default=lambda: Path.home() / ".cache" / "appliance",
-    show_default="~/.cache/appliance",
-    help="Folder for base models. [env: APPLIANCE_CACHE]",
-)
+@root_option
+@cache_option
 @json_option
 def check(*, folder: Path | None, recipe_path: Path | None, root: Path, cache: Path, as_json: bool) -> int:
     """Check a dataset FOLDER, or all rows of a recipe as training would; every fault with its file and line.
 
+    Which rows are tested on, and whether they are enough for the gate, is told with --recipe.
+
     Of one kind of fault the first 20 are shown; --json has all. Exit code 1 when there are errors;
     warnings are listed. A base model that is not at hand is a warning.
     """
-    if (folder is None) == (recipe_path is None):
-        raise click.UsageError("give either a dataset folder or --recipe")
-    if recipe_path is not None:
+    if folder is not None and recipe_path is None:
+        report = check_dataset(folder)
+    elif recipe_path is not None and folder is None:
         workspace = build_workspace(root=root, cache=cache, runs=None)
         report = check_recipe(load_recipe(recipe_path), workspace=workspace)
     else:
-        report = check_dataset(folder or root, split=SplitSection())
+        raise click.UsageError("give either a dataset folder or --recipe")
     if as_json:
         print_json(
             {
                 "counts": report.counts,
-                "errors": [str(f) for f in report.errors],
-                "warnings": [str(f) for f in report.warnings],
+                "errors": [asdict(f) for f in report.errors],
+                "warnings": [asdict(f) for f in report.warnings],
             }
         )
     else:
@@ -63,9 +64,13 @@ def check(*, folder: Path | None, recipe_path: Path | None, root: Path, cache: P
     return 1 if report.errors else 0
 
 
-@command.command("diff")
+@command.command(
+    "diff",
+    short_help="Show by row what changed between two commits.",
+    epilog=show_example("appliance data diff origin/main..HEAD"),
+)
 @click.argument("revisions", metavar="REV..REV")
-@click.option("--root", type=click.Path(path_type=Path), default=".", show_default=True, help="The repository.")
+@root_option
 @json_option
 def diff(*, revisions: str, root: Path, as_json: bool) -> int:
     """Show by row what changed between two commits: added, edited, removed, renamed, moved, and the splits.
@@ -84,10 +89,11 @@ def diff(*, revisions: str, root: Path, as_json: bool) -> int:
 
 
 def _print_report(report: Report) -> None:
-    for line in describe_findings(report.errors):
-        click.echo(click.style("error    ", fg="red") + line)
-    for line in describe_findings(report.warnings):
-        click.echo(click.style("warning  ", fg="yellow") + line)
+    for word, color, findings in (("error", "red", report.errors), ("warning", "yellow", report.warnings)):
+        for line in describe_findings(findings):
+            text = wrap(f"{word:<9}{line}", indent=9)
+            click.echo(click.style(text[:9], fg=color) + text[9:])
     for name, value in report.counts.items():
-        click.echo(f"{name:12} {value}")
-    click.echo(f"{len(report.errors)} errors, {len(report.warnings)} warnings")
+        counted = ", ".join(f"{k} {v:,}" for k, v in value.items()) if isinstance(value, dict) else f"{value:,}"
+        click.echo(wrap(f"{name:12} {counted}", indent=13))
+    click.echo(f"{say_count(len(report.errors), 'error')}, {say_count(len(report.warnings), 'warning')}")

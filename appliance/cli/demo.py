@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 
 from appliance.cli.common import say
+from appliance.cli.lines import show_example
 from appliance.command import run_visible
 from appliance.demo import DEMO_ROWS, GROWTH_ROWS, QUICK_ROWS, commit_dataset, prepare_repository, start_storage
 from appliance.digest import write_atomic
@@ -56,7 +57,7 @@ def _failed(verb: str, code: int) -> ApplianceError:
     return fault
 
 
-@click.command("demo")
+@click.command("demo", epilog=show_example("appliance demo --quick"))
 @click.option(
     "--workspace",
     type=click.Path(path_type=Path, file_okay=False),

@@ -10,18 +10,18 @@ import click
 from appliance.cli.common import (
     build_workspace,
     json_option,
-    open_given_store,
     print_json,
     store_option,
     workspace_options,
 )
+from appliance.cli.lines import show_example, wrap
 from appliance.errors import DeviceError
 from appliance.plan import Check, examine_machine, read_machine
 
 _MARKS = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "fault": ("fault", "red")}
 
 
-@click.command("doctor")
+@click.command("doctor", epilog=show_example("appliance doctor --gpu --store s3://BUCKET/registry"))
 @workspace_options
 @store_option(required=False)
 @click.option("--gpu", "needs_gpu", is_flag=True, help="Fail with exit code 34 where there is no usable GPU.")
@@ -37,7 +37,7 @@ def command(
     checks = examine_machine(
         read_machine(),
         folders={"runs": workspace.runs, "cache": workspace.cache},
-        store=open_given_store(store_url),
+        store_url=store_url,
     )
     if as_json:
         print_json([asdict(c) for c in checks])
@@ -51,6 +51,7 @@ def command(
 def _print_checks(checks: list[Check]) -> None:
     for check in checks:
         word, color = _MARKS[check.outcome]
-        click.echo(f"{click.style(f'{word:<8}', fg=color)} {check.subject:<10} {check.found}")
+        text = wrap(f"{word:<8} {check.subject:<10} {check.found}", indent=20)
+        click.echo(click.style(text[:8], fg=color) + text[8:])
         if check.action:
-            click.echo(f"{'':<8} {'':<10} {check.action}")
+            click.echo(wrap(f"{'':<20}{check.action}", indent=20))

@@ -8,30 +8,53 @@ import click
 
 from appliance.cli.common import (
     build_workspace,
+    choose_mirror,
     find_origin,
+    mirror_option,
     open_given_store,
     print_finished,
     recipe_argument,
     store_option,
+    tensorboard_option,
     workspace_options,
 )
+from appliance.cli.lines import show_example
 from appliance.pipeline import run_recipe
 from appliance.recipe import load_recipe
 
 
-@click.command("evaluate")
+@click.command("evaluate", epilog=show_example("appliance evaluate recipes/tickets.yaml --store s3://BUCKET/registry"))
 @recipe_argument
 @store_option(required=False)
 @workspace_options
-def command(*, recipe: Path, store_url: str | None, root: Path, cache: Path, runs: Path | None) -> int:
+@tensorboard_option
+@mirror_option
+def command(
+    *,
+    recipe: Path,
+    store_url: str | None,
+    root: Path,
+    cache: Path,
+    runs: Path | None,
+    tensorboard: Path | None,
+    mirror_checkpoints: bool,
+) -> int:
     """Compare the adapter of RECIPE with the prompted base (and with the champion, given --store).
 
-    Trains first when there is no finished adapter. Exit code 3 when the verdict is hold or reject.
+    Trains first when there is no finished adapter. Exit code 3 when the verdict is hold or reject, 0 when it
+    is inconclusive.
     """
+    store = open_given_store(store_url)
     finished = run_recipe(
         load_recipe(recipe),
-        workspace=build_workspace(root=root, cache=cache, runs=runs),
-        store=open_given_store(store_url),
+        workspace=build_workspace(
+            root=root,
+            cache=cache,
+            runs=runs,
+            tensorboard=tensorboard,
+            mirror=choose_mirror(store, is_asked=mirror_checkpoints),
+        ),
+        store=store,
         origin=find_origin(root),
         until="evaluate",
     )

@@ -15,6 +15,7 @@ from typing import Literal
 import click
 
 from appliance.child import list_stop_signals
+from appliance.cli.lines import wrap
 from appliance.command import leave_closed_terminal
 from appliance.digest import write_atomic
 from appliance.errors import ApplianceError, InterruptedRunError, describe_place
@@ -24,6 +25,7 @@ _BUG, _USAGE, _INTERRUPTED = 70, 2, 33
 
 def run_guarded(group: click.Group, argv: Sequence[str] | None) -> int:
     """Run `group`; return 0 or the exit code of what went wrong, after saying it."""
+    _forget_failure()
     for number in list_stop_signals():
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _stop)
     try:
@@ -32,6 +34,7 @@ def run_guarded(group: click.Group, argv: Sequence[str] | None) -> int:
         return done.exit_code
     except click.ClickException as fault:
         fault.show()
+        _write_failure(fault.format_message(), _USAGE)
         return _USAGE
     except (click.Abort, KeyboardInterrupt):
         return _fail("stopped; what was finished is kept: run the same command to go on", _INTERRUPTED)
@@ -57,7 +60,7 @@ def _choose_color() -> Literal[False] | None:
 def _fail(message: str, code: int) -> int:
     is_colored = sys.stderr.isatty() and _choose_color() is None
     lead = "\x1b[31merror:\x1b[0m " if is_colored else "error: "
-    sys.stderr.write(f"{lead}{message}\n")
+    sys.stderr.write(f"{lead}{wrap(f'error: {message}', indent=2, stream=sys.stderr).removeprefix('error: ')}\n")
     _write_failure(message, code)
     return code
 
@@ -69,11 +72,24 @@ def _report_bug() -> int:
     return _BUG
 
 
-def _write_failure(message: str, code: int) -> None:
-    """In a container (`APPLIANCE_OUT` is set) a failed run leaves `failure.json` for machines."""
+def _find_record() -> Path | None:
+    """`failure.json` for machines, which a failed command leaves in a container (`APPLIANCE_OUT` is set)."""
     out = os.environ.get("APPLIANCE_OUT")
-    if out and Path(out).is_dir():
+    return Path(out) / "failure.json" if out and Path(out).is_dir() else None
+
+
+def _forget_failure() -> None:
+    """What an earlier command left would be read as the failure of this one."""
+    if (record := _find_record()) and record.exists():
         try:
-            write_atomic(Path(out) / "failure.json", json.dumps({"message": message, "exit_code": code}).encode())
+            record.unlink()
         except OSError as fault:
-            sys.stderr.write(f"{out}/failure.json: not written ({fault})\n")
+            sys.stderr.write(f"{record}: of an earlier command, not removed ({fault})\n")
+
+
+def _write_failure(message: str, code: int) -> None:
+    if record := _find_record():
+        try:
+            write_atomic(record, json.dumps({"message": message, "exit_code": code}).encode())
+        except OSError as fault:
+            sys.stderr.write(f"{record}: not written ({fault})\n")

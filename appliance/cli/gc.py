@@ -11,6 +11,7 @@ import click
 
 from appliance import registry
 from appliance.cli.common import json_option, print_json, store_option
+from appliance.cli.lines import say_count
 from appliance.cli.sections import Section, print_section
 from appliance.cli.summary import append_section, told_in
 from appliance.registry.marks import Kind
@@ -93,7 +94,7 @@ def _build_section(found: registry.Collection, *, url: str, is_dry: bool) -> Sec
 
 def _count(objects: Sequence[registry.Garbage], kind: str) -> str:
     sizes = [g.size for g in objects if g.kind == kind]
-    return f"{len(sizes)} ({sum(sizes):,} bytes)" if sizes else "0"
+    return f"{len(sizes)} ({say_count(sum(sizes), 'byte')})" if sizes else "0"
 
 
 def _say_time(at: float) -> str:

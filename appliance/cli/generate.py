@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from appliance.cli.common import json_option, print_json, say
+from appliance.cli.common import cache_option, json_option, print_json, root_option, say
+from appliance.cli.lines import show_example
 from appliance.errors import ModelError, RegistryError
 from appliance.evaluation import Arm, GenerationJob, Output, build_prompts, generate
 from appliance.example import Example, Message
@@ -19,7 +20,7 @@ from appliance.model import Base, load_template, resolve_base, set_thinking
 from appliance.recipe import EvaluationSection, Recipe
 
 
-@click.command("generate")
+@click.command("generate", epilog=show_example("appliance generate ./tickets --prompt 'The heater is cold.' --compare"))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
     "--prompt", "prompts", multiple=True, help="A user turn; repeatable. Lines of standard input when left out."
@@ -27,17 +28,8 @@ from appliance.recipe import EvaluationSection, Recipe
 @click.option("--system", help="System prompt; the one the version was trained with when left out.")
 @click.option("--compare", is_flag=True, help="Also by the base model, with the recipe's best prompt.")
 @click.option("--max-new-tokens", type=click.IntRange(1, 8192), default=256, show_default=True, help="Longest answer.")
-@click.option(
-    "--root", type=click.Path(path_type=Path), default=".", show_default=True, help="Where a relative base path starts."
-)
-@click.option(
-    "--cache",
-    type=click.Path(path_type=Path),
-    envvar="APPLIANCE_CACHE",
-    default=lambda: Path.home() / ".cache" / "appliance",
-    show_default="~/.cache/appliance",
-    help="Folder for base models. [env: APPLIANCE_CACHE]",
-)
+@root_option
+@cache_option
 @json_option
 def command(
     *,

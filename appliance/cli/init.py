@@ -7,10 +7,11 @@ from urllib.parse import urlsplit
 
 import click
 
+from appliance.cli.lines import show_example
 from appliance.starter import check_files, start_repository
 
 
-@click.command("init")
+@click.command("init", epilog=show_example("appliance init --remote s3://BUCKET/dvc"))
 @click.option(
     "--root",
     type=click.Path(path_type=Path, file_okay=False),

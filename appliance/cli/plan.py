@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from appliance.cli.common import build_workspace, json_option, print_json, recipe_argument, say, workspace_options
+from appliance.cli.lines import say_count, show_example, wrap
 from appliance.general import preview_rows
 from appliance.model import ChatTemplate, TokenRow, fit_template, load_template
 from appliance.plan import Plan, read_machine
@@ -22,7 +23,7 @@ _LINES = re.compile(r"[^\n]*\n|[^\n]+")
 _LISTED = 5
 
 
-@click.command("plan")
+@click.command("plan", epilog=show_example("appliance plan recipes/tickets.yaml --show-mask 3"))
 @recipe_argument
 @workspace_options
 @click.option(
@@ -53,9 +54,11 @@ def command(*, recipe: Path, root: Path, cache: Path, runs: Path | None, masks: 
 def _print_plan(plan: Plan, *, key: str) -> None:
     click.echo(f"run         {key[:12]}")
     click.echo(f"rows        {plan.rows} train, {plan.validation_rows} validation; longest {plan.longest} tokens")
-    click.echo(f"tokens      {plan.tokens:,}, of which {plan.trained_tokens:,} are trained on")
+    epochs = say_count(plan.epochs, "epoch")
+    click.echo(f"tokens      {plan.tokens:,} over {epochs}, of which {plan.trained_tokens:,} are trained on")
     on = f" on each of {plan.devices} devices" if plan.devices > 1 else ""
     click.echo(f"steps       {plan.steps} of {plan.effective_batch} rows (micro-batch {plan.micro_batch}{on})")
+    click.echo(f"rate        {plan.learning_rate:g}")
     click.echo(f"parameters  {plan.trainable_parameters:,} trained of {plan.parameters:,}")
     checkpointing = "on" if plan.checkpointing else "off"
     click.echo(
@@ -63,7 +66,7 @@ def _print_plan(plan: Plan, *, key: str) -> None:
         f"gradient checkpointing {checkpointing}"
     )
     for warning in plan.warnings:
-        click.echo(click.style(f"warning: {warning}", fg="yellow"))
+        click.echo(click.style(wrap(f"warning: {warning}", indent=2), fg="yellow"))
 
 
 def _print_rows(became: dict[str, Any], *, thinking: str) -> None:
@@ -71,14 +74,15 @@ def _print_rows(became: dict[str, Any], *, thinking: str) -> None:
     if thinking != "fixed":
         click.echo(f"thinking    {thinking}: the rows' answers {'think' if thinking == 'on' else 'do not think'}")
     if became["split"]:
-        click.echo(
+        text = (
             f"split       {len(became['split'])} of {became['rows']} rows became several token rows: "
             f"the chat template rewrites earlier turns ({_list(became['split'])})"
         )
+        click.echo(wrap(text, indent=12))
     if became["dropped"]:
         dropped = became["dropped"]
         text = f"warning: {len(dropped)} rows are too long and would be dropped whole ({_list(dropped)})"
-        click.echo(click.style(text, fg="yellow"))
+        click.echo(click.style(wrap(text, indent=2), fg="yellow"))
 
 
 def _list(ids: list[str]) -> str:

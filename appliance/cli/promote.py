@@ -8,10 +8,13 @@ import click
 
 from appliance import registry
 from appliance.cli.common import read_actor, store_option
+from appliance.cli.lines import show_example
 from appliance.store import open_store
 
 
-@click.command("promote")
+@click.command(
+    "promote", epilog=show_example("appliance promote tickets@staging production --store s3://BUCKET/registry")
+)
 @click.argument("reference", metavar="NAME@VERSION")
 @click.argument("alias")
 @store_option(required=True)

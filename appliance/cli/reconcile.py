@@ -17,12 +17,19 @@ from appliance.cli.common import (
     tensorboard_option,
     workspace_options,
 )
+from appliance.cli.lines import show_example, wrap
 from appliance.cli.summary import append_section, describe_action, describe_outcomes, told_in
 from appliance.reconcile import Outcome, find_unclaimed, plan_from_git, reconcile
 from appliance.store import open_store
 
 
-@click.command("reconcile")
+@click.command(
+    "reconcile",
+    epilog=show_example(
+        "appliance reconcile --dry-run --store s3://BUCKET/registry",
+        "appliance reconcile --only tickets --store s3://BUCKET/registry",
+    ),
+)
 @store_option(required=False)
 @workspace_options
 @tensorboard_option
@@ -98,13 +105,14 @@ def command(
 
 
 def _print_outcome(outcome: Outcome, *, dry_run: bool) -> None:
-    click.echo(f"{outcome.recipe}: {describe_action(outcome, dry_run=dry_run)}: {outcome.reason}")
+    text = f"{outcome.recipe}: {describe_action(outcome, dry_run=dry_run)}: {outcome.reason}"
+    click.echo(wrap(text, indent=2))
     finished = outcome.finished
     if finished is None or finished.was_done:
         return
     click.echo(f"  verdict  {finished.outcome}")
     for reason in finished.reasons:
-        click.echo(f"           {reason}")
+        click.echo(wrap(f"           {reason}", indent=11))
     click.echo(f"  version  {finished.name}@{finished.version}")
     if finished.alias:
         click.echo(f"  alias    {finished.name}@{finished.alias}")

@@ -7,13 +7,14 @@ from pathlib import Path
 import click
 
 from appliance.cli.common import build_workspace, json_option, print_json, store_option, workspace_options
+from appliance.cli.lines import show_example
 from appliance.reproduction import Difference, Reproduction, reproduce
 from appliance.store import open_store
 
 _DIFFERENT = 1
 
 
-@click.command("reproduce")
+@click.command("reproduce", epilog=show_example("appliance reproduce tickets@staging --store s3://BUCKET/registry"))
 @click.argument("reference", metavar="NAME[@ALIAS|@VERSION]")
 @store_option(required=True)
 @workspace_options
@@ -22,6 +23,7 @@ def command(*, reference: str, store_url: str, root: Path, cache: Path, runs: Pa
     """Train a version again from its commit and compare the artifact with the published one, byte by byte.
 
     The working tree is left alone: the commit is checked out elsewhere. Exit code 1 when a file differs.
+    NAME alone means NAME@production, as for `appliance pull`.
     """
     workspace = build_workspace(root=root, cache=cache, runs=runs)
     found = reproduce(reference, workspace=workspace, store=open_store(store_url))

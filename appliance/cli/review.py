@@ -9,6 +9,7 @@ import click
 from appliance import registry
 from appliance.cli.changes import describe_diff, diff_revisions
 from appliance.cli.common import build_workspace, json_option, print_json, say, store_option, workspace_options
+from appliance.cli.lines import show_example
 from appliance.cli.prices import Prices, describe_cost, guess_hours, load_prices
 from appliance.cli.sections import Section, print_section
 from appliance.cli.summary import append_section, describe_outcomes
@@ -27,7 +28,7 @@ _ROWS, _FINDINGS = 50, 50
 _UNREADABLE = "cannot be read from here; the same checks stop a training before anything is spent: "
 
 
-@click.command("review")
+@click.command("review", epilog=show_example("appliance review --since origin/main"))
 @click.option("--since", metavar="REV", help="The commit to compare with; everything counts as new when left out.")
 @store_option(required=False)
 @workspace_options
@@ -101,7 +102,7 @@ def _check(outcome: Outcome, *, workspace: Workspace) -> tuple[list[Section], in
     recipe = _load(outcome, workspace)
     is_trained = outcome.action == "train"  # the others' rows have been through training, or will not go there
     report = check_recipe(recipe, workspace=workspace) if is_trained else check_data(recipe, root=workspace.root)
-    rows = [(f.severity, str(f).replace(f"{workspace.root}/", "")) for f in (*report.errors, *report.warnings)]
+    rows = [(f.severity, str(f)) for f in (*report.errors, *report.warnings)]
     more = (f"... and {len(rows) - _FINDINGS} more: `appliance data check`",) if len(rows) > _FINDINGS else ()
     section = Section(f"Findings: {outcome.recipe}", ("Severity", "Finding"), tuple(rows[:_FINDINGS]), more)
     return [section] if rows else [], len(report.errors)

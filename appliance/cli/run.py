@@ -8,6 +8,7 @@ import click
 
 from appliance.cli.common import (
     build_workspace,
+    choose_mirror,
     find_origin,
     mirror_option,
     open_given_store,
@@ -17,11 +18,12 @@ from appliance.cli.common import (
     tensorboard_option,
     workspace_options,
 )
+from appliance.cli.lines import show_example
 from appliance.pipeline import run_recipe
 from appliance.recipe import load_recipe
 
 
-@click.command("run")
+@click.command("run", epilog=show_example("appliance run recipes/tickets.yaml --store s3://BUCKET/registry"))
 @recipe_argument
 @store_option(required=False)
 @workspace_options
@@ -43,15 +45,18 @@ def command(
 ) -> int:
     """Check, train, evaluate, judge and publish one RECIPE; without --store it stops at the card.
 
-    Interrupted, the same command goes on where it stopped.
+    Interrupted, the same command goes on where it stopped. Exit code 3 when the verdict is hold or reject,
+    also of a version that was there already; 0 when it is inconclusive.
     """
     store = open_given_store(store_url)
-    if mirror_checkpoints and store is None:
-        raise click.UsageError("--mirror-checkpoints: no store to keep them in; give --store")
     finished = run_recipe(
         load_recipe(recipe),
         workspace=build_workspace(
-            root=root, cache=cache, runs=runs, tensorboard=tensorboard, mirror=store if mirror_checkpoints else None
+            root=root,
+            cache=cache,
+            runs=runs,
+            tensorboard=tensorboard,
+            mirror=choose_mirror(store, is_asked=mirror_checkpoints),
         ),
         store=store,
         origin=find_origin(root),

@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from appliance.cli.lines import wrap
+
 _SHOWN = 20
 
 
@@ -35,14 +37,16 @@ def render_sections(sections: Sequence[Section]) -> str:
 
 
 def print_section(section: Section) -> None:
-    """Plain columns for a terminal."""
+    """Plain columns for a terminal, those without a cell left out; the last one is wrapped below itself."""
     click.echo(click.style(section.title, bold=True))
-    table = [section.columns, *section.rows] if section.rows else []
-    widths = [max(len(row[i]) for row in table) for i in range(len(section.columns))] if table else []
+    filled = [i for i in range(len(section.columns)) if any(row[i] for row in section.rows)]
+    table = [[row[i] for i in filled] for row in (section.columns, *section.rows)] if filled else []
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
-        click.echo("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        line = "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        click.echo(wrap(line, indent=2 + sum(widths[:-1]) + 2 * len(widths[:-1])))
     for line in section.lines:
-        click.echo(f"  {line}")
+        click.echo(wrap(f"  {line}", indent=4))
 
 
 def _render(section: Section) -> str:

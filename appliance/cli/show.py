@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from appliance import registry
-from appliance.cli.common import json_option, store_option
+from appliance.cli.common import json_option, print_json, store_option
+from appliance.cli.lines import show_example
 from appliance.store import open_store
 
 
-@click.command("show")
+@click.command("show", epilog=show_example("appliance show tickets@staging --store s3://BUCKET/registry"))
 @click.argument("reference", metavar="NAME[@ALIAS|@VERSION]")
 @store_option(required=True)
 @json_option
 def command(*, reference: str, store_url: str, as_json: bool) -> None:
-    """Show what a version was made from, what it proved, and its files."""
+    """Show what a version was made from, what it proved, and its files.
+
+    NAME alone means NAME@production; where a verdict ships, the recipe's publish.alias is moved, which is
+    staging when left out.
+    """
     version, manifest = registry.resolve(open_store(store_url), reference)
     if as_json:
-        click.echo(json.dumps(manifest.model_dump(mode="json", by_alias=True), indent=2, sort_keys=True))
+        print_json(manifest.model_dump(mode="json", by_alias=True))
         return
     facts = {
         "version": f"{manifest.name}@{version}",

@@ -14,11 +14,12 @@ from appliance.cli.common import (
     tensorboard_option,
     workspace_options,
 )
+from appliance.cli.lines import show_example
 from appliance.pipeline import run_recipe
 from appliance.recipe import load_recipe
 
 
-@click.command("train")
+@click.command("train", epilog=show_example("appliance train recipes/tickets.yaml --tensorboard boards"))
 @recipe_argument
 @workspace_options
 @tensorboard_option

@@ -20,7 +20,7 @@ from appliance.data.general import (
 from appliance.data.masks import check_masks
 from appliance.data.pointer import Pointer, check_pushed, digest_dvc_folder, is_current, load_pointer, pull_data
 from appliance.data.revision import fetch_revision
-from appliance.data.rows import Dataset, DatasetCard, Row, load_dataset
+from appliance.data.rows import Dataset, DatasetCard, Row
 from appliance.data.split import Splits, select_side, split_dataset, summarise_dataset
 
 __all__ = [
@@ -50,7 +50,6 @@ __all__ = [
     "find_in_fault",
     "find_shared",
     "is_current",
-    "load_dataset",
     "load_general",
     "load_pointer",
     "load_prompts",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,11 @@ from appliance.data.findings import Finding, Rule, Severity
 from appliance.data.rows import Dataset, Row, read_dataset
 from appliance.data.split import select_side
 from appliance.example import Example
-from appliance.recipe import SplitSection
+from appliance.recipe import GateSection, SplitSection
+from appliance.statistics import smallest_gain
 
 _SMALLEST = 10
 _IMBALANCE = 20
-# Smallest gain in points that an exact two-sided McNemar test at 0.05 finds with 80% power when 5%
-# of the rows get worse, by the number of test rows.
-_DETECTABLE = ((10, 78), (40, 28), (100, 15), (200, 9), (500, 5))
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +36,26 @@ class Report:
         """What keeps the dataset from being trained on."""
         return tuple(f for f in self.findings if f.severity == "error")
 
+    def shorten(self, root: Path) -> Report:
+        """The same, with every place below `root` named from there, as people in the repository name it."""
+
+        def cut(text: str) -> str:
+            return text.replace(f"{root}/", "")
+
+        found = (replace(f, where=cut(f.where), message=cut(f.message), fix=cut(f.fix)) for f in self.findings)
+        return replace(self, findings=tuple(found))
+
     @property
     def warnings(self) -> tuple[Finding, ...]:
         """What a person should weigh."""
         return tuple(f for f in self.findings if f.severity == "warning")
 
 
-def check_dataset(
-    folder: Path,
-    *,
-    split: SplitSection,
-    gates_min_test_rows: int = 100,
-) -> Report:
-    """Check the dataset in `folder` by the rules that need no base model; `masks` has the others."""
+def check_dataset(folder: Path, *, split: SplitSection | None = None, gates: GateSection | None = None) -> Report:
+    """Check the dataset in `folder` by the rules that need no base model; `masks` has the others.
+
+    Which rows are tested on, and whether they are enough, is known by a recipe's `split` and `gates` alone.
+    """
     dataset, unreadable = read_dataset(folder)
     if dataset is None:
         return Report(None, unreadable)
@@ -58,7 +63,9 @@ def check_dataset(
     for rule in _RULES:
         findings += rule(dataset)
     counts = _count(dataset, split)
-    findings += _check_sizes(dataset, counts["test"], floor=gates_min_test_rows)
+    findings += _check_volume(dataset)
+    if split is not None and gates is not None:
+        findings += _check_test_rows(dataset, counts["test"], gates=gates)
     return Report(dataset, tuple(findings), counts)
 
 
@@ -186,8 +193,8 @@ _RULES: tuple[Callable[[Dataset], Iterator[Finding]], ...] = (
 )
 
 
-def _check_sizes(dataset: Dataset, test_rows: int, *, floor: int) -> Iterator[Finding]:
-    """Volume against the guide's 100, 500 and 2,000, and what so many test rows can show."""
+def _check_volume(dataset: Dataset) -> Iterator[Finding]:
+    """Rows against the guide's 100 and 500."""
     rows, place = len(dataset.rows), str(dataset.folder)
     severity: Severity = "error" if rows < _SMALLEST else "warning"
     if rows < 100:
@@ -195,21 +202,25 @@ def _check_sizes(dataset: Dataset, test_rows: int, *, floor: int) -> Iterator[Fi
             f"{rows} rows; at least {_SMALLEST} are needed and 100 for a simple task (500 to 1,000 for a complex one)"
         )
         yield Finding(severity, "volume", place, message, "collect more, or prompt with a few examples instead")
-    if rows >= _SMALLEST and test_rows < floor:
-        points = next((p for n, p in reversed(_DETECTABLE) if test_rows >= n), None)
-        finds = f"find only gains of {points} points or more" if points else "hardly show any gain"
+
+
+def _check_test_rows(dataset: Dataset, test_rows: int, *, gates: GateSection) -> Iterator[Finding]:
+    """What so many test rows can show, by the test that will judge."""
+    if len(dataset.rows) >= _SMALLEST and test_rows < gates.min_test_rows:
+        gain = smallest_gain(test_rows, alpha=gates.alpha)
+        finds = f"find only gains of {gain * 100:.0f} points or more" if gain else "hardly show any gain"
         message = (
-            f"{test_rows} test rows, the gate wants {floor}: a test on so few can {finds}, "
-            "the verdict will be inconclusive"
+            f"{test_rows} test rows, the gate wants {gates.min_test_rows}: a test at {gates.alpha:g} on so few can "
+            f"{finds}, the verdict will be inconclusive"
         )
-        yield Finding("warning", "test-size", place, message, "add rows or raise dataset.split.test")
+        yield Finding("warning", "test-size", str(dataset.folder), message, "add rows or raise dataset.split.test")
 
 
-def _count(dataset: Dataset, split: SplitSection) -> dict[str, Any]:
-    sides = Counter(select_side(r.example.group_key, split) for r in dataset.rows)
+def _count(dataset: Dataset, split: SplitSection | None) -> dict[str, Any]:
+    sides = Counter(select_side(r.example.group_key, split) for r in dataset.rows) if split is not None else {}
     counts: dict[str, Any] = {
         "rows": len(dataset.rows),
-        **{side: sides[side] for side in ("train", "validation", "test")},
+        **({side: sides[side] for side in ("train", "validation", "test")} if split is not None else {}),
         "provenance": dict(sorted(Counter(r.example.provenance for r in dataset.rows).items())),
     }
     categories = Counter(r.example.category for r in dataset.rows if r.example.category is not None)

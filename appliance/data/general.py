@@ -21,7 +21,7 @@ from appliance.data.split import Splits
 from appliance.digest import digest_json
 from appliance.errors import DatasetError
 from appliance.example import Example, normalise_text
-from appliance.recipe import EwcSection, ForgettingSection, ReplaySection, SplitSection
+from appliance.recipe import EwcSection, ForgettingSection, ReplaySection
 
 OWN_ANSWER_TOKENS = 160
 _PROMPTS = Path(__file__).with_name("general-prompts.txt")
@@ -45,7 +45,8 @@ def load_general(section: ReplaySection | EwcSection, *, root: Path) -> GeneralR
     dataset, faults = check_general(root / section.path)
     if dataset is None or faults:
         more = f"\n... and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        raise DatasetError("\n".join(f"{key}: {f}" for f in faults[:_SHOWN]) + more)
+        lines = (f"{key}: {f}".replace(f"{root}/", "") for f in faults[:_SHOWN])
+        raise DatasetError("\n".join(lines) + more)
     return GeneralRows(key, dataset.examples, dataset.digest)
 
 
@@ -54,7 +55,7 @@ def check_general(folder: Path) -> tuple[Dataset | None, tuple[Finding, ...]]:
     if not folder.is_dir():
         fix = "run `dvc pull`, correct the path, or leave it out to use the base model's own answers"
         return None, (Finding("error", "missing", str(folder), "no such folder", fix),)
-    report = check_dataset(folder, split=SplitSection())
+    report = check_dataset(folder)
     rows = report.dataset.rows if report.dataset is not None else ()
     general = {r.where for r in rows if r.example.provenance == "general"}
     return report.dataset, tuple(

@@ -18,9 +18,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from appliance.contract import Contract, TextContract
-from appliance.data.findings import Finding, Rule, describe_findings
+from appliance.data.findings import Finding, Rule
 from appliance.digest import digest_folder
-from appliance.errors import DatasetError
 from appliance.example import Example, Message, Provenance, Role
 
 _SHOWN = 20
@@ -73,22 +72,16 @@ class Dataset:
         return tuple(r.example for r in self.rows)
 
 
-def load_dataset(folder: Path) -> Dataset:
-    """The dataset in `folder`. Raises `DatasetError` listing what keeps it from being read."""
-    dataset, findings = read_dataset(folder)
-    if dataset is None or findings:
-        raise DatasetError("\n".join(describe_findings(findings)))
-    return dataset
-
-
 def read_dataset(folder: Path) -> tuple[Dataset | None, tuple[Finding, ...]]:
     """The rows that can be read, and a finding for everything that cannot; no dataset without a card."""
     if not folder.is_dir():
         message = "a file, not a folder" if folder.exists() else "no such folder"
         fix = "run `dvc pull`, correct dataset.path in the recipe, or start in the repository's root (--root)"
         return None, (_fault("missing", folder, message, fix),)
-    card, findings = _read_card(folder / "dataset.yaml")
     files = sorted(folder.glob("*.jsonl"))
+    if not files and (inner := sorted({str(p.parent) for p in folder.glob("*/*.jsonl")})):
+        return None, (_fault("missing", folder, "no rows, but folders of rows", f"name one: {', '.join(inner)}"),)
+    card, findings = _read_card(folder / "dataset.yaml")
     if not files:
         others = ", ".join(sorted(p.name for p in folder.iterdir() if p.name != "dataset.yaml")[:_SHOWN])
         message = f"no *.jsonl file, only {others}" if others else "no *.jsonl file"

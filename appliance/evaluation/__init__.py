@@ -1,7 +1,7 @@
 """Evaluation: the candidate against the well-prompted base, on rows that training never saw.
 
 Arms say what is compared, generation makes the outputs in a child process, scorers judge each
-output by the dataset's contract, statistics say what the difference is worth, and the verdict says
+output by the dataset's contract, and the verdict, by `appliance.statistics`, says
 ship, hold, inconclusive or reject. It never passes by missing data.
 """
 
@@ -11,7 +11,6 @@ from appliance.evaluation.arms import Arm, Prompt, build_arms, build_prompts
 from appliance.evaluation.generate import GenerationJob, generate
 from appliance.evaluation.outputs import Output, Result, decode_outputs, decode_results, encode_results
 from appliance.evaluation.scorers import score_outputs
-from appliance.evaluation.statistics import smallest_gain
 from appliance.evaluation.verdict import Verdict, judge
 
 __all__ = [
@@ -29,5 +28,4 @@ __all__ = [
     "generate",
     "judge",
     "score_outputs",
-    "smallest_gain",
 ]

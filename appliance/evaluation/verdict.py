@@ -13,9 +13,9 @@ from typing import Any
 
 from appliance.errors import EvaluationError
 from appliance.evaluation.outputs import Result
-from appliance.evaluation.statistics import mcnemar_exact, paired_gain_interval, smallest_gain, wilson_interval
 from appliance.manifest import Outcome
 from appliance.recipe import GateSection
+from appliance.statistics import mcnemar_exact, paired_gain_interval, smallest_gain, wilson_interval
 
 _PROMPTED = ("zero_shot", "few_shot")
 _CHAMPION_ALPHA = 0.05

@@ -7,6 +7,7 @@ from the sizes alone, before anything is loaded.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,11 @@ def read_sizes(base: Path) -> ModelSizes:
 def read_weight_shapes(base: Path) -> dict[str, Shape]:
     """Name and shape of every weight in the safetensors files, from their headers alone."""
     return {name: tuple(t["shape"]) for name, t in _read_headers(base).items()}
+
+
+def count_values(shapes: Mapping[str, Shape]) -> int:
+    """How many values weights of these shapes have."""
+    return sum(math.prod(s) for s in shapes.values())
 
 
 def read_weight_dtypes(base: Path) -> dict[str, str]:

@@ -7,7 +7,6 @@ answered with half the micro-batch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from appliance.model.shapes import (
     ModelSizes,
     Shape,
     check_method,
+    count_values,
     list_linears,
     read_sizes,
     read_weight_dtypes,
@@ -36,19 +36,9 @@ from appliance.model.shapes import (
 )
 from appliance.plan.machine import Machine
 from appliance.plan.penalty import PenaltyMemory, measure_penalty
-from appliance.recipe import Recipe, count_steps, is_packed
+from appliance.recipe import Recipe, count_steps, is_packed, select_learning_rate
 
 _OVERHEAD = 1 << 30
-# Usual rates, by the papers and by PEFT's own examples (docs/methods.md).
-RANGES = {
-    "full": (1e-5, 2e-5),
-    "lora": (1e-4, 3e-4),
-    "qlora": (1e-4, 3e-4),
-    "prompt-tuning": (1e-2, 3e-1),
-    "prefix-tuning": (1e-3, 3e-2),
-    "p-tuning": (1e-4, 1e-2),
-    "ia3": (1e-3, 1e-2),
-}
 _EPOCHS = (2, 5)
 _EPOCHS_OF_PROMPTS = (2, 50)
 _MICRO_TOKENS = {"cpu": 4096, "gpu": 16384}  # more does not make a step faster a token
@@ -62,6 +52,8 @@ class Plan:
 
     rows: int
     validation_rows: int
+    epochs: float
+    learning_rate: float
     steps: int
     tokens: int
     trained_tokens: int
@@ -81,6 +73,47 @@ class Plan:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """What a run holds on one device: what stays, what a micro-batch adds, what elastic weight consolidation takes."""
+
+    method: Method
+    sizes: ModelSizes
+    longest: int
+    width: float
+    static: float
+    keeps_logits: bool
+    penalty: PenaltyMemory
+
+    def estimate(self, micro_batch: int, *, checkpointing: bool) -> int:
+        """Bytes at the peak of a step."""
+        moving = _estimate_moving(
+            self.method,
+            sizes=self.sizes,
+            rows=micro_batch,
+            longest=self.longest,
+            checkpointing=checkpointing,
+            keeps_logits=self.keeps_logits,
+            width=self.width,
+        )
+        return _add_overhead(self.static + self.penalty.kept + max(moving, self.penalty.passing))
+
+    def estimate_fisher(self, trainable: int, *, longest: int) -> int:
+        """Bytes at the peak of estimating the Fisher, one row at a time, before there is an optimizer; else 0."""
+        if not self.penalty.estimating:
+            return 0
+        moving = _estimate_moving(
+            self.method,
+            sizes=self.sizes,
+            rows=1,
+            longest=longest,
+            checkpointing=False,
+            keeps_logits=True,
+            width=self.width,
+        )
+        return _add_overhead(self.static - 12.0 * trainable + self.penalty.estimating + moving)
+
+
 def build_plan(
     recipe: Recipe,
     *,
@@ -96,65 +129,54 @@ def build_plan(
     Of several devices, `machine` is the part that each has, and micro-batch and memory are of each.
     `longest_general` is the longest row that a Fisher is estimated on, `training.max_length` when left out.
     """
-    section = recipe.training
-    longest = max(lengths)
-    weights = read_weight_shapes(base)
+    section, weights, sizes = recipe.training, read_weight_shapes(base), read_sizes(base)
     check_method(recipe.method, list_linears(weights), base=base)
-    parameters = sum(math.prod(s) for s in weights.values())
-    sizes = read_sizes(base)
     trainable = count_trainable(recipe.method, weights, sizes)
     width = _measure_width(recipe, machine)
-    static = _estimate_static(recipe.method, weights=weights, trainable=trainable, width=width)
-    keeps_logits = not (machine.gpu and _is_head_fused(recipe))
-    penalty = _measure_penalty(recipe, weights=weights, base=base)
-
-    def estimate(micro_batch: int, *, checkpointing: bool) -> int:
-        moving = _estimate_moving(
-            recipe.method,
-            sizes=sizes,
-            rows=micro_batch,
-            longest=longest,
-            checkpointing=checkpointing,
-            keeps_logits=keeps_logits,
-            width=width,
-        )
-        return _add_overhead(static + penalty.kept + max(moving, penalty.passing))
-
-    is_prefix = isinstance(recipe.method, PrefixTuningMethod)  # checkpointing would drop its keys and values
-    micro, checkpointing = select_micro_batch(
-        section.effective_batch // recipe.needs.devices,
-        longest=longest + _count_virtual(recipe.method),
-        most=_MICRO_TOKENS["gpu" if machine.gpu else "cpu"],
-        wanted="off" if is_prefix else section.gradient_checkpointing,
-        fits=lambda m, c: estimate(m, checkpointing=c) <= _FITS * machine.budget_bytes,
+    memory = _Memory(
+        method=recipe.method,
+        sizes=sizes,
+        longest=max(lengths),
+        width=width,
+        static=_estimate_static(recipe.method, weights=weights, trainable=trainable, width=width),
+        keeps_logits=not (machine.gpu and _is_head_fused(recipe)),
+        penalty=_measure_penalty(recipe, weights=weights, base=base),
     )
-    peak = estimate(micro, checkpointing=checkpointing)
-    if penalty.estimating:
-        first = _estimate_fisher(
-            recipe.method,
-            static - 12.0 * trainable,
-            penalty=penalty,
-            sizes=sizes,
-            longest=longest_general or section.max_length,
-            width=width,
-        )
-        peak = max(peak, first)
+    micro, checkpointing = _fit(recipe, memory, machine)
+    peak = max(
+        memory.estimate(micro, checkpointing=checkpointing),
+        memory.estimate_fisher(trainable, longest=longest_general or section.max_length),
+    )
     return Plan(
         rows=len(lengths),
         validation_rows=validation_rows,
+        epochs=section.epochs,
+        learning_rate=select_learning_rate(section, recipe.method),
         steps=count_steps(section, rows=len(lengths)),
         tokens=round(sum(lengths) * section.epochs),
         trained_tokens=round(trained_tokens * section.epochs),
-        longest=longest,
+        longest=memory.longest,
         micro_batch=micro,
         effective_batch=section.effective_batch,
         devices=recipe.needs.devices,
         checkpointing=checkpointing,
-        parameters=parameters,
+        parameters=count_values(weights),
         trainable_parameters=trainable,
         peak_bytes=peak,
         budget_bytes=machine.budget_bytes,
-        warnings=tuple(_warn(recipe, rows=len(lengths), peak=peak, machine=machine, penalty=penalty)),
+        warnings=tuple(_warn(recipe, rows=len(lengths), peak=peak, machine=machine, penalty=memory.penalty)),
+    )
+
+
+def _fit(recipe: Recipe, memory: _Memory, machine: Machine) -> tuple[int, bool]:
+    """The micro-batch of one device, and whether it needs gradient checkpointing."""
+    is_prefix = isinstance(recipe.method, PrefixTuningMethod)  # checkpointing would drop its keys and values
+    return select_micro_batch(
+        recipe.training.effective_batch // recipe.needs.devices,
+        longest=memory.longest + _count_virtual(recipe.method),
+        most=_MICRO_TOKENS["gpu" if machine.gpu else "cpu"],
+        wanted="off" if is_prefix else recipe.training.gradient_checkpointing,
+        fits=lambda m, c: memory.estimate(m, checkpointing=c) <= _FITS * machine.budget_bytes,
     )
 
 
@@ -177,7 +199,7 @@ def select_micro_batch(
 def count_trainable(method: Method, weights: Mapping[str, Shape], sizes: ModelSizes) -> int:
     """How many parameters the method trains, exactly; `weights` are those of the base by name."""
     if isinstance(method, FullMethod):
-        return sum(math.prod(s) for s in weights.values())
+        return count_values(weights)
     if isinstance(method, LoraMethod):
         return _count_lora(method, select_targets(method.targets, list_linears(weights)))
     if isinstance(method, Ia3Method):
@@ -238,10 +260,10 @@ def _estimate_static(method: Method, *, weights: Mapping[str, Shape], trainable:
 
     4-bit matrices take 0.516 bytes a weight with their doubly quantised scales (arXiv 2305.14314).
     """
-    parameters = sum(math.prod(s) for s in weights.values())
+    parameters = count_values(weights)
     if isinstance(method, FullMethod):
         return 16.0 * parameters
-    linear = sum(math.prod(s) for s in list_linears(weights).values())
+    linear = count_values(list_linears(weights))
     matrices = (0.516 if isinstance(method, QloraMethod) else width) * linear
     return matrices + width * (parameters - linear) + 16.0 * trainable
 
@@ -275,16 +297,6 @@ def _measure_penalty(recipe: Recipe, *, weights: Mapping[str, Shape], base: Path
     return measure_penalty(recipe.method, weights, dtypes)
 
 
-def _estimate_fisher(
-    method: Method, loaded: float, *, penalty: PenaltyMemory, sizes: ModelSizes, longest: int, width: float
-) -> int:
-    """Bytes at the peak of estimating the Fisher, one row at a time, beside the `loaded` weights alone."""
-    moving = _estimate_moving(
-        method, sizes=sizes, rows=1, longest=longest, checkpointing=False, keeps_logits=True, width=width
-    )
-    return _add_overhead(loaded + penalty.estimating + moving)
-
-
 def _add_overhead(held: float) -> int:
     """What the process itself takes, and what the allocator cannot use again."""
     return round(1.07 * held + _OVERHEAD)
@@ -293,7 +305,7 @@ def _add_overhead(held: float) -> int:
 def _warn(recipe: Recipe, *, rows: int, peak: int, machine: Machine, penalty: PenaltyMemory) -> list[str]:
     """What the guide would question; each names its range."""
     found = []
-    low, high = RANGES[recipe.method.type]
+    low, high = recipe.method.usual_rates
     rate = recipe.training.learning_rate
     if rate is not None and not low <= rate <= high:
         found.append(

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from appliance.command import run_command
 from appliance.errors import ApplianceError, CommandError
 from appliance.plan.machine import Machine
-from appliance.store import Store
+from appliance.store import open_store
 
 _GIB = 2**30
 _LOW_DISK, _NO_DISK, _LOW_SHARED = 20 * _GIB, _GIB, _GIB
@@ -37,7 +37,7 @@ class Check:
     is_gpu: bool = False
 
 
-def examine_machine(machine: Machine, *, folders: Mapping[str, Path], store: Store | None) -> list[Check]:
+def examine_machine(machine: Machine, *, folders: Mapping[str, Path], store_url: str | None) -> list[Check]:
     """Every check, in the order in which a run would meet them; it raises nothing that it can report.
 
     `folders` are those that a run writes to, by name.
@@ -47,8 +47,8 @@ def examine_machine(machine: Machine, *, folders: Mapping[str, Path], store: Sto
         checks.append(check_shared_memory(Path("/dev/shm")))  # noqa: S108 - its size is the question
     checks += [check_folder(name, folder) for name, folder in folders.items()]
     checks += [_check_program("git", "git"), _check_program("dvc", sys.executable, "-m", "dvc")]
-    if store is not None:
-        checks.append(_check_store(store))
+    if store_url:
+        checks.append(_check_store(store_url))
     return checks
 
 
@@ -106,7 +106,6 @@ def check_shared_memory(folder: Path) -> Check:
 
 def check_folder(name: str, folder: Path) -> Check:
     """A folder that a run writes to, or what is there of the way to it: it is written to, and has room."""
-    subject = f"{name} {folder}"
     place = next(p for p in (folder, *folder.parents) if p.exists())
     try:
         with tempfile.TemporaryFile(dir=place) as handle:
@@ -114,14 +113,14 @@ def check_folder(name: str, folder: Path) -> Check:
             handle.flush()
         free = shutil.disk_usage(place).free
     except OSError as fault:
-        reason = fault.strerror or str(fault)
-        return Check(subject, "fault", reason, "mount a folder that this user may write to, or choose another")
-    found = f"writable, {free / _GIB:.0f} GiB free"
+        found = f"{folder}: {fault.strerror or fault}"
+        return Check(name, "fault", found, "mount a folder that this user may write to, or choose another")
+    found = f"{folder}: writable, {free / _GIB:.0f} GiB free"
     if free < _NO_DISK:
-        return Check(subject, "fault", found, "free some: docs/operations.md says what may be deleted")
+        return Check(name, "fault", found, "free some: docs/operations.md says what may be deleted")
     if free < _LOW_DISK:
-        return Check(subject, "warning", found, "enough for adapters of small models; free some before larger ones")
-    return Check(subject, "ok", found)
+        return Check(name, "warning", found, "enough for adapters of small models; free some before larger ones")
+    return Check(name, "ok", found)
 
 
 def _check_program(name: str, *command: str) -> Check:
@@ -133,9 +132,10 @@ def _check_program(name: str, *command: str) -> Check:
     return Check(name, "ok", found.removeprefix(f"{name} version "))
 
 
-def _check_store(store: Store) -> Check:
+def _check_store(url: str) -> Check:
     """Read only: who may write is seen when a version is published, and nothing here leaves an object."""
     try:
+        store = open_store(url)
         count = sum(1 for _ in store.list("models/"))
     except ApplianceError as fault:
         return Check("store", "fault", str(fault), "mend the address, the endpoint or the credentials")

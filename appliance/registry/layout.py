@@ -25,7 +25,7 @@ _ALIAS = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _VERSION = re.compile(r"[0-9]{8,20}-[0-9a-z]{1,12}-[0-9a-f]{12}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
-Place = Literal["format", "blob", "manifest", "tombstone", "ref", "reflog", "lease", "checkpoint", "plan", "reserved"]
+Place = Literal["format", "blob", "manifest", "tombstone", "ref", "reflog", "lease", "checkpoint", "plan"]
 _MODEL = rf"{MODELS}(?P<name>{_NAME.pattern})/"
 _PLACES: dict[Place, re.Pattern[str]] = {
     "format": re.compile(re.escape(FORMAT)),
@@ -37,7 +37,6 @@ _PLACES: dict[Place, re.Pattern[str]] = {
     "lease": re.compile(rf"leases/model-(?P<name>{_NAME.pattern})\.json"),
     "checkpoint": re.compile(rf"checkpoints/(?P<item>{_SHA256.pattern})/.+"),
     "plan": re.compile(r"gc/(?P<item>[0-9]{8}T[0-9]{6}Z-[0-9a-f]{12})\.json"),
-    "reserved": re.compile(r"(gc|baselines)/[^/]+\.json"),  # other releases of this schema may write them
 }
 
 
@@ -148,7 +147,7 @@ def check_format(store: Store, *, create: bool = False) -> None:
 
 
 def _create_format(store: Store) -> None:
-    content = canonical_json({"format": "appliance-registry", "schema": _SCHEMA, "mode": "cas", "probe": None})
+    content = canonical_json({"format": "appliance-registry", "schema": _SCHEMA})
     try:
         store.put(FORMAT, content, if_none_match=True)
     except PreconditionFailedError:  # another first publisher was faster

@@ -42,11 +42,6 @@ class VersionInfo:
         """What the evaluation said of it."""
         return self.manifest.verdict
 
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(entry.size for entry in self.manifest.files)
-
 
 def list_versions(store: Store, name: str | None = None) -> tuple[VersionInfo, ...]:
     """Every version (of one model, or of all), by name, then oldest first. An unknown name has none.

@@ -156,4 +156,7 @@ def _describe_choices(store: Store, name: str) -> str:
     check_known(store, name)
     aliases = list_aliases(store, name)
     listed = ", ".join(f"{name}@{alias}" for alias in aliases) or "none yet"
-    return f"{store.url}: {name} has no alias {DEFAULT_ALIAS!r}; give {name}@VERSION or an alias ({listed})"
+    return (
+        f"{store.url}: {name} has no alias {DEFAULT_ALIAS!r}, which {name} alone means; "
+        f"give {name}@VERSION or an alias ({listed})"
+    )

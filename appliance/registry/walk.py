@@ -31,7 +31,7 @@ from appliance.store import Store, StoredObject
 
 GRACE_S = 7 * 86_400.0
 _READERS = 8
-_TOP_LEVEL = ("blobs", "models", "leases", "checkpoints", "gc", "baselines")
+_TOP_LEVEL = ("blobs", "models", "leases", "checkpoints", "gc")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,5 +5,6 @@ from __future__ import annotations
 from appliance.report.card import build_card, write_card
 from appliance.report.html import render_html
 from appliance.report.markdown import render_markdown
+from appliance.report.words import say_reasons
 
-__all__ = ["build_card", "render_html", "render_markdown", "write_card"]
+__all__ = ["build_card", "render_html", "render_markdown", "say_reasons", "write_card"]

@@ -18,6 +18,7 @@ from appliance.report.words import (
     list_use,
     say_interval,
     say_percent,
+    say_reasons,
     say_share,
 )
 
@@ -47,7 +48,7 @@ def render_html(card: dict[str, Any]) -> str:
 
 def _render_banner(card: dict[str, Any]) -> str:
     verdict = card["verdict"]
-    reasons = "".join(f"<li>{escape(r)}</li>" for r in verdict["reasons"])
+    reasons = "".join(f"<li>{escape(r)}</li>" for r in say_reasons(verdict["reasons"]))
     origin = f"commit {(card['git_commit'] or DASH)[:12]} · {card['created_at']} · run {card['run_key'][:12]}"
     return (
         f"<header><h1>{escape(card['name'])}</h1><p class='origin'>{escape(origin)}</p></header>"

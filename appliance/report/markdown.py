@@ -15,6 +15,7 @@ from appliance.report.words import (
     list_use,
     say_interval,
     say_percent,
+    say_reasons,
     say_share,
 )
 
@@ -56,8 +57,9 @@ def _render_front_matter(card: dict[str, Any]) -> str:
 
 def _render_verdict(card: dict[str, Any]) -> str:
     verdict = card["verdict"]
-    reasons = "\n".join(f"- {_escape(r)}" for r in verdict["reasons"])
-    return f"**Verdict: {verdict['outcome']}.** {VERDICT_WORDS[verdict['outcome']].split(': ', 1)[1]}\n\n{reasons}"
+    reasons = "\n".join(f"- {_escape(r)}" for r in say_reasons(verdict["reasons"]))
+    words = VERDICT_WORDS[verdict["outcome"]].split(": ", 1)[1]
+    return f"**Verdict: {verdict['outcome']}.** {words[0].upper()}{words[1:]}\n\n{reasons}"
 
 
 def _render_arms(card: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 _METHOD_KEYS = ("rank", "alpha", "dropout", "tokens", "init", "projection", "encoder", "hidden")
@@ -20,6 +22,7 @@ VERDICT_WORDS = {
     "reject": "Reject: worse than the prompted base model.",
 }
 
+_ARM = re.compile(rf"\bagainst ({'|'.join(ARM_NAMES)})\b")
 _STOPS = {"max_steps": "its last step", "patience": "no better evaluation (training.patience)"}
 _KEPT = {"last": "the last", "best_loss": "best validation loss", "best_exact_match": "best validation exact match"}
 
@@ -53,6 +56,11 @@ def say_number(value: Any) -> str:
 def say_bytes(value: int | None) -> str:
     """Bytes in GiB."""
     return DASH if value is None else f"{value / 2**30:.2f} GiB"
+
+
+def say_reasons(reasons: Iterable[str]) -> tuple[str, ...]:
+    """A verdict's reasons, with the arms named as the table names them."""
+    return tuple(_ARM.sub(lambda found: f"against {ARM_NAMES[found[1]]}", reason) for reason in reasons)
 
 
 def list_alerts(card: dict[str, Any]) -> list[str]:
@@ -101,7 +109,7 @@ def _say_predicted(training: dict[str, Any]) -> str:
 def list_facts(card: dict[str, Any]) -> dict[str, dict[str, str]]:
     """The tables below the scores: title -> name -> value."""
     data, training, recipe = card["data"], card["training"], card["recipe"]
-    method, section = recipe["method"], recipe["training"]
+    method, section = _fill_alpha(recipe["method"]), recipe["training"]
     provenance = ", ".join(f"{k} {v:,}" for k, v in data.get("provenance", {}).items())
     facts = {
         "Data": {
@@ -116,7 +124,7 @@ def list_facts(card: dict[str, Any]) -> dict[str, dict[str, str]]:
         **_list_mask(training),
         "Method": {
             "method": " ".join(str(method[k]) for k in ("type", "variant") if k in method),
-            **{k: say_number(method[k]) for k in _METHOD_KEYS if k in method},
+            **{k: say_number(method[k]) for k in _METHOD_KEYS if method.get(k) is not None},
             "learning rate": say_number(training.get("learning_rate")),
             "epochs": say_number(section["epochs"]),
             "rows a step": say_number(training.get("effective_batch")),
@@ -148,6 +156,12 @@ def list_facts(card: dict[str, Any]) -> dict[str, dict[str, str]]:
         },
     }
     return facts | {"Versions": {k: str(v) for k, v in card["versions"].items()}}
+
+
+def _fill_alpha(method: dict[str, Any]) -> dict[str, Any]:
+    """The method with the scale that training takes where the recipe leaves it out."""
+    is_left_out = "rank" in method and method.get("alpha") is None
+    return method | {"alpha": 2 * method["rank"]} if is_left_out else method
 
 
 def _list_mask(training: dict[str, Any]) -> dict[str, dict[str, str]]:

@@ -39,7 +39,7 @@ def _open_local(url: str, parts: SplitResult) -> Store:
     from appliance.store.local import LocalStore
 
     path = unquote(parts.path)
-    if parts.netloc not in ("", "localhost") or not path.strip("/") or "\0" in path:
+    if parts.netloc not in ("", "localhost") or not path.startswith("/") or not path.strip("/") or "\0" in path:
         raise StoreError(f"store URL {url!r}: not an absolute folder; {_EXPECTED} (three slashes)")
     return LocalStore(Path(path))
 

@@ -19,25 +19,11 @@ from appliance.method import (
     PromptTuningMethod,
     QloraMethod,
 )
-from appliance.recipe import TrainingSection, count_steps
+from appliance.recipe import TrainingSection, count_steps, select_learning_rate
 
-RATES = {
-    "full": 2e-5,
-    "lora": 2e-4,
-    "qlora": 2e-4,
-    "prompt-tuning": 3e-2,
-    "prefix-tuning": 1e-2,
-    "p-tuning": 1e-3,
-    "ia3": 3e-3,
-}
 CHANGING_THE_BASE = ("pissa", "olora", "loftq")
 _STARTS = ("gaussian", "orthogonal", "pissa", "olora", "mica")
 _PROMPT_STARTS = {"vocabulary": "SAMPLE_VOCAB", "text": "TEXT", "random": "RANDOM"}
-
-
-def select_learning_rate(section: TrainingSection, method: Method) -> float:
-    """The recipe's rate, or the usual one of the method (docs/methods.md has the sources)."""
-    return section.learning_rate if section.learning_rate is not None else RATES[method.type]
 
 
 def build_adapter_arguments(method: Method) -> dict[str, Any]:

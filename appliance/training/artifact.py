@@ -18,14 +18,14 @@ from transformers import AutoTokenizer
 from appliance.digest import digest_folder, fsync_folder
 from appliance.errors import TrainingError
 from appliance.method import FullMethod
+from appliance.model.shapes import count_values, read_weight_shapes
 from appliance.model.weights import Precision, load_model
-from appliance.recipe import is_packed
+from appliance.recipe import is_packed, select_learning_rate
 from appliance.training import attention
-from appliance.training.arguments import select_learning_rate
 from appliance.training.checkpoints import is_sound, name_checkpoint
 from appliance.training.journal import Journal
 from appliance.training.launch import TrainingJob
-from appliance.training.levers import select_levers
+from appliance.training.levers import Levers
 from appliance.training.methods import Weights, load_encoder, subtract_start
 from appliance.training.monitor import Rules, Watched
 
@@ -93,6 +93,7 @@ def build_summary(
     seen: Watched,
     rules: Rules,
     kept_step: int,
+    levers: Levers,
     precision: Precision,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -100,8 +101,6 @@ def build_summary(
     losses = [r["loss"] for r in journal.records if "loss" in r]
     last = max((r for r in journal.records if "loss" in r), key=lambda r: r["step"])
     kept = next((e for e in seen.evaluations if e.step == kept_step), None)
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    levers = select_levers(job.training, method=job.method, on_cuda=device.type == "cuda")
     gc.collect()
     return {
         "steps": last["step"],
@@ -121,14 +120,15 @@ def build_summary(
         "last_loss": losses[-1],
         "best_validation_loss": min((e.loss for e in seen.evaluations), default=None),
         "last_validation_loss": seen.evaluations[-1].loss if seen.evaluations else None,
-        "trainable_parameters": sum(n for n, trained in counts if trained),
-        "total_parameters": sum(n for n, _ in counts),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "total_parameters": count_values(read_weight_shapes(job.base)),  # of the base, as the plan counts them
         "micro_batch": job.micro_batch,
         "effective_batch": job.training.effective_batch,
         "learning_rate": select_learning_rate(job.training, job.method),
         "dtype": precision,
         "device": name_device(device),
         "threads": torch.get_num_threads(),
+        "levers": levers.to_json(),
         "attention": attention.NAME if levers.attention == "packed" else "sdpa",
         "packing": is_packed(job.training, job.method),
         "peak_memory_bytes": measure_peak_memory(device),

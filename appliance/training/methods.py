@@ -33,7 +33,7 @@ from appliance.model.weights import Precision, check_finite, load_model, read_we
 from appliance.training import attention
 from appliance.training.arguments import CHANGING_THE_BASE, build_adapter_arguments
 from appliance.training.launch import TrainingJob
-from appliance.training.levers import select_levers
+from appliance.training.levers import Levers
 
 Weights = dict[str, torch.Tensor]
 _CONFIGS = {
@@ -47,14 +47,13 @@ _CONFIGS = {
 _ENCODER = "prompt_encoder.safetensors"
 
 
-def build_model(job: TrainingJob, *, precision: Precision, device: torch.device) -> Any:
+def build_model(job: TrainingJob, *, levers: Levers, precision: Precision, device: torch.device) -> Any:
     """The base as the method wants it, every weight of it finite.
 
     Raises `TrainingError` when the method does not fit it, `ModelError` when it is damaged.
     """
     attention.register()
     method = job.method
-    levers = select_levers(job.training, method=method, on_cuda=device.type == "cuda")
     model = load_model(
         job.base,
         precision="fp32" if isinstance(method, FullMethod) else precision,  # master weights, computed under autocast

@@ -69,9 +69,9 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit, rank: int = 0, meet
 
         # 3. The model, with the method's trainable weights on it.
         emit(note=f"loading {job.base_name} in {precision} on {device.type}")
-        levers = select_levers(job.training, method=job.method, on_cuda=device.type == "cuda")
-        model = build_model(job, precision=precision, device=device)
-        levers = settle_levers(levers, model)
+        wanted = select_levers(job.training, method=job.method, on_cuda=device.type == "cuda")
+        model = build_model(job, levers=wanted, precision=precision, device=device)
+        levers = settle_levers(wanted, model)
         make_repeatable(model, train_rows[0], precision=precision, emit=emit)
         check_base(model, train_rows[0], precision=precision, device=device)
         if is_packed(job.training, job.method):
@@ -130,10 +130,17 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit, rank: int = 0, meet
         check_trained(model, job, train_rows[0], start=start, device=device)
         save_artifact(model, job, start=start, precision=precision)
         summary = build_summary(
-            job, model, journal, seen=watch.seen, rules=rules, kept_step=kept_step, precision=precision, device=device
+            job,
+            model,
+            journal,
+            seen=watch.seen,
+            rules=rules,
+            kept_step=kept_step,
+            levers=levers,
+            precision=precision,
+            device=device,
         )
         summary |= {
-            "levers": levers.to_json(),
             "micro_batches": facts.micro_batches,
             "devices": ranks.size,
             "checkpointing": job.checkpointing,

@@ -1,12 +1,14 @@
-"""What a difference between two arms on the same rows is worth.
+"""What a difference between two arms on the same rows is worth, and what so many rows can show.
 
-Exact where exact is cheap: McNemar's test on discordant pairs, its power by summation. Intervals
-are Wilson's for one arm and Newcombe's for the paired difference.
+Exact: McNemar's test on discordant pairs, its power by summation. Intervals are Wilson's for one arm
+and Newcombe's for the paired difference. It stands below the rooms, because the check of a dataset
+states what the verdict will judge by, and needs no library, because that check is part of the light core.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -16,9 +18,18 @@ def mcnemar_exact(wins: int, losses: int) -> float:
 
     McNemar (1947): under no difference a discordant pair is a fair coin.
     """
-    from scipy.stats import binomtest
+    discordant, most = wins + losses, max(wins, losses)
+    ways = next(ways for count, ways in _list_tails(discordant) if count == most)
+    return min(1.0, 2 * ways / (1 << discordant))
 
-    return float(binomtest(wins, wins + losses, 0.5).pvalue) if wins + losses else 1.0
+
+def _list_tails(d: int) -> Iterator[tuple[int, int]]:
+    """(wins, in how many of the 2^d ways there are at least so many), from d wins down; whole numbers."""
+    ways = tail = 1
+    for wins in range(d, -1, -1):
+        yield wins, tail
+        ways = ways * wins // (d - wins + 1)
+        tail += ways
 
 
 def wilson_interval(successes: float, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
@@ -64,26 +75,32 @@ def smallest_gain(n: int, *, alpha: float, power: float = 0.8, worse: float = 0.
 
 def _power(n: int, *, win: float, loss: float, alpha: float) -> float:
     """P(reject and wins > losses): over discordant counts d ~ Bin(n, win + loss), wins ~ Bin(d, share)."""
-    from scipy.stats import binom
-
     discordant = win + loss
     total = 0.0
     for d in range(1, n + 1):
-        chance = float(binom.pmf(d, n, discordant))
+        chance = _chance(d, n, discordant)
         if chance < 1e-12:
             continue
         needed = _critical(d, alpha)
         if needed is not None:
-            total += chance * float(binom.sf(needed - 1, d, win / discordant))
+            total += chance * sum(_chance(wins, d, win / discordant) for wins in range(needed, d + 1))
     return total
+
+
+def _chance(k: int, n: int, p: float) -> float:
+    """P(k of n) of a binomial, by logarithms so that no factor is too large for a float."""
+    if p >= 1.0:
+        return float(k == n)
+    ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return math.exp(ways + k * math.log(p) + (n - k) * math.log1p(-p))
 
 
 @lru_cache(maxsize=4096)
 def _critical(d: int, alpha: float) -> int | None:
     """The fewest wins of `d` discordant pairs with two-sided p < alpha."""
-    from scipy.stats import binom
-
-    for wins in range(d // 2 + 1, d + 1):
-        if 2 * float(binom.sf(wins - 1, d, 0.5)) < alpha:
-            return wins
-    return None
+    fewest = None
+    for wins, ways in _list_tails(d):
+        if 2 * ways / (1 << d) >= alpha:
+            return fewest
+        fewest = wins
+    return fewest

@@ -1,0 +1,119 @@
+"""What is wrong with a recipe, in words: place, key, what was found, what was expected, what to do.
+
+The words are this project's, never the library's, so that who mends the file need not know pydantic.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any, get_args
+
+from appliance.method import LoraMethod, Method, Section
+
+Lines = dict[tuple[str | int, ...], int]
+NAME, ALIAS = r"^[a-z0-9][a-z0-9-]{0,62}$", r"^[a-z][a-z0-9-]{0,31}$"
+_CHOICE = re.compile(r"'[^']*'")
+_FORMS = {
+    NAME: "lower-case letters, digits and '-', at most 63, such as my-model-1",
+    ALIAS: "a letter, then lower-case letters, digits and '-', at most 32, such as staging",
+}
+_KINDS = {
+    "int_": "a whole number",
+    "float_": "a number",
+    "bool_": "true or false",
+    "string_type": "text, in quotes",
+    "tuple_type": "a list",
+}
+_TYPES = ("bool", "str", "int", "float")  # members of a union, in pydantic's locations
+_METHODS: dict[str, type[Section]] = {
+    get_args(m.model_fields["type"].annotation)[0]: m for m in get_args(get_args(Method)[0])
+}
+
+
+def describe_fault(error: Any, *, model: type[Section], lines: Lines, source: str) -> str:
+    """One pydantic error as `file:line: key: what; next action`."""
+    path = _strip_tags(error["loc"], lines) or _read_path(error["msg"], lines)
+    line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), 1)
+    where = f"{source}:{line}"
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key {join_path(path)}{_did_you_mean(error['loc'], model)}"
+    if error["type"] == "missing":
+        return f"{where}: key {join_path(path)} is missing; add it"
+    if error["type"] == "union_tag_not_found":
+        return f"{where}: key {join_path((*path, 'type'))} is missing; use one of {', '.join(_METHODS)}"
+    if error["type"] == "union_tag_invalid":
+        line, tag = lines.get((*path, "type"), line), error["ctx"]["tag"]
+        close = difflib.get_close_matches(tag, _METHODS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(_METHODS)}"
+        return f"{source}:{line}: {join_path((*path, 'type'))}: found {tag!r}, which is no method; {hint}"
+    if error["type"] == "value_error":
+        found = f", found {error['input']!r}" if not isinstance(error["input"], dict | Section) else ""
+        text = error["msg"].removeprefix("Value error, ").removeprefix(f"{join_path(path)}: ")
+        return f"{where}: {join_path(path) or 'recipe'}: {text}{found}"
+    found = "nothing" if error["input"] is None else repr(error["input"])
+    return f"{where}: {join_path(path) or 'recipe'}: found {found}, expected {_describe_expected(error, model)}"
+
+
+def _describe_expected(error: Any, model: type[Section]) -> str:
+    """What a value must be, and what to do: a choice that is close, or the default where there is one."""
+    kind, asked = error["type"], error["msg"].removeprefix("Input should be ")
+    if kind == "string_pattern_mismatch":
+        return _FORMS.get(error["ctx"]["pattern"], f"the form {error['ctx']['pattern']}")
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"keys below it, such as {next(iter(_find_model((*error['loc'], ''), model).model_fields))}"
+    field = _find_model(error["loc"], model).model_fields.get(error["loc"][-1])
+    if kind == "literal_error":
+        close = difflib.get_close_matches(str(error["input"]), [c.strip("'") for c in _CHOICE.findall(asked)], n=1)
+        if close:
+            return f"{asked}; did you mean {close[0]}?"
+    asked = next((words for start, words in _KINDS.items() if kind.startswith(start)), asked)
+    asked = f"a value {asked}" if kind.startswith(("greater_", "less_")) else asked
+    default = field.default if field is not None else None
+    return f"{asked}; left out, it is {default}" if isinstance(default, int | float | str) else f"{asked}; correct it"
+
+
+def _read_path(message: str, lines: Lines) -> tuple[str | int, ...]:
+    """The key that a fault of the whole recipe starts with, when the file has it."""
+    path = tuple(message.removeprefix("Value error, ").partition(": ")[0].split("."))
+    return path if path in lines else ()
+
+
+def _strip_tags(loc: tuple[str | int, ...], lines: Lines) -> tuple[str | int, ...]:
+    """Leave out what pydantic puts into a location that is no key of the file (union tags)."""
+    path: tuple[str | int, ...] = ()
+    for index, part in enumerate(loc):
+        is_missing = index == len(loc) - 1 and str(part).isidentifier() and part not in _TYPES
+        is_tag = part in _METHODS and path == ("method",)
+        if ((*path, part) in lines or is_missing) and not is_tag:
+            path = (*path, part)
+    return path
+
+
+def _find_model(loc: tuple[str | int, ...], model: type[Section]) -> type[Section]:
+    """The section that the last part of a location is a key of."""
+    for part in loc[:-1]:
+        if part in _METHODS:
+            model = _METHODS[str(part)]
+        elif part == "method":
+            model = LoraMethod
+        elif isinstance(part, str) and part in model.model_fields:
+            model = _find_section(model.model_fields[part].annotation) or model
+    return model
+
+
+def _did_you_mean(loc: tuple[str | int, ...], model: type[Section]) -> str:
+    known = list(_find_model(loc, model).model_fields)
+    close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(known)}"
+
+
+def _find_section(annotation: Any) -> type[Section] | None:
+    """The section in `Section | None`, or the section itself; `None` for a plain value."""
+    choices = (*get_args(annotation), annotation)
+    return next((a for a in choices if isinstance(a, type) and issubclass(a, Section)), None)
+
+
+def join_path(path: tuple[str | int, ...]) -> str:
+    """`training.epochs` for (training, epochs)."""
+    return ".".join(str(p) for p in path)
