@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from typing import Literal
 import yaml
 
 from appliance.command import run_command
-from appliance.digest import list_files
 from appliance.errors import CommandError, DatasetError
 
 _REASONS = (
@@ -71,27 +71,81 @@ def load_pointer(file: Path) -> Pointer:
         raise DatasetError(f"{file}: expected one folder under 'outs' as `dvc add datasets` writes it") from fault
 
 
+def list_dvc_files(folder: Path) -> list[str]:
+    """The files that `dvc add` takes from a folder, as sorted POSIX paths: hidden ones and links to files too.
+
+    DVC never takes `.git`, folders `.hg` and `.dvc`, a folder with a `.dvc` in it, and what is behind a linked folder
+    (dvc/ignore.py, `LocalFileSystem.walk` of dvc_objects). Patterns in a `.dvcignore` are not followed here.
+    """
+    found: list[str] = []
+    for place, folders, files in os.walk(folder):
+        here = Path(place)
+        folders[:] = [f for f in folders if f not in (".git", ".hg", ".dvc") and not os.path.lexists(here / f / ".dvc")]
+        found += [(here / f).relative_to(folder).as_posix() for f in files if f != ".git" and (here / f).is_file()]
+    return sorted(found)
+
+
 def digest_dvc_folder(folder: Path) -> str:
     """DVC's hash of a folder: the MD5 of its sorted listing of file MD5s (dvc_data/hashfile/tree.py)."""
-    return hashlib.md5(_list_dvc_folder(folder), usedforsecurity=False).hexdigest() + ".dir"
+    return _digest_listing(_digest_files(folder))
 
 
-def list_objects(pointer: Pointer, root: Path) -> list[tuple[str, str, int]]:
-    """What a remote has to hold of the data on this disk: (name, DVC object id, bytes), the listing first."""
+def read_listing(pointer: Pointer, root: Path) -> dict[str, str] | None:
+    """Name and MD5 of every file that the pointer means, proven by its hash; `None` where this disk has others.
+
+    Only where the hash of all files is another one, and a `.dvcignore` has patterns, DVC is asked which it takes.
+    Raises `DatasetError` when it cannot be.
+    """
     folder = root / pointer.out
-    files = [(n, _digest_md5(folder / n), (folder / n).stat().st_size) for n in list_files(folder)]
-    return [(pointer.out, pointer.md5, len(_list_dvc_folder(folder))), *files]
-
-
-def _list_dvc_folder(folder: Path) -> bytes:
-    listing = [{"md5": _digest_md5(folder / name), "relpath": name} for name in list_files(folder)]
-    return json.dumps(listing, sort_keys=True).encode()
+    if not folder.is_dir():
+        return None
+    found = _digest_files(folder)
+    if _digest_listing(found) != pointer.md5 and _has_patterns(folder):
+        argv = [sys.executable, "-m", "appliance.data.ignored", str(root), pointer.out]
+        try:
+            taken = json.loads(run_command(argv, cwd=root))
+        except CommandError as fault:
+            raise DatasetError(f"{pointer.file}: DVC does not say what it ignores: {_explain(fault)}") from fault
+        found = {name: md5 for name, md5 in found.items() if name in taken}
+    return found if _digest_listing(found) == pointer.md5 else None
 
 
 def is_current(pointer: Pointer, root: Path) -> bool:
     """Whether the bytes on this disk are those that the pointer means."""
-    folder = root / pointer.out
-    return folder.is_dir() and digest_dvc_folder(folder) == pointer.md5
+    return read_listing(pointer, root) is not None
+
+
+def list_objects(pointer: Pointer, root: Path) -> list[tuple[str, str, int]]:
+    """What a remote has to hold of the data on this disk: (name, DVC object id, bytes), the listing first."""
+    folder, listing = root / pointer.out, read_listing(pointer, root)
+    if listing is None:
+        raise DatasetError(f"{pointer.file}: {folder} was changed meanwhile; run it again")
+    files = [(name, md5, (folder / name).stat().st_size) for name, md5 in listing.items()]
+    return [(pointer.out, pointer.md5, len(_encode_listing(listing))), *files]
+
+
+def _digest_files(folder: Path) -> dict[str, str]:
+    return {name: _digest_md5(folder / name) for name in list_dvc_files(folder)}
+
+
+def _encode_listing(files: Mapping[str, str]) -> bytes:
+    return json.dumps([{"md5": md5, "relpath": name} for name, md5 in sorted(files.items())], sort_keys=True).encode()
+
+
+def _digest_listing(files: Mapping[str, str]) -> str:
+    return hashlib.md5(_encode_listing(files), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def _has_patterns(folder: Path) -> bool:
+    """Whether a `.dvcignore` between the folder and the root of its DVC repository says anything."""
+    for above in folder.absolute().parents:
+        file = above / ".dvcignore"
+        lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+        if any(line.strip() and not line.strip().startswith("#") for line in lines):
+            return True
+        if (above / ".dvc").is_dir():
+            break
+    return False
 
 
 def pull_data(pointer: Pointer, *, root: Path, env: Mapping[str, str] | None = None) -> Literal["here", "pulled"]:
@@ -103,10 +157,7 @@ def pull_data(pointer: Pointer, *, root: Path, env: Mapping[str, str] | None = N
     except CommandError as fault:
         raise DatasetError(f"{pointer.file}: dvc pull failed: {_explain(fault)}") from fault
     if not is_current(pointer, root):
-        raise DatasetError(
-            f"{pointer.file}: after dvc pull, {root / pointer.out} is not {pointer.md5}; the DVC cache is corrupt: "
-            "delete .dvc/cache and run it again"
-        )
+        raise DatasetError(f"{pointer.file}: after dvc pull, {_describe_difference(pointer, root=root, env=env)}")
     return "pulled"
 
 
@@ -122,6 +173,31 @@ def check_pushed(pointer: Pointer, *, root: Path) -> None:
             f"{pointer.file}: not on the DVC remote, or not whole there: {', '.join(missing[:3])} "
             f"({len(missing)} in all); run `dvc push`, so that others can make this version again"
         )
+
+
+def _describe_difference(pointer: Pointer, *, root: Path, env: Mapping[str, str] | None) -> str:
+    """Why the data that DVC has just put here is not what the pointer means: by its own listing, file by file."""
+    folder = root / pointer.out
+    cache = Path(run_command([sys.executable, "-m", "dvc", "cache", "dir"], cwd=root, env=env).strip())
+    listing = _find_object(cache, pointer.md5)
+    if not listing.is_file():  # DVC before 3.0 kept and hashed it another way
+        return f"{folder} is not {pointer.md5}, which DVC keeps no listing of; run `dvc add`, commit and push"
+    meant = {entry["relpath"]: entry["md5"] for entry in json.loads(listing.read_bytes())}
+    found = _digest_files(folder)
+    wrong = sorted(n for n in meant if n in found and found[n] != meant[n])
+    if wrong:  # DVC remembers the damaged file as good, so it has to go too
+        damaged = " ".join(f"{_find_object(cache, meant[n])} {folder / n}" for n in wrong)
+        place = folder / wrong[0]
+        return f"{place} is not what the commit says; the DVC cache is corrupt: delete {damaged}, and run it again"
+    odd = sorted(found.keys() ^ meant.keys())
+    return (
+        f"{folder} has other files than the commit: {', '.join(odd[:3])} ({len(odd)} in all); "
+        "if .dvcignore names one, move it away, or correct .dvcignore, run `dvc add`, commit and push"
+    )
+
+
+def _find_object(cache: Path, md5: str) -> Path:
+    return cache / "files" / "md5" / md5[:2] / md5[2:]
 
 
 def _explain(fault: CommandError) -> str:

@@ -88,7 +88,7 @@ def read_dataset(folder: Path) -> tuple[Dataset | None, tuple[Finding, ...]]:
         fix = "run `dvc pull`, correct dataset.path in the recipe, or start in the repository's root (--root)"
         return None, (_fault("missing", folder, message, fix),)
     card, findings = _read_card(folder / "dataset.yaml")
-    files = sorted(folder.glob("*.jsonl"))
+    files = sorted(f for f in folder.glob("*.jsonl") if not f.name.startswith("."))  # as in `digest_folder`
     if not files:
         others = ", ".join(sorted(p.name for p in folder.iterdir() if p.name != "dataset.yaml")[:_SHOWN])
         message = f"no *.jsonl file, only {others}" if others else "no *.jsonl file"
