@@ -57,7 +57,6 @@ class _Desire:
     origin: Origin
     choice: Choice
     pointer: Pointer
-    unproven: bool  # the data was on this disk already, so nothing shows that others can pull it
 
 
 def reconcile(
@@ -207,9 +206,9 @@ def _bring_data(workspace: Workspace, *, store: Store, origin: Origin, choice: C
     if choice.allow_dirty and (workspace.root / pointer.out).is_dir():
         if not is_current(pointer, workspace.root):
             origin = replace(origin, commit=None)
-        return _Desire(workspace, store, origin, choice, pointer, unproven=False)
-    unproven = pull_data(pointer, root=workspace.root) == "here"
-    return _Desire(workspace, store, origin, choice, pointer, unproven=unproven and not choice.allow_dirty)
+    else:
+        pull_data(pointer, root=workspace.root)
+    return _Desire(workspace, store, origin, choice, pointer)
 
 
 def _skip(path: Path, since: str | None) -> Outcome:
@@ -258,7 +257,7 @@ def _keep(path: Path, prepared: Prepared, version: str, *, desire: _Desire, dry_
 def _make(path: Path, prepared: Prepared, reason: str, *, desire: _Desire) -> Outcome:
     """Train as the only one; whoever had to wait looks again whether it is still needed."""
     workspace, choice = desire.workspace, desire.choice
-    if desire.unproven:
+    if not choice.allow_dirty:
         check_pushed(desire.pointer, root=workspace.root)
     name, actor = prepared.recipe.name, desire.origin.actor
     with registry.hold_model(desire.store, name, folder=workspace.runs, actor=actor, wait_s=choice.wait_s):

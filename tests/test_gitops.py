@@ -194,6 +194,13 @@ def test_data_that_others_cannot_pull_is_not_trained_on(project: Project) -> Non
     (cut,) = project.reconcile()
     assert "not whole there" in cut.reason
     remote.put(key, content)
+    write_dataset(project.root / "datasets" / "colours", rows=124)
+    project.run(sys.executable, "-m", "dvc", "add", "--quiet", "datasets")
+    project.commit("never pushed")
+    shutil.rmtree(project.root / "datasets")  # DVC's cache has it, so that a pull asks no remote
+    (unpushed,) = project.reconcile()
+    assert unpushed.action == "failed"
+    assert "run `dvc push`" in unpushed.reason
     assert project.versions() == []
     assert registry.read_lease(project.store, "colours") is None, "nobody was kept from working"
     (project.root / "datasets" / "colours" / "rows.jsonl").open("a").write("\n")

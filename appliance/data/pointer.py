@@ -13,7 +13,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import yaml
 
@@ -148,17 +147,16 @@ def _has_patterns(folder: Path) -> bool:
     return False
 
 
-def pull_data(pointer: Pointer, *, root: Path, env: Mapping[str, str] | None = None) -> Literal["here", "pulled"]:
+def pull_data(pointer: Pointer, *, root: Path, env: Mapping[str, str] | None = None) -> None:
     """Bring the pointer's data to `root`, and prove it; `env` is for DVC. Raises `DatasetError`: the next action."""
     if is_current(pointer, root):
-        return "here"
+        return
     try:
         run_command([sys.executable, "-m", "dvc", "pull", pointer.file.name], cwd=root, env=env, timeout_s=3600.0)
     except CommandError as fault:
         raise DatasetError(f"{pointer.file}: dvc pull failed: {_explain(fault)}") from fault
     if not is_current(pointer, root):
         raise DatasetError(f"{pointer.file}: after dvc pull, {_describe_difference(pointer, root=root, env=env)}")
-    return "pulled"
 
 
 def check_pushed(pointer: Pointer, *, root: Path) -> None:
