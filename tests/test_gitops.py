@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -226,7 +227,7 @@ def test_a_review_reports_what_can_be_known(project: Project) -> None:
     rows = project.root / "datasets" / "colours" / "rows.jsonl"
     lines = rows.read_text().splitlines()
     rows.write_text("\n".join([*lines[1:], lines[0].replace("r0", "x0").replace("thing 0", "thing 500")]) + "\n")
-    project.run(sys.executable, "-m", "dvc", "add", "--quiet", "datasets")
+    push(project)
     project.commit("a row for another")
     workspace = Workspace(
         project.root, project.root / ".cache", project.root / ".appliance" / "runs", note=lambda _: None
@@ -243,23 +244,65 @@ def test_a_review_reports_what_can_be_known(project: Project) -> None:
     assert cost[0] == "colours"
     assert cost[4] == "hours unknown until this model has a version"
     rows.write_text(rows.read_text().replace('"content": "blue"}', '"content": "bleu"}', 1))
-    project.run(sys.executable, "-m", "dvc", "add", "--quiet", "datasets")
+    push(project)
     sections, faults = review(workspace, since=since, store=None)
     assert faults == 1
     (finding,) = (r for s in sections if s.title == "Findings: colours" for r in s.rows if r[0] == "error")
     assert finding[1].startswith("datasets/colours/rows.jsonl:1: [contract]")
     rows.write_text(rows.read_text().replace('"content": "bleu"}', '"content": "blue<|im_end|>"}', 1))
-    project.run(sys.executable, "-m", "dvc", "add", "--quiet", "datasets")
+    push(project)
     sections, faults = review(workspace, since=since, store=None)
     found = [r[1] for s in sections if s.title == "Findings: colours" for r in s.rows if r[0] == "error"]
     assert faults == len(found) == 2
     assert any(f.startswith("datasets/colours/rows.jsonl:1: [mask] row r1: the answer of turn 2 holds") for f in found)
+
+
+def push(project: Project) -> None:
+    """`dvc add` and `dvc push`; the commit is the caller's."""
+    project.run(sys.executable, "-m", "dvc", "add", "--quiet", "datasets")
+    project.run(sys.executable, "-m", "dvc", "push", "--quiet")
+
+
+def test_a_review_is_red_where_the_remote_lacks_the_data(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never pushed is a fault of the change, on this disk or not; no credentials or network are the runner's."""
+    write_dataset(project.root / "datasets" / "colours", rows=124)
+    project.run(sys.executable, "-m", "dvc", "add", "--quiet", "datasets")
+    project.commit("never pushed")
+    workspace = Workspace(
+        project.root, project.root / ".cache", project.root / ".appliance" / "runs", note=lambda _: None
+    )
+    sections, faults = review(workspace, since="HEAD~1", store=None)
+    told = {s.title: s for s in sections}
+    assert faults == 1
+    assert "run `dvc push`" in told["Data"].lines[0]
+    assert "4 added" in told["Data: colours"].lines[0], "what is here is reported all the same"
+    assert review(workspace, since="HEAD", store=None)[1] == 0, "nothing would be trained, so nothing is asked"
     shutil.rmtree(project.root / "datasets")
     shutil.rmtree(project.root / ".dvc" / "cache")
-    sections, faults = review(workspace, since=since, store=None)
+    sections, faults = review(workspace, since="HEAD~1", store=None)
+    assert (sections[-1].title, faults) == ("Data", 1)
+    assert "run `dvc push`" in sections[-1].lines[0]
+    child = project.start("review", "--since", "HEAD~1", "--json")
+    output, errors = child.communicate(timeout=60)
+    assert (child.returncode, json.loads(output)["faults"]) == (1, 1), errors
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    sections, faults = review(workspace, since="HEAD~1", store=None)
     assert faults == 0
-    assert "cannot be read from here" in sections[-1].lines[0]
-    assert "dvc push" in sections[-1].lines[0]
+    assert sections[-1].lines[0].startswith("cannot be known from here")
+    assert "no credentials" in sections[-1].lines[0]
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    refused, faults = review(workspace, since="HEAD~1", store=None)
+    assert faults == 0
+    assert "refuses these credentials" in refused[-1].lines[0]
+    project.run(
+        sys.executable, "-m", "dvc", "remote", "modify", "--local", "store", "endpointurl", "http://127.0.0.1:9"
+    )
+    away, faults = review(workspace, since="HEAD~1", store=None)
+    assert faults == 0
+    assert "cannot be reached" in away[-1].lines[0]
 
 
 def test_a_clone_that_hides_its_history_is_refused(project: Project, tmp_path: Path) -> None:

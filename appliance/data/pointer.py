@@ -17,13 +17,9 @@ from pathlib import Path
 import yaml
 
 from appliance.command import run_command
-from appliance.errors import CommandError, DatasetError
+from appliance.errors import CommandError, DatasetError, UnreachableDataError
 
-_REASONS = (
-    ("Missing cache", "the remote lacks the data of this commit; its author has to run `dvc push`"),
-    ("unsaved files", "its folder has uncommitted changes, which are kept; `dvc add` and commit, or move them away"),
-    ("No remote", "no DVC remote is configured; `dvc remote add --default store s3://bucket/prefix`"),
-    ("no remote", "no DVC remote is configured; `dvc remote add --default store s3://bucket/prefix`"),
+_UNREACHABLE = (
     (
         "Unable to locate credentials",
         "no credentials for the DVC remote; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
@@ -34,14 +30,24 @@ _REASONS = (
         "check AWS_ROLE_ARN, and that the role trusts the issuer, audience and subject of this job's token",
     ),
     ("Forbidden", "the DVC remote refuses these credentials; check both keys and the bucket's policy"),
+    ("Access Denied", "the DVC remote refuses these credentials; check both keys and the bucket's policy"),
     ("InvalidAccessKeyId", "the DVC remote refuses these credentials; check AWS_ACCESS_KEY_ID"),
     ("SignatureDoesNotMatch", "the DVC remote refuses these credentials; check AWS_SECRET_ACCESS_KEY"),
     ("Could not connect", "the DVC remote cannot be reached; check the endpoint and the network"),
     ("Connect", "the DVC remote cannot be reached; check the endpoint and the network"),
+    ("no end after", "the DVC remote does not come to an end; check the endpoint and the network"),
+)
+_REASONS = (
+    ("Missing cache", "the remote lacks the data of this commit; its author has to run `dvc push`"),
+    ("unsaved files", "its folder has uncommitted changes, which are kept; `dvc add` and commit, or move them away"),
+    ("No remote", "no DVC remote is configured; `dvc remote add --default store s3://bucket/prefix`"),
+    ("no remote", "no DVC remote is configured; `dvc remote add --default store s3://bucket/prefix`"),
     ("No module named dvc", "dvc is not installed; pip install 'appliance[data]'"),
     ("missing-files", "the remote lacks the data of this commit; its author has to run `dvc push`"),
     ("does not exist", "the remote lacks the data of this commit; its author has to run `dvc push`"),
 )
+# DVC's word for whatever else a backend says when it is first asked (dvc_data/index/fetch.py).
+_LAST = (("failed to connect to", "the DVC remote cannot be reached; check the endpoint and the network"),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +110,7 @@ def read_listing(pointer: Pointer, root: Path) -> dict[str, str] | None:
         try:
             taken = json.loads(run_command(argv, cwd=root))
         except CommandError as fault:
-            raise DatasetError(f"{pointer.file}: DVC does not say what it ignores: {_explain(fault)}") from fault
+            raise _explain(f"{pointer.file}: DVC does not say what it ignores", fault) from fault
         found = {name: md5 for name, md5 in found.items() if name in taken}
     return found if _digest_listing(found) == pointer.md5 else None
 
@@ -148,24 +154,27 @@ def _has_patterns(folder: Path) -> bool:
 
 
 def pull_data(pointer: Pointer, *, root: Path, env: Mapping[str, str] | None = None) -> None:
-    """Bring the pointer's data to `root`, and prove it; `env` is for DVC. Raises `DatasetError`: the next action."""
+    """Bring the pointer's data to `root`, and prove it; `env` is for DVC.
+
+    Raises `DatasetError` with the next action, `UnreachableDataError` where the remote cannot be asked from here.
+    """
     if is_current(pointer, root):
         return
     try:
         run_command([sys.executable, "-m", "dvc", "pull", pointer.file.name], cwd=root, env=env, timeout_s=3600.0)
     except CommandError as fault:
-        raise DatasetError(f"{pointer.file}: dvc pull failed: {_explain(fault)}") from fault
+        raise _explain(f"{pointer.file}: dvc pull failed", fault) from fault
     if not is_current(pointer, root):
         raise DatasetError(f"{pointer.file}: after dvc pull, {_describe_difference(pointer, root=root, env=env)}")
 
 
 def check_pushed(pointer: Pointer, *, root: Path) -> None:
-    """Ask the DVC remote for every object of the data on this disk. Raises `DatasetError` when one is not there."""
+    """Ask the DVC remote for every object of the data on this disk. Raises as `pull_data` does."""
     argv = [sys.executable, "-m", "appliance.data.remote", str(root), pointer.file.name]
     try:
         missing = json.loads(run_command(argv, cwd=root))
     except CommandError as fault:
-        raise DatasetError(f"{pointer.file}: the DVC remote did not answer: {_explain(fault)}") from fault
+        raise _explain(f"{pointer.file}: the DVC remote did not answer", fault) from fault
     if missing:
         raise DatasetError(
             f"{pointer.file}: not on the DVC remote, or not whole there: {', '.join(missing[:3])} "
@@ -198,8 +207,18 @@ def _find_object(cache: Path, md5: str) -> Path:
     return cache / "files" / "md5" / md5[:2] / md5[2:]
 
 
-def _explain(fault: CommandError) -> str:
-    return next((text for mark, text in _REASONS if mark in str(fault)), str(fault).splitlines()[-1])
+def _explain(subject: str, fault: CommandError) -> DatasetError:
+    """What DVC's words mean and ask for; `UnreachableDataError` where they say nothing of the data itself."""
+    text = str(fault)
+    for kind, reasons in (
+        (UnreachableDataError, _UNREACHABLE),
+        (DatasetError, _REASONS),
+        (UnreachableDataError, _LAST),
+    ):
+        for mark, words in reasons:
+            if mark in text:
+                return kind(f"{subject}: {words}")
+    return DatasetError(f"{subject}: {text.splitlines()[-1]}")
 
 
 def _digest_md5(file: Path) -> str:
