@@ -15,7 +15,14 @@ from typing import Any, Literal
 from appliance import registry
 from appliance.command import run_command
 from appliance.data import Pointer, check_pushed, is_current, load_pointer, pull_data
-from appliance.errors import ApplianceError, CommandError, InterruptedRunError, RecipeError
+from appliance.errors import (
+    ApplianceError,
+    CommandError,
+    DatasetError,
+    InterruptedRunError,
+    RecipeError,
+    UnreachableDataError,
+)
 from appliance.pipeline import Finished, run_prepared
 from appliance.preparation import Origin, Prepared, Workspace, prepare
 from appliance.recipe import Recipe, load_recipe
@@ -89,10 +96,11 @@ def reconcile(
         return tuple(_skip(path, since) for path in recipes)
     _note_detached(workspace)
     desire = _bring_data(workspace, store=store, origin=origin, choice=choice)
-    return tuple(
+    outcomes = tuple(
         _reconcile_one(path, desire=desire, dry_run=dry_run) if reasons[path] else _skip(path, since)
         for path in recipes
     )
+    return _doubt(outcomes, desire=desire) if dry_run and not allow_dirty else outcomes
 
 
 def plan_from_git(root: Path, *, only: Sequence[str] = (), since: str | None = None) -> tuple[Outcome, ...]:
@@ -243,6 +251,20 @@ def _reconcile_one(path: Path, *, desire: _Desire, dry_run: bool) -> Outcome:
         raise
     except ApplianceError as fault:
         return Outcome(recipe=path.stem, action="failed", reason=str(fault), error=fault)
+
+
+def _doubt(outcomes: tuple[Outcome, ...], *, desire: _Desire) -> tuple[Outcome, ...]:
+    """What a dry run says, with what a training would ask first: whether others can pull the data."""
+    if all(o.action != "train" for o in outcomes):
+        return outcomes
+    try:
+        check_pushed(desire.pointer, root=desire.workspace.root)
+    except UnreachableDataError as fault:
+        desire.workspace.note(f"not known from here whether others can pull the data: {fault}")
+    except DatasetError as fault:
+        failed = Outcome(recipe="", action="failed", reason=str(fault), error=fault)
+        return tuple(replace(failed, recipe=o.recipe) if o.action == "train" else o for o in outcomes)
+    return outcomes
 
 
 def _keep(path: Path, prepared: Prepared, version: str, *, desire: _Desire, dry_run: bool) -> Outcome:

@@ -191,6 +191,8 @@ def test_data_that_others_cannot_pull_is_not_trained_on(project: Project) -> Non
     (lost,) = project.reconcile()
     assert lost.action == "failed"
     assert "run `dvc push`" in lost.reason
+    (planned,) = project.reconcile(dry_run=True)
+    assert (planned.action, planned.reason) == ("failed", lost.reason), "a dry run says what a real one would"
     remote.put(key, content[:-1])
     (cut,) = project.reconcile()
     assert "not whole there" in cut.reason
@@ -208,6 +210,21 @@ def test_data_that_others_cannot_pull_is_not_trained_on(project: Project) -> Non
     with pytest.raises(DatasetError, match="uncommitted changes"):
         project.reconcile(dry_run=True)
     assert [o.action for o in project.reconcile(dry_run=True, allow_dirty=True)] == ["train"]
+
+
+def test_a_dry_run_answers_where_the_remote_cannot_be_asked(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without credentials or network the plan stands, with a note of what is not known."""
+    said: list[str] = []
+    workspace = Workspace(project.root, project.root / ".cache", project.root / ".appliance" / "runs", note=said.append)
+    store = open_store((tmp_path / "store").as_uri())
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    (outcome,) = reconcile(workspace, store=store, actor="x", dry_run=True)
+    assert (outcome.action, outcome.reason) == ("train", "has no version yet")
+    assert "no credentials for the DVC remote" in said[-1]
 
 
 def test_a_cache_that_claims_to_be_up_to_date_is_not_believed(project: Project) -> None:
