@@ -110,6 +110,13 @@ def _load_general(
     return replay, ewc
 
 
+def list_row_paths(recipe: Recipe) -> list[str]:
+    """Every folder of rows that a recipe names."""
+    forgetting = recipe.forgetting
+    general = (forgetting.replay, forgetting.ewc) if forgetting is not None else ()
+    return [recipe.dataset.path, *(s.path for s in general if s is not None and s.path is not None)]
+
+
 def check_data(recipe: Recipe, *, root: Path) -> Report:
     """The findings for a recipe's dataset that need no base model."""
     return check_dataset(

@@ -14,7 +14,16 @@ from typing import Any, Literal
 
 from appliance import registry
 from appliance.command import run_command
-from appliance.data import Pointer, check_pushed, is_current, load_pointer, pull_data
+from appliance.data import (
+    Pointer,
+    check_pushed,
+    find_place,
+    find_uncommitted,
+    find_unheld_rows,
+    load_pointer,
+    pull_data,
+    read_listing,
+)
 from appliance.errors import (
     ApplianceError,
     CommandError,
@@ -24,12 +33,13 @@ from appliance.errors import (
     UnreachableDataError,
 )
 from appliance.pipeline import Finished, run_prepared
-from appliance.preparation import Origin, Prepared, Workspace, prepare
+from appliance.preparation import Origin, Prepared, Workspace, list_row_paths, prepare
 from appliance.recipe import Recipe, load_recipe
 from appliance.run import STAGES, open_run
 from appliance.store import Store
 
 POINTER = "datasets.dvc"
+_SHOWN = 5
 _NOWHERE = "0" * 40  # what a push event calls the commit before the first
 
 
@@ -57,13 +67,18 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class _Desire:
-    """The repository's side: what every recipe of one reconcile shares."""
+    """The repository's side: what every recipe of one reconcile shares.
+
+    `held`: the files of the pointer's data, `None` where other data is on this disk. `changes`: as `find_changes`.
+    """
 
     workspace: Workspace
     store: Store
     origin: Origin
     choice: Choice
     pointer: Pointer
+    held: dict[str, str] | None
+    changes: dict[str, str]
 
 
 def reconcile(
@@ -84,18 +99,17 @@ def reconcile(
     once when a signal stops a run.
     """
     choice = Choice(only=tuple(only), since=since, force=force, allow_dirty=allow_dirty, wait_s=wait_s)
-    origin = read_origin(workspace.root, actor=actor)
-    if not allow_dirty and origin.commit is None:
-        names = ", ".join(find_changes(workspace.root)[:5])
-        raise CommandError(
-            f"{workspace.root}: not committed: {names}; commit it, or give --allow-dirty to train on it as it is"
-        )
+    origin = _read_commit(workspace.root, actor=actor)
+    changes = find_changes(workspace.root)
+    if POINTER in changes and not allow_dirty:
+        raise _refuse_uncommitted(workspace.root, {POINTER: changes[POINTER]})
     recipes = find_recipes(workspace.root, only=only)
     reasons = find_touched(workspace.root, recipes, since=since)
     if not any(reasons.values()):
         return tuple(_skip(path, since) for path in recipes)
     _note_detached(workspace)
-    desire = _bring_data(workspace, store=store, origin=origin, choice=choice)
+    pointer, held = _bring_data(workspace.root, choice=choice)
+    desire = _Desire(workspace, store, origin, choice, pointer, held, changes)
     outcomes = tuple(
         _reconcile_one(path, desire=desire, dry_run=dry_run) if reasons[path] else _skip(path, since)
         for path in recipes
@@ -129,6 +143,12 @@ def read_origin(root: Path, *, actor: str) -> Origin:
     It is not named as the origin when one of them has changed since. Raises `CommandError` outside
     a repository, and where a shallow clone hides which commit it was.
     """
+    origin = _read_commit(root, actor=actor)
+    return replace(origin, commit=None) if find_changes(root) else origin
+
+
+def _read_commit(root: Path, *, actor: str, places: Sequence[str] = ()) -> Origin:
+    """The last commit that touched a recipe, the data pointer or one of the `places`."""
     command = [
         "git",
         "-c",
@@ -139,7 +159,7 @@ def read_origin(root: Path, *, actor: str) -> Origin:
         "--date=format-local:%Y-%m-%dT%H:%M:%SZ",
     ]
     try:
-        line = run_command([*command, "--", "recipes", POINTER], cwd=root, env={"TZ": "UTC"}).strip()
+        line = run_command([*command, "--", "recipes", POINTER, *places], cwd=root, env={"TZ": "UTC"}).strip()
     except CommandError as fault:
         raise CommandError(
             f"{root}: not a Git repository with a commit; run it in the team's repository ({fault})"
@@ -155,13 +175,37 @@ def read_origin(root: Path, *, actor: str) -> Origin:
             f"{root}: a shallow clone whose history ends at {commit[:12]}, so the commit that made recipes and data "
             "what they are is not known; `git fetch --unshallow` (in a workflow: fetch-depth: 0)"
         )
-    return Origin(commit=None if find_changes(root) else commit, time=time, actor=actor)
+    return Origin(commit=commit, time=time, actor=actor)
 
 
-def find_changes(root: Path) -> list[str]:
-    """Recipes and the data pointer, where they are not as they were committed."""
-    command = ["git", "status", "--porcelain", "--", "recipes", POINTER]
-    return [line[3:] for line in run_command(command, cwd=root).splitlines()]
+def find_changes(root: Path) -> dict[str, str]:
+    """Recipes and the data pointer, where they are not what HEAD holds, and what to do about each."""
+    recipes = [f"recipes/{p.name}" for p in sorted((root / "recipes").glob("*.yaml"))]
+    return find_uncommitted(root, [*recipes, POINTER])
+
+
+def _find_origin(path: Path, recipe: Recipe, *, desire: _Desire) -> Origin:
+    """The last commit that touched what the recipe is made from, all of which HEAD holds.
+
+    Raises `CommandError` where HEAD does not; with `--allow-dirty` there is no commit then.
+    """
+    root, out, name = desire.workspace.root, desire.pointer.out, f"recipes/{path.name}"
+    faults = {n: fault for n, fault in desire.changes.items() if n in (name, POINTER)}
+    places = [find_place(root, rows) for rows in list_row_paths(recipe)]
+    for place in places:
+        faults |= find_unheld_rows(root, place, out=out, held=desire.held or ())
+    if faults and not desire.choice.allow_dirty:
+        raise _refuse_uncommitted(root, faults)
+    if faults:
+        return replace(desire.origin, commit=None)
+    in_git = [place for place in places if not Path(place).is_relative_to(out)]
+    return _read_commit(root, actor=desire.origin.actor, places=in_git) if in_git else desire.origin
+
+
+def _refuse_uncommitted(root: Path, faults: dict[str, str]) -> CommandError:
+    lines = [f"{root / name}: {fault}, or give --allow-dirty to train on it as it is" for name, fault in faults.items()]
+    more = [f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    return CommandError("\n".join([*lines[:_SHOWN], *more]))
 
 
 def find_recipes(root: Path, *, only: Sequence[str] = ()) -> list[Path]:
@@ -208,15 +252,12 @@ def _note_detached(workspace: Workspace) -> None:
         workspace.note("HEAD is detached: this commit is what is asked for; it never replaces a newer one's version")
 
 
-def _bring_data(workspace: Workspace, *, store: Store, origin: Origin, choice: Choice) -> _Desire:
-    """The data of the pointer, proven; with `allow_dirty`, what is there as it is, and then without an origin."""
-    pointer = load_pointer(workspace.root / POINTER)
-    if choice.allow_dirty and (workspace.root / pointer.out).is_dir():
-        if not is_current(pointer, workspace.root):
-            origin = replace(origin, commit=None)
-    else:
-        pull_data(pointer, root=workspace.root)
-    return _Desire(workspace, store, origin, choice, pointer)
+def _bring_data(root: Path, *, choice: Choice) -> tuple[Pointer, dict[str, str] | None]:
+    """The pointer and its files, proven; with `allow_dirty` what is there as it is, `None` where it is other data."""
+    pointer = load_pointer(root / POINTER)
+    if choice.allow_dirty and (root / pointer.out).is_dir():
+        return pointer, read_listing(pointer, root)
+    return pointer, pull_data(pointer, root=root)
 
 
 def _skip(path: Path, since: str | None) -> Outcome:
@@ -238,6 +279,7 @@ def _reconcile_one(path: Path, *, desire: _Desire, dry_run: bool) -> Outcome:
     try:
         recipe = load_recipe(path)
         _check_unique(recipe, path)
+        desire = replace(desire, origin=_find_origin(path, recipe, desire=desire))
         prepared = prepare(recipe, workspace=desire.workspace)
         version = registry.find_run(desire.store, recipe.name, prepared.key)
         if version is not None and not desire.choice.force:

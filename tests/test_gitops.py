@@ -21,14 +21,24 @@ from appliance import registry
 from appliance.cli.init import command as init_command
 from appliance.cli.reconcile import command as reconcile_command
 from appliance.cli.review import review
-from appliance.data import load_pointer
+from appliance.data import load_pointer, read_listing
 from appliance.demo.storage import Storage
 from appliance.digest import digest_bytes
 from appliance.errors import CommandError, DatasetError, DeviceError, RegistryError
 from appliance.plan import Machine, check_device
 from appliance.preparation import Origin, Workspace
 from appliance.recipe import Recipe, load_recipe
-from appliance.reconcile import find_touched, find_unclaimed, plan_from_git, read_origin, reconcile
+from appliance.reconcile import (
+    Choice,
+    _Desire,
+    _find_origin,
+    find_changes,
+    find_touched,
+    find_unclaimed,
+    plan_from_git,
+    read_origin,
+    reconcile,
+)
 from appliance.release import promote_by_verdict
 from appliance.starter import check_files
 from appliance.store import Store, open_store
@@ -210,6 +220,119 @@ def test_data_that_others_cannot_pull_is_not_trained_on(project: Project) -> Non
     with pytest.raises(DatasetError, match="uncommitted changes"):
         project.reconcile(dry_run=True)
     assert [o.action for o in project.reconcile(dry_run=True, allow_dirty=True)] == ["train"]
+
+
+def write_general(folder: Path) -> None:
+    """Rows that ask what no dataset of these tests asks."""
+    rows = write_dataset(folder, rows=40) / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("thing", "matter"))
+
+
+def test_only_what_a_commit_holds_is_trained(project: Project, tmp_path: Path) -> None:
+    """Whatever hides it from `git status`, wherever a recipe looks: each such recipe is refused, the others go on."""
+    root, colours = project.root, project.root / "datasets" / "colours"
+    (root / "recipes" / ".gitattributes").write_text("crlf.yaml text eol=crlf\n")
+    names = ["crlf", "assumed", "skipped", "deleted"]
+    for name in names:
+        project.write_recipe(name, name=name)
+    for name, forgetting in {"replayed": "replay", "weighed": "ewc"}.items():
+        section = {forgetting: {"path": "general"}}
+        project.write_recipe(name, name=name, forgetting=section)
+    for name, path in {
+        "elsewhere": "other/colours", "behind": "link/colours", "above": "datasets/../other/colours",
+        "outside": str(tmp_path / "outside"), "inside": str(colours), "tracked": "tracked",
+    }.items():  # fmt: skip
+        project.write_recipe(name, name=name, dataset={"path": path})
+    write_general(root / "general")
+    for folder in (root / "other" / "colours", root / "tracked", tmp_path / "outside", tmp_path / "away" / "colours"):
+        shutil.copytree(colours, folder)
+    (root / "link").symlink_to(tmp_path / "away")
+    with (root / ".gitignore").open("a") as ignored:
+        ignored.write("/other\n/general\n/recipes/ignored.yaml\n")
+    project.commit("recipes")
+    (root / "recipes" / "crlf.yaml").unlink()
+    (root / "recipes" / "deleted.yaml").unlink()
+    project.run("git", "checkout", "recipes/crlf.yaml")
+    assert b"\r\n" in (root / "recipes" / "crlf.yaml").read_bytes()
+    (root / ".git" / "info" / "exclude").write_text("/recipes/excluded.yaml\n")
+    project.run("git", "config", "status.showUntrackedFiles", "no")
+    project.run("git", "update-index", "--assume-unchanged", "recipes/assumed.yaml")
+    project.run("git", "update-index", "--skip-worktree", "recipes/skipped.yaml")
+    for name in ("ignored", "excluded", "unasked", "assumed", "skipped"):
+        project.write_recipe(name, name=name, training={**TRAINING, "epochs": 1, "seed": 5})
+    shutil.copy(root / "recipes" / "colours.yaml", tmp_path / "linked.yaml")
+    (tmp_path / "linked.yaml").write_text(
+        (tmp_path / "linked.yaml").read_text().replace("name: colours", "name: linked")
+    )
+    (root / "recipes" / "linked.yaml").symlink_to(tmp_path / "linked.yaml")
+    assert not project.run("git", "status", "--porcelain").replace(" D recipes/deleted.yaml\n", ""), "Git sees nothing"
+    outcomes = {o.recipe: o for o in project.reconcile(dry_run=True)}
+    assert {n for n, o in outcomes.items() if o.action == "train"} == {"colours", "crlf", "inside", "tracked"}
+    said = {n: o.reason for n, o in outcomes.items() if o.action == "failed"}
+    for name in ("ignored", "excluded", "unasked"):
+        assert f"recipes/{name}.yaml: not in the commit HEAD; commit it, or give --allow-dirty" in said.pop(name)
+    for name in ("assumed", "skipped"):
+        assert f"recipes/{name}.yaml: not what the commit HEAD holds; commit it, or" in said.pop(name)
+    assert "recipes/linked.yaml: behind a symbolic link" in said.pop("linked")
+    assert "/link/colours: behind a symbolic link" in said.pop("behind")
+    for name in ("elsewhere", "above"):
+        assert f"{root}/other/colours/rows.jsonl: not in the commit HEAD" in said.pop(name)
+    for name in ("replayed", "weighed"):
+        assert "/general/rows.jsonl: not in the commit HEAD" in said.pop(name)
+    assert "/outside: outside of the repository" in said.pop("outside")
+    assert not said
+    allowed = project.reconcile(dry_run=True, allow_dirty=True)
+    assert {o.action for o in allowed} == {"train"}, [o.reason for o in allowed]
+
+
+def test_rows_that_dvc_leaves_out_are_not_trained_on(project: Project) -> None:
+    """A file of .dvcignore is in no commit's data, however well the rest is proven; elsewhere it is in nobody's way."""
+    (project.root / ".dvcignore").write_text("more.*\n")
+    project.commit("ignores")
+    (project.root / "datasets" / "more.txt").write_text("notes")
+    assert [o.action for o in project.reconcile(dry_run=True)] == ["train"]
+    more = project.root / "datasets" / "colours" / "more.jsonl"
+    more.write_bytes((project.root / "datasets" / "colours" / "rows.jsonl").read_bytes().replace(b'"r', b'"s'))
+    (outcome,) = project.reconcile(dry_run=True)
+    assert outcome.action == "failed"
+    assert "datasets/colours/more.jsonl: not what `dvc add` took" in outcome.reason
+
+
+def test_a_version_names_the_commit_of_all_that_it_is_made_from(project: Project) -> None:
+    """Rows in Git itself count like the pointer's: the commit that brought them, or none where no commit holds them."""
+    root, path = project.root, project.root / "recipes" / "colours.yaml"
+    before = project.run("git", "rev-parse", "HEAD").strip()
+    workspace = Workspace(root, root / ".cache", root / ".appliance" / "runs", note=lambda _: None)
+
+    def find(**choice: bool) -> str | None:
+        origin = read_origin(root, actor="x")
+        pointer = load_pointer(root / "datasets.dvc")
+        held, changes = read_listing(pointer, root), find_changes(root)
+        desire = _Desire(workspace, project.store, origin, Choice(**choice), pointer, held, changes)
+        return _find_origin(path, load_recipe(path), desire=desire).commit
+
+    (root / "README").write_text("a commit that touches nothing of it")
+    project.commit("later")
+    assert find() == before
+    project.write_recipe("colours", dataset={"path": "tracked"})
+    project.commit("rows in Git")
+    shutil.copytree(root / "datasets" / "colours", root / "tracked")
+    with pytest.raises(CommandError, match=r"tracked/dataset\.yaml: not in the commit HEAD"):
+        find()
+    assert find(allow_dirty=True) is None
+    commit = project.commit("the rows")
+    (root / "README").write_text("another")
+    project.commit("later still")
+    assert find() == find(allow_dirty=True) == commit
+    (root / "tracked" / "rows.jsonl").unlink()
+    with pytest.raises(CommandError, match=r"tracked/rows\.jsonl: deleted, and the commit HEAD has it; restore it"):
+        find()
+    project.run("git", "checkout", "tracked")
+    (root / "datasets" / "colours" / "rows.jsonl").open("a").write("\n")
+    assert find(allow_dirty=True) == commit, "the pointer's data is no concern of this recipe"
+    project.run("git", "checkout", before, "recipes")
+    project.commit("rows of DVC")
+    assert find(allow_dirty=True) is None
 
 
 def test_a_dry_run_answers_where_the_remote_cannot_be_asked(

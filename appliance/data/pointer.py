@@ -153,19 +153,22 @@ def _has_patterns(folder: Path) -> bool:
     return False
 
 
-def pull_data(pointer: Pointer, *, root: Path, env: Mapping[str, str] | None = None) -> None:
-    """Bring the pointer's data to `root`, and prove it; `env` is for DVC.
+def pull_data(pointer: Pointer, *, root: Path, env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Bring the pointer's data to `root`, and prove it: `read_listing` of it; `env` is for DVC.
 
     Raises `DatasetError` with the next action, `UnreachableDataError` where the remote cannot be asked from here.
     """
-    if is_current(pointer, root):
-        return
+    here = read_listing(pointer, root)
+    if here is not None:
+        return here
     try:
         run_command([sys.executable, "-m", "dvc", "pull", pointer.file.name], cwd=root, env=env, timeout_s=3600.0)
     except CommandError as fault:
         raise _explain(f"{pointer.file}: dvc pull failed", fault) from fault
-    if not is_current(pointer, root):
+    pulled = read_listing(pointer, root)
+    if pulled is None:
         raise DatasetError(f"{pointer.file}: after dvc pull, {_describe_difference(pointer, root=root, env=env)}")
+    return pulled
 
 
 def check_pushed(pointer: Pointer, *, root: Path) -> None:
