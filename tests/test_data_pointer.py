@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny import write_dataset
 
-from appliance.data import check_pushed, digest_dvc_folder, is_current, load_pointer, pull_data
+from appliance.data import check_pushed, digest_dvc_folder, fetch_revision, is_current, load_pointer, pull_data
 from appliance.data.pointer import list_objects, read_listing
 from appliance.errors import DatasetError
 
@@ -188,6 +188,37 @@ def test_what_differs_after_a_pull_is_said_in_words(repository: Path) -> None:
     (repository / "datasets" / "colours" / "more.jsonl").write_text("")
     with pytest.raises(DatasetError, match=r"other files than the commit: colours/more\.jsonl .*\.dvcignore"):
         pull_data(pointer, root=repository)
+
+
+def test_jobs_that_share_a_cache_do_each_other_no_harm(template: Path, tmp_path: Path) -> None:
+    """Two pulls at once into one cache outside of the checkouts; the third job, and older commits, need no remote."""
+    shared = tmp_path / "cache" / "dvc"
+    author = tmp_path / "author"
+    shutil.copytree(template, author)
+    for number in range(50):
+        (author / "datasets" / f"{number}.txt").write_text(f"{number}\n" * 10_000)
+    dvc(author, "add", "--quiet", "datasets")
+    dvc(author, "push", "--quiet")
+    jobs = [tmp_path / name for name in ("one", "two", "three")]
+    for job in jobs:
+        shutil.copytree(author, job, ignore=shutil.ignore_patterns("datasets", "cache", "tmp"))
+        (job / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {shared}\n")
+    pull = "import pathlib, sys; from appliance.data import *; p = pathlib.Path.cwd(); "
+    pull += "pull_data(load_pointer(p / 'datasets.dvc'), root=p)"
+    children = [subprocess.Popen([sys.executable, "-c", pull], cwd=job, env={**os.environ, **ENV}) for job in jobs[:2]]
+    assert [child.wait(timeout=120) for child in children] == [0, 0]
+    dvc(jobs[2], "remote", "modify", "--local", "store", "url", str(tmp_path / "nothing"))
+    pointer = load_pointer(author / "datasets.dvc")
+    pull_data(pointer, root=jobs[2])
+    for job in jobs:
+        assert is_current(pointer, job)
+        assert not (job / ".dvc" / "cache").exists()
+    objects = [p for p in (shared / "files" / "md5").rglob("*") if p.is_file()]
+    assert {p.parent.name + p.name.removesuffix(".dir") for p in objects} == {digest_md5(p) for p in objects}
+    run(jobs[2], "git", "add", "--all")
+    run(jobs[2], "git", "-c", "user.name=a", "-c", "user.email=a@localhost", "commit", "--quiet", "--message", "data")
+    folder = fetch_revision(jobs[2], "HEAD", pointer="datasets.dvc", folder=tmp_path / "earlier")
+    assert is_current(pointer, folder.parent)
 
 
 def digest_md5(file: Path) -> str:
