@@ -17,6 +17,7 @@ from appliance.command import run_command
 from appliance.data import (
     Pointer,
     check_pushed,
+    describe_unheld,
     find_place,
     find_uncommitted,
     find_unheld_rows,
@@ -32,14 +33,13 @@ from appliance.errors import (
     RecipeError,
     UnreachableDataError,
 )
-from appliance.pipeline import Finished, run_prepared
-from appliance.preparation import Origin, Prepared, Workspace, list_row_paths, prepare
+from appliance.pipeline import Finished, finish_published, run_prepared
+from appliance.preparation import Origin, Prepared, Workspace, find_made, list_row_paths, prepare
 from appliance.recipe import Recipe, load_recipe
 from appliance.run import STAGES, open_run
 from appliance.store import Store
 
 POINTER = "datasets.dvc"
-_SHOWN = 5
 _NOWHERE = "0" * 40  # what a push event calls the commit before the first
 
 
@@ -102,18 +102,20 @@ def reconcile(
     origin = _read_commit(workspace.root, actor=actor)
     changes = find_changes(workspace.root)
     if POINTER in changes and not allow_dirty:
-        raise _refuse_uncommitted(workspace.root, {POINTER: changes[POINTER]})
+        raise CommandError(describe_unheld(workspace.root, {POINTER: changes[POINTER]}))
     recipes = find_recipes(workspace.root, only=only)
     reasons = find_touched(workspace.root, recipes, since=since)
     if not any(reasons.values()):
         return tuple(_skip(path, since) for path in recipes)
     _note_detached(workspace)
-    pointer, held = _bring_data(workspace.root, choice=choice)
-    desire = _Desire(workspace, store, origin, choice, pointer, held, changes)
-    outcomes = tuple(
-        _reconcile_one(path, desire=desire, dry_run=dry_run) if reasons[path] else _skip(path, since)
+    desire = _Desire(workspace, store, origin, choice, load_pointer(workspace.root / POINTER), None, changes)
+    known = {
+        path: _keep_unseen(path, desire=desire, dry_run=dry_run) if reasons[path] else _skip(path, since)
         for path in recipes
-    )
+    }
+    if not all(known.values()):
+        desire = replace(desire, held=_bring_data(desire))
+    outcomes = tuple(outcome or _reconcile_one(path, desire=desire, dry_run=dry_run) for path, outcome in known.items())
     return _doubt(outcomes, desire=desire) if dry_run and not allow_dirty else outcomes
 
 
@@ -195,17 +197,11 @@ def _find_origin(path: Path, recipe: Recipe, *, desire: _Desire) -> Origin:
     for place in places:
         faults |= find_unheld_rows(root, place, out=out, held=desire.held or ())
     if faults and not desire.choice.allow_dirty:
-        raise _refuse_uncommitted(root, faults)
+        raise CommandError(describe_unheld(root, faults))
     if faults:
         return replace(desire.origin, commit=None)
     in_git = [place for place in places if not Path(place).is_relative_to(out)]
     return _read_commit(root, actor=desire.origin.actor, places=in_git) if in_git else desire.origin
-
-
-def _refuse_uncommitted(root: Path, faults: dict[str, str]) -> CommandError:
-    lines = [f"{root / name}: {fault}, or give --allow-dirty to train on it as it is" for name, fault in faults.items()]
-    more = [f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-    return CommandError("\n".join([*lines[:_SHOWN], *more]))
 
 
 def find_recipes(root: Path, *, only: Sequence[str] = ()) -> list[Path]:
@@ -252,12 +248,12 @@ def _note_detached(workspace: Workspace) -> None:
         workspace.note("HEAD is detached: this commit is what is asked for; it never replaces a newer one's version")
 
 
-def _bring_data(root: Path, *, choice: Choice) -> tuple[Pointer, dict[str, str] | None]:
-    """The pointer and its files, proven; with `allow_dirty` what is there as it is, `None` where it is other data."""
-    pointer = load_pointer(root / POINTER)
-    if choice.allow_dirty and (root / pointer.out).is_dir():
-        return pointer, read_listing(pointer, root)
-    return pointer, pull_data(pointer, root=root)
+def _bring_data(desire: _Desire) -> dict[str, str] | None:
+    """The pointer's files, proven; with `allow_dirty` what is there as it is, and `None` where it is other data."""
+    root, pointer = desire.workspace.root, desire.pointer
+    if desire.choice.allow_dirty and (root / pointer.out).is_dir():
+        return read_listing(pointer, root)
+    return pull_data(pointer, root=root)
 
 
 def _skip(path: Path, since: str | None) -> Outcome:
@@ -283,7 +279,7 @@ def _reconcile_one(path: Path, *, desire: _Desire, dry_run: bool) -> Outcome:
         prepared = prepare(recipe, workspace=desire.workspace)
         version = registry.find_run(desire.store, recipe.name, prepared.key)
         if version is not None and not desire.choice.force:
-            return _keep(path, prepared, version, desire=desire, dry_run=dry_run)
+            return _keep(path, recipe, version, key=prepared.key, desire=desire, dry_run=dry_run)
         reason = explain(prepared, desire.store, workspace=desire.workspace, is_forced=version is not None)
         if dry_run:
             return Outcome(recipe=path.stem, action="train", reason=reason)
@@ -309,11 +305,34 @@ def _doubt(outcomes: tuple[Outcome, ...], *, desire: _Desire) -> tuple[Outcome, 
     return outcomes
 
 
-def _keep(path: Path, prepared: Prepared, version: str, *, desire: _Desire, dry_run: bool) -> Outcome:
+def _keep_unseen(path: Path, *, desire: _Desire, dry_run: bool) -> Outcome | None:
+    """The outcome of a recipe that has its version, without the data; `None` where the data is needed to tell."""
+    workspace, choice, out = desire.workspace, desire.choice, desire.pointer.out
+    if (
+        choice.force
+        or choice.allow_dirty
+        or (workspace.root / out).exists()
+        or f"recipes/{path.name}" in desire.changes
+    ):
+        return None
+    try:
+        recipe = load_recipe(path)
+        _check_unique(recipe, path)
+        if not Path(find_place(workspace.root, recipe.dataset.path)).is_relative_to(out):
+            return None
+        made = find_made(recipe, pointer=POINTER, workspace=workspace, store=desire.store)
+        return _keep(path, recipe, made[0], key=made[1], desire=desire, dry_run=dry_run) if made else None
+    except ApplianceError:  # told in its place, among what else is wrong
+        return None
+
+
+def _keep(path: Path, recipe: Recipe, version: str, *, key: str, desire: _Desire, dry_run: bool) -> Outcome:
     """Nothing to train; a promotion that was lost between two steps is made up for."""
     finished = None
     if not dry_run:
-        finished = run_prepared(prepared, workspace=desire.workspace, store=desire.store, origin=desire.origin)
+        finished = finish_published(
+            recipe, version, key=key, workspace=desire.workspace, store=desire.store, origin=desire.origin
+        )
     reason = f"{version} was made from this recipe, data and base"
     return Outcome(recipe=path.stem, action="none", reason=reason, finished=finished)
 

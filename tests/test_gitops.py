@@ -26,7 +26,7 @@ from appliance.demo.storage import Storage
 from appliance.digest import digest_bytes
 from appliance.errors import CommandError, DatasetError, DeviceError, RegistryError
 from appliance.plan import Machine, check_device
-from appliance.preparation import Origin, Workspace
+from appliance.preparation import Origin, Workspace, prepare
 from appliance.recipe import Recipe, load_recipe
 from appliance.reconcile import (
     Choice,
@@ -333,6 +333,51 @@ def test_a_version_names_the_commit_of_all_that_it_is_made_from(project: Project
     project.run("git", "checkout", before, "recipes")
     project.commit("rows of DVC")
     assert find(allow_dirty=True) is None
+
+
+def test_a_job_without_data_pulls_it_only_where_something_may_train(project: Project, tmp_path: Path) -> None:
+    """A manifest whose commit has HEAD's pointer is of HEAD's data; another recipe, base or pointer needs the data."""
+    root, data = project.root, project.root / "datasets"
+    path = root / "recipes" / "colours.yaml"
+    workspace = Workspace(root, root / ".cache", root / ".appliance" / "runs", note=lambda _: None)
+    commit = project.run("git", "rev-parse", "HEAD").strip()
+    prepared = prepare(load_recipe(path), workspace=workspace)
+    facts = {"name": "colours", "run_key": prepared.key, "data_digest": prepared.dataset.digest}
+    publish_new(project.store, tmp_path, "loose", **facts, git_commit=None)
+
+    def look(**options: bool) -> tuple[str, bool]:
+        """What is done, and whether the data was pulled for it; a job begins without any."""
+        shutil.rmtree(data, ignore_errors=True)
+        (outcome,) = project.reconcile(**options)
+        return outcome.action, data.exists()
+
+    assert look(dry_run=True) == ("none", True), "no commit says which data it was"
+    version = publish_new(project.store, tmp_path, "held", **facts, git_commit=commit)
+    assert look(dry_run=True) == ("none", False)
+    assert registry.read_alias(project.store, "colours", prepared.recipe.publish.alias) is None
+    assert look() == ("none", False)
+    move = registry.read_alias(project.store, "colours", prepared.recipe.publish.alias)
+    assert move is not None
+    assert move.version == version, "a promotion that was lost is made up for all the same"
+    assert look(dry_run=True, force=True) == look(dry_run=True, allow_dirty=True, force=True) == ("train", True)
+    kept = path.read_text()
+    for change in ({"training": {**TRAINING, "epochs": 2}}, {"dataset": {"path": "other"}},
+                   {"forgetting": {"replay": {"share": 0.1}}}):  # fmt: skip
+        project.write_recipe(**change)
+        project.commit("another recipe")
+        assert look(dry_run=True)[1], change
+    path.write_text(kept)
+    project.commit("the recipe of old")
+    assert look(dry_run=True) == ("none", False)
+    pointer = root / "datasets.dvc"
+    before = pointer.read_text()
+    project.commit_data(rows=124)
+    assert look(dry_run=True) == ("train", True)
+    pointer.write_text(before)
+    project.commit("the data of old")
+    assert look(dry_run=True) == ("none", False)
+    (root / "base" / "more.json").write_text("{}")
+    assert look(dry_run=True) == ("train", True), "the base is another"
 
 
 def test_a_dry_run_answers_where_the_remote_cannot_be_asked(

@@ -153,8 +153,11 @@ def test_a_dataset_commit_becomes_a_version_once(make_project: Callable[[], Proj
     (again,) = project.reconcile()
     assert (again.action, project.versions()) == ("none", [first.finished.version])
     assert not (project.root / ".appliance").exists(), "nothing was even begun"
-
     shutil.rmtree(project.root / "datasets")
+    (unseen,) = project.reconcile()
+    assert (unseen.action, unseen.reason) == ("none", again.reason)
+    assert not (project.root / "datasets").exists(), "the registry and Git know it without the data"
+
     project.commit_data(rows=240)
     (second,) = project.reconcile()
     assert second.finished is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from appliance.data.check import Report, check_dataset, describe_lengths
-from appliance.data.committed import find_place, find_uncommitted, find_unheld_rows
+from appliance.data.committed import describe_unheld, find_place, find_uncommitted, find_unheld_rows
 from appliance.data.diff import DatasetDiff, RowChange, diff_folders
 from appliance.data.findings import Finding, describe_findings, find_in_fault
 from appliance.data.general import (
@@ -52,6 +52,7 @@ __all__ = [
     "count_replayed",
     "describe_findings",
     "describe_lengths",
+    "describe_unheld",
     "diff_folders",
     "digest_dvc_folder",
     "digest_general",

@@ -7,13 +7,14 @@ unchanged (assume-unchanged, skip-worktree); none of those can be made again fro
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from appliance.command import run_command
 from appliance.digest import list_files
 
 _BATCH = 500  # names on one command line
+_SHOWN = 5
 _BEHIND_LINK = "behind a symbolic link, which no commit follows; put the thing itself there"
 
 
@@ -56,6 +57,13 @@ def find_uncommitted(root: Path, places: Sequence[str]) -> dict[str, str]:
     for options in (["--no-filters"], []):  # what was committed with CRLF is not what autocrlf would make of it now
         odd = [n for n, oid in _hash_files(root, odd, options) if oid != held[n]]
     return faults | dict.fromkeys(odd, "not what the commit HEAD holds; commit it")
+
+
+def describe_unheld(root: Path, faults: Mapping[str, str]) -> str:
+    """A line for each fault of `find_uncommitted` or `find_unheld_rows`, the first five of them."""
+    lines = [f"{root / name}: {fault}, or give --allow-dirty to train on it as it is" for name, fault in faults.items()]
+    more = [f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    return "\n".join([*lines[:_SHOWN], *more])
 
 
 def _read_head(root: Path, places: Sequence[str]) -> dict[str, str]:
