@@ -24,6 +24,10 @@ class DatasetError(ApplianceError):
     """A dataset, its pointer or a row of it is missing, broken or breaks its contract."""
 
 
+class UnreachableDataError(DatasetError):
+    """The DVC remote cannot be asked from here (no credentials, refused ones, no network): nothing is known of it."""
+
+
 class ModelError(ApplianceError):
     """A base model cannot be found, is refused (pickled weights) or is damaged."""
 

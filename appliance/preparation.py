@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from appliance import __version__
+from appliance import __version__, registry
+from appliance.command import run_command
 from appliance.data import (
     OWN_ANSWER_TOKENS,
     Dataset,
@@ -32,7 +33,7 @@ from appliance.data import (
     select_side,
     split_dataset,
 )
-from appliance.errors import DatasetError, ModelError, StoreError
+from appliance.errors import CommandError, DatasetError, ModelError, StoreError
 from appliance.model import Base, ChatTemplate, TokenRow, fit_template, load_template, resolve_base
 from appliance.plan import Machine, Plan, build_plan
 from appliance.recipe import ForgettingSection, Recipe
@@ -99,6 +100,33 @@ def prepare(recipe: Recipe, *, workspace: Workspace) -> Prepared:
     return Prepared(recipe, checked.dataset, splits=splits, base=base, key=key, replay=replay, ewc=ewc)
 
 
+def find_made(recipe: Recipe, *, pointer: str, workspace: Workspace, store: Store) -> tuple[str, str] | None:
+    """Version and run key of this recipe, base and HEAD's data, known without the data; `None` where it has to tell.
+
+    A run key needs the data's digest. A manifest has that of its data, and its commit the pointer of it: where that
+    is HEAD's pointer, the data is the same. Only for rows below the pointer's folder, and without general rows.
+    """
+    versions = registry.list_versions(store, recipe.name)
+    if recipe.forgetting is not None or not versions:
+        return None
+    base = resolve_base(recipe.base, root=workspace.root, cache=workspace.cache, note=workspace.note)
+    for manifest in (v.manifest for v in reversed(versions)):
+        key = build_run_key(recipe, data_digest=manifest.data_digest, base_digest=base.digest)
+        if manifest.run_key == key and _has_pointer_of_head(manifest.git_commit, pointer, root=workspace.root):
+            return [v.version for v in versions if v.manifest.run_key == key][-1], key
+    return None
+
+
+def _has_pointer_of_head(commit: str | None, pointer: str, *, root: Path) -> bool:
+    if commit is None:
+        return False
+    try:
+        run_command(["git", "diff", "--quiet", commit, "HEAD", "--", pointer], cwd=root)
+    except CommandError:  # another pointer, or a commit that this clone does not have
+        return False
+    return True
+
+
 def _load_general(
     section: ForgettingSection | None, *, splits: Splits, root: Path
 ) -> tuple[GeneralRows | None, GeneralRows | None]:
@@ -108,6 +136,13 @@ def _load_general(
     for rows in (r for r in (replay, ewc) if r is not None):
         check_apart(rows, splits)
     return replay, ewc
+
+
+def list_row_paths(recipe: Recipe) -> list[str]:
+    """Every folder of rows that a recipe names."""
+    forgetting = recipe.forgetting
+    general = (forgetting.replay, forgetting.ewc) if forgetting is not None else ()
+    return [recipe.dataset.path, *(s.path for s in general if s is not None and s.path is not None)]
 
 
 def check_data(recipe: Recipe, *, root: Path) -> Report:

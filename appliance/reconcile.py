@@ -14,10 +14,27 @@ from typing import Any, Literal
 
 from appliance import registry
 from appliance.command import run_command
-from appliance.data import Pointer, check_pushed, is_current, load_pointer, pull_data
-from appliance.errors import ApplianceError, CommandError, InterruptedRunError, RecipeError
-from appliance.pipeline import Finished, run_prepared
-from appliance.preparation import Origin, Prepared, Workspace, prepare
+from appliance.data import (
+    Pointer,
+    check_pushed,
+    describe_unheld,
+    find_place,
+    find_uncommitted,
+    find_unheld_rows,
+    load_pointer,
+    pull_data,
+    read_listing,
+)
+from appliance.errors import (
+    ApplianceError,
+    CommandError,
+    DatasetError,
+    InterruptedRunError,
+    RecipeError,
+    UnreachableDataError,
+)
+from appliance.pipeline import Finished, finish_published, run_prepared
+from appliance.preparation import Origin, Prepared, Workspace, find_made, list_row_paths, prepare
 from appliance.recipe import Recipe, load_recipe
 from appliance.run import STAGES, open_run
 from appliance.store import Store
@@ -50,14 +67,18 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class _Desire:
-    """The repository's side: what every recipe of one reconcile shares."""
+    """The repository's side: what every recipe of one reconcile shares.
+
+    `held`: the files of the pointer's data, `None` where other data is on this disk. `changes`: as `find_changes`.
+    """
 
     workspace: Workspace
     store: Store
     origin: Origin
     choice: Choice
     pointer: Pointer
-    unproven: bool  # the data was on this disk already, so nothing shows that others can pull it
+    held: dict[str, str] | None
+    changes: dict[str, str]
 
 
 def reconcile(
@@ -78,22 +99,24 @@ def reconcile(
     once when a signal stops a run.
     """
     choice = Choice(only=tuple(only), since=since, force=force, allow_dirty=allow_dirty, wait_s=wait_s)
-    origin = read_origin(workspace.root, actor=actor)
-    if not allow_dirty and origin.commit is None:
-        names = ", ".join(find_changes(workspace.root)[:5])
-        raise CommandError(
-            f"{workspace.root}: not committed: {names}; commit it, or give --allow-dirty to train on it as it is"
-        )
+    origin = _read_commit(workspace.root, actor=actor)
+    changes = find_changes(workspace.root)
+    if POINTER in changes and not allow_dirty:
+        raise CommandError(describe_unheld(workspace.root, {POINTER: changes[POINTER]}))
     recipes = find_recipes(workspace.root, only=only)
     reasons = find_touched(workspace.root, recipes, since=since)
     if not any(reasons.values()):
         return tuple(_skip(path, since) for path in recipes)
     _note_detached(workspace)
-    desire = _bring_data(workspace, store=store, origin=origin, choice=choice)
-    return tuple(
-        _reconcile_one(path, desire=desire, dry_run=dry_run) if reasons[path] else _skip(path, since)
+    desire = _Desire(workspace, store, origin, choice, load_pointer(workspace.root / POINTER), None, changes)
+    known = {
+        path: _keep_unseen(path, desire=desire, dry_run=dry_run) if reasons[path] else _skip(path, since)
         for path in recipes
-    )
+    }
+    if not all(known.values()):
+        desire = replace(desire, held=_bring_data(desire))
+    outcomes = tuple(outcome or _reconcile_one(path, desire=desire, dry_run=dry_run) for path, outcome in known.items())
+    return _doubt(outcomes, desire=desire) if dry_run and not allow_dirty else outcomes
 
 
 def plan_from_git(root: Path, *, only: Sequence[str] = (), since: str | None = None) -> tuple[Outcome, ...]:
@@ -122,6 +145,12 @@ def read_origin(root: Path, *, actor: str) -> Origin:
     It is not named as the origin when one of them has changed since. Raises `CommandError` outside
     a repository, and where a shallow clone hides which commit it was.
     """
+    origin = _read_commit(root, actor=actor)
+    return replace(origin, commit=None) if find_changes(root) else origin
+
+
+def _read_commit(root: Path, *, actor: str, places: Sequence[str] = ()) -> Origin:
+    """The last commit that touched a recipe, the data pointer or one of the `places`."""
     command = [
         "git",
         "-c",
@@ -132,7 +161,7 @@ def read_origin(root: Path, *, actor: str) -> Origin:
         "--date=format-local:%Y-%m-%dT%H:%M:%SZ",
     ]
     try:
-        line = run_command([*command, "--", "recipes", POINTER], cwd=root, env={"TZ": "UTC"}).strip()
+        line = run_command([*command, "--", "recipes", POINTER, *places], cwd=root, env={"TZ": "UTC"}).strip()
     except CommandError as fault:
         raise CommandError(
             f"{root}: not a Git repository with a commit; run it in the team's repository ({fault})"
@@ -148,13 +177,31 @@ def read_origin(root: Path, *, actor: str) -> Origin:
             f"{root}: a shallow clone whose history ends at {commit[:12]}, so the commit that made recipes and data "
             "what they are is not known; `git fetch --unshallow` (in a workflow: fetch-depth: 0)"
         )
-    return Origin(commit=None if find_changes(root) else commit, time=time, actor=actor)
+    return Origin(commit=commit, time=time, actor=actor)
 
 
-def find_changes(root: Path) -> list[str]:
-    """Recipes and the data pointer, where they are not as they were committed."""
-    command = ["git", "status", "--porcelain", "--", "recipes", POINTER]
-    return [line[3:] for line in run_command(command, cwd=root).splitlines()]
+def find_changes(root: Path) -> dict[str, str]:
+    """Recipes and the data pointer, where they are not what HEAD holds, and what to do about each."""
+    recipes = [f"recipes/{p.name}" for p in sorted((root / "recipes").glob("*.yaml"))]
+    return find_uncommitted(root, [*recipes, POINTER])
+
+
+def _find_origin(path: Path, recipe: Recipe, *, desire: _Desire) -> Origin:
+    """The last commit that touched what the recipe is made from, all of which HEAD holds.
+
+    Raises `CommandError` where HEAD does not; with `--allow-dirty` there is no commit then.
+    """
+    root, out, name = desire.workspace.root, desire.pointer.out, f"recipes/{path.name}"
+    faults = {n: fault for n, fault in desire.changes.items() if n in (name, POINTER)}
+    places = [find_place(root, rows) for rows in list_row_paths(recipe)]
+    for place in places:
+        faults |= find_unheld_rows(root, place, out=out, held=desire.held or ())
+    if faults and not desire.choice.allow_dirty:
+        raise CommandError(describe_unheld(root, faults))
+    if faults:
+        return replace(desire.origin, commit=None)
+    in_git = [place for place in places if not Path(place).is_relative_to(out)]
+    return _read_commit(root, actor=desire.origin.actor, places=in_git) if in_git else desire.origin
 
 
 def find_recipes(root: Path, *, only: Sequence[str] = ()) -> list[Path]:
@@ -201,15 +248,12 @@ def _note_detached(workspace: Workspace) -> None:
         workspace.note("HEAD is detached: this commit is what is asked for; it never replaces a newer one's version")
 
 
-def _bring_data(workspace: Workspace, *, store: Store, origin: Origin, choice: Choice) -> _Desire:
-    """The data of the pointer, proven; with `allow_dirty`, what is there as it is, and then without an origin."""
-    pointer = load_pointer(workspace.root / POINTER)
-    if choice.allow_dirty and (workspace.root / pointer.out).is_dir():
-        if not is_current(pointer, workspace.root):
-            origin = replace(origin, commit=None)
-        return _Desire(workspace, store, origin, choice, pointer, unproven=False)
-    unproven = pull_data(pointer, root=workspace.root) == "here"
-    return _Desire(workspace, store, origin, choice, pointer, unproven=unproven and not choice.allow_dirty)
+def _bring_data(desire: _Desire) -> dict[str, str] | None:
+    """The pointer's files, proven; with `allow_dirty` what is there as it is, and `None` where it is other data."""
+    root, pointer = desire.workspace.root, desire.pointer
+    if desire.choice.allow_dirty and (root / pointer.out).is_dir():
+        return read_listing(pointer, root)
+    return pull_data(pointer, root=root)
 
 
 def _skip(path: Path, since: str | None) -> Outcome:
@@ -231,10 +275,11 @@ def _reconcile_one(path: Path, *, desire: _Desire, dry_run: bool) -> Outcome:
     try:
         recipe = load_recipe(path)
         _check_unique(recipe, path)
+        desire = replace(desire, origin=_find_origin(path, recipe, desire=desire))
         prepared = prepare(recipe, workspace=desire.workspace)
         version = registry.find_run(desire.store, recipe.name, prepared.key)
         if version is not None and not desire.choice.force:
-            return _keep(path, prepared, version, desire=desire, dry_run=dry_run)
+            return _keep(path, recipe, version, key=prepared.key, desire=desire, dry_run=dry_run)
         reason = explain(prepared, desire.store, workspace=desire.workspace, is_forced=version is not None)
         if dry_run:
             return Outcome(recipe=path.stem, action="train", reason=reason)
@@ -246,11 +291,48 @@ def _reconcile_one(path: Path, *, desire: _Desire, dry_run: bool) -> Outcome:
         return Outcome(recipe=path.stem, action="failed", reason=str(fault), error=fault)
 
 
-def _keep(path: Path, prepared: Prepared, version: str, *, desire: _Desire, dry_run: bool) -> Outcome:
+def _doubt(outcomes: tuple[Outcome, ...], *, desire: _Desire) -> tuple[Outcome, ...]:
+    """What a dry run says, with what a training would ask first: whether others can pull the data."""
+    if all(o.action != "train" for o in outcomes):
+        return outcomes
+    try:
+        check_pushed(desire.pointer, root=desire.workspace.root)
+    except UnreachableDataError as fault:
+        desire.workspace.note(f"not known from here whether others can pull the data: {fault}")
+    except DatasetError as fault:
+        failed = Outcome(recipe="", action="failed", reason=str(fault), error=fault)
+        return tuple(replace(failed, recipe=o.recipe) if o.action == "train" else o for o in outcomes)
+    return outcomes
+
+
+def _keep_unseen(path: Path, *, desire: _Desire, dry_run: bool) -> Outcome | None:
+    """The outcome of a recipe that has its version, without the data; `None` where the data is needed to tell."""
+    workspace, choice, out = desire.workspace, desire.choice, desire.pointer.out
+    if (
+        choice.force
+        or choice.allow_dirty
+        or (workspace.root / out).exists()
+        or f"recipes/{path.name}" in desire.changes
+    ):
+        return None
+    try:
+        recipe = load_recipe(path)
+        _check_unique(recipe, path)
+        if not Path(find_place(workspace.root, recipe.dataset.path)).is_relative_to(out):
+            return None
+        made = find_made(recipe, pointer=POINTER, workspace=workspace, store=desire.store)
+        return _keep(path, recipe, made[0], key=made[1], desire=desire, dry_run=dry_run) if made else None
+    except ApplianceError:  # told in its place, among what else is wrong
+        return None
+
+
+def _keep(path: Path, recipe: Recipe, version: str, *, key: str, desire: _Desire, dry_run: bool) -> Outcome:
     """Nothing to train; a promotion that was lost between two steps is made up for."""
     finished = None
     if not dry_run:
-        finished = run_prepared(prepared, workspace=desire.workspace, store=desire.store, origin=desire.origin)
+        finished = finish_published(
+            recipe, version, key=key, workspace=desire.workspace, store=desire.store, origin=desire.origin
+        )
     reason = f"{version} was made from this recipe, data and base"
     return Outcome(recipe=path.stem, action="none", reason=reason, finished=finished)
 
@@ -258,7 +340,7 @@ def _keep(path: Path, prepared: Prepared, version: str, *, desire: _Desire, dry_
 def _make(path: Path, prepared: Prepared, reason: str, *, desire: _Desire) -> Outcome:
     """Train as the only one; whoever had to wait looks again whether it is still needed."""
     workspace, choice = desire.workspace, desire.choice
-    if desire.unproven:
+    if not choice.allow_dirty:
         check_pushed(desire.pointer, root=workspace.root)
     name, actor = prepared.recipe.name, desire.origin.actor
     with registry.hold_model(desire.store, name, folder=workspace.runs, actor=actor, wait_s=choice.wait_s):

@@ -199,6 +199,16 @@ def test_what_cannot_be_read_at_all_is_one_error(tmp_path: Path) -> None:
     assert [f.rule for f in check_dataset(folder, split=SPLIT).errors] == ["card"]
 
 
+def test_a_hidden_file_has_no_rows(tmp_path: Path) -> None:
+    """What takes no part in the digest is not read either, such as `._rows.jsonl` that a Mac leaves on other disks."""
+    folder = write_dataset(tmp_path / "colours")
+    before = load_dataset(folder)
+    (folder / "._rows.jsonl").write_bytes(b"\x00\x05\x16\x07 no text")
+    (folder / ".more.jsonl").write_bytes((folder / "rows.jsonl").read_bytes().replace(b'"r', b'"s'))
+    after = load_dataset(folder)
+    assert (after.examples, after.digest) == (before.examples, before.digest)
+
+
 def test_a_contract_that_is_no_schema_is_a_fault_of_the_card(tmp_path: Path) -> None:
     """A broken JSON Schema is told at the card, not as a crash at the first row."""
     folder = write_rows(tmp_path / "d", [make_row()], contract={"type": "json", "schema": {"type": "objekt"}})

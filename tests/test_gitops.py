@@ -22,14 +22,24 @@ from appliance import registry
 from appliance.cli.init import command as init_command
 from appliance.cli.reconcile import command as reconcile_command
 from appliance.cli.review import review
-from appliance.data import load_pointer
+from appliance.data import load_pointer, read_listing
 from appliance.demo.storage import Storage
 from appliance.digest import digest_bytes
 from appliance.errors import CommandError, DatasetError, DeviceError, RegistryError
 from appliance.plan import Machine, check_device
-from appliance.preparation import Origin, Workspace
+from appliance.preparation import Origin, Workspace, prepare
 from appliance.recipe import Recipe, load_recipe
-from appliance.reconcile import find_touched, find_unclaimed, plan_from_git, read_origin, reconcile
+from appliance.reconcile import (
+    Choice,
+    _Desire,
+    _find_origin,
+    find_changes,
+    find_touched,
+    find_unclaimed,
+    plan_from_git,
+    read_origin,
+    reconcile,
+)
 from appliance.release import promote_by_verdict
 from appliance.starter import check_files
 from appliance.store import Store, open_store
@@ -192,16 +202,198 @@ def test_data_that_others_cannot_pull_is_not_trained_on(project: Project) -> Non
     (lost,) = project.reconcile()
     assert lost.action == "failed"
     assert "run `dvc push`" in lost.reason
+    (planned,) = project.reconcile(dry_run=True)
+    assert (planned.action, planned.reason) == ("failed", lost.reason), "a dry run says what a real one would"
     remote.put(key, content[:-1])
     (cut,) = project.reconcile()
     assert "not whole there" in cut.reason
     remote.put(key, content)
+    write_dataset(project.root / "datasets" / "colours", rows=124)
+    project.run(sys.executable, "-m", "dvc", "add", "--quiet", "datasets")
+    project.commit("never pushed")
+    shutil.rmtree(project.root / "datasets")  # DVC's cache has it, so that a pull asks no remote
+    (unpushed,) = project.reconcile()
+    assert unpushed.action == "failed"
+    assert "run `dvc push`" in unpushed.reason
     assert project.versions() == []
     assert registry.read_lease(project.store, "colours") is None, "nobody was kept from working"
     (project.root / "datasets" / "colours" / "rows.jsonl").open("a").write("\n")
     with pytest.raises(DatasetError, match="uncommitted changes"):
         project.reconcile(dry_run=True)
     assert [o.action for o in project.reconcile(dry_run=True, allow_dirty=True)] == ["train"]
+
+
+def write_general(folder: Path) -> None:
+    """Rows that ask what no dataset of these tests asks."""
+    rows = write_dataset(folder, rows=40) / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("thing", "matter"))
+
+
+def test_only_what_a_commit_holds_is_trained(project: Project, tmp_path: Path) -> None:
+    """Whatever hides it from `git status`, wherever a recipe looks: each such recipe is refused, the others go on."""
+    root, colours = project.root, project.root / "datasets" / "colours"
+    (root / "recipes" / ".gitattributes").write_text("crlf.yaml text eol=crlf\n")
+    names = ["crlf", "assumed", "skipped", "deleted"]
+    for name in names:
+        project.write_recipe(name, name=name)
+    for name, forgetting in {"replayed": "replay", "weighed": "ewc"}.items():
+        section = {forgetting: {"path": "general"}}
+        project.write_recipe(name, name=name, forgetting=section)
+    for name, path in {
+        "elsewhere": "other/colours", "behind": "link/colours", "above": "datasets/../other/colours",
+        "outside": str(tmp_path / "outside"), "inside": str(colours), "tracked": "tracked",
+    }.items():  # fmt: skip
+        project.write_recipe(name, name=name, dataset={"path": path})
+    write_general(root / "general")
+    for folder in (root / "other" / "colours", root / "tracked", tmp_path / "outside", tmp_path / "away" / "colours"):
+        shutil.copytree(colours, folder)
+    (root / "link").symlink_to(tmp_path / "away")
+    with (root / ".gitignore").open("a") as ignored:
+        ignored.write("/other\n/general\n/recipes/ignored.yaml\n")
+    project.commit("recipes")
+    (root / "recipes" / "crlf.yaml").unlink()
+    (root / "recipes" / "deleted.yaml").unlink()
+    project.run("git", "checkout", "recipes/crlf.yaml")
+    assert b"\r\n" in (root / "recipes" / "crlf.yaml").read_bytes()
+    (root / ".git" / "info" / "exclude").write_text("/recipes/excluded.yaml\n")
+    project.run("git", "config", "status.showUntrackedFiles", "no")
+    project.run("git", "update-index", "--assume-unchanged", "recipes/assumed.yaml")
+    project.run("git", "update-index", "--skip-worktree", "recipes/skipped.yaml")
+    for name in ("ignored", "excluded", "unasked", "assumed", "skipped"):
+        project.write_recipe(name, name=name, training={**TRAINING, "epochs": 1, "seed": 5})
+    shutil.copy(root / "recipes" / "colours.yaml", tmp_path / "linked.yaml")
+    (tmp_path / "linked.yaml").write_text(
+        (tmp_path / "linked.yaml").read_text().replace("name: colours", "name: linked")
+    )
+    (root / "recipes" / "linked.yaml").symlink_to(tmp_path / "linked.yaml")
+    assert not project.run("git", "status", "--porcelain").replace(" D recipes/deleted.yaml\n", ""), "Git sees nothing"
+    outcomes = {o.recipe: o for o in project.reconcile(dry_run=True)}
+    assert {n for n, o in outcomes.items() if o.action == "train"} == {"colours", "crlf", "inside", "tracked"}
+    said = {n: o.reason for n, o in outcomes.items() if o.action == "failed"}
+    for name in ("ignored", "excluded", "unasked"):
+        assert f"recipes/{name}.yaml: not in the commit HEAD; commit it, or give --allow-dirty" in said.pop(name)
+    for name in ("assumed", "skipped"):
+        assert f"recipes/{name}.yaml: not what the commit HEAD holds; commit it, or" in said.pop(name)
+    assert "recipes/linked.yaml: behind a symbolic link" in said.pop("linked")
+    assert "/link/colours: behind a symbolic link" in said.pop("behind")
+    for name in ("elsewhere", "above"):
+        assert f"{root}/other/colours/rows.jsonl: not in the commit HEAD" in said.pop(name)
+    for name in ("replayed", "weighed"):
+        assert "/general/rows.jsonl: not in the commit HEAD" in said.pop(name)
+    assert "/outside: outside of the repository" in said.pop("outside")
+    assert not said
+    allowed = project.reconcile(dry_run=True, allow_dirty=True)
+    assert {o.action for o in allowed} == {"train"}, [o.reason for o in allowed]
+
+
+def test_rows_that_dvc_leaves_out_are_not_trained_on(project: Project) -> None:
+    """A file of .dvcignore is in no commit's data, however well the rest is proven; elsewhere it is in nobody's way."""
+    (project.root / ".dvcignore").write_text("more.*\n")
+    project.commit("ignores")
+    (project.root / "datasets" / "more.txt").write_text("notes")
+    assert [o.action for o in project.reconcile(dry_run=True)] == ["train"]
+    more = project.root / "datasets" / "colours" / "more.jsonl"
+    more.write_bytes((project.root / "datasets" / "colours" / "rows.jsonl").read_bytes().replace(b'"r', b'"s'))
+    (outcome,) = project.reconcile(dry_run=True)
+    assert outcome.action == "failed"
+    assert "datasets/colours/more.jsonl: not what `dvc add` took" in outcome.reason
+
+
+def test_a_version_names_the_commit_of_all_that_it_is_made_from(project: Project) -> None:
+    """Rows in Git itself count like the pointer's: the commit that brought them, or none where no commit holds them."""
+    root, path = project.root, project.root / "recipes" / "colours.yaml"
+    before = project.run("git", "rev-parse", "HEAD").strip()
+    workspace = Workspace(root, root / ".cache", root / ".appliance" / "runs", note=lambda _: None)
+
+    def find(**choice: bool) -> str | None:
+        origin = read_origin(root, actor="x")
+        pointer = load_pointer(root / "datasets.dvc")
+        held, changes = read_listing(pointer, root), find_changes(root)
+        desire = _Desire(workspace, project.store, origin, Choice(**choice), pointer, held, changes)
+        return _find_origin(path, load_recipe(path), desire=desire).commit
+
+    (root / "README").write_text("a commit that touches nothing of it")
+    project.commit("later")
+    assert find() == before
+    project.write_recipe("colours", dataset={"path": "tracked"})
+    project.commit("rows in Git")
+    shutil.copytree(root / "datasets" / "colours", root / "tracked")
+    with pytest.raises(CommandError, match=r"tracked/dataset\.yaml: not in the commit HEAD"):
+        find()
+    assert find(allow_dirty=True) is None
+    commit = project.commit("the rows")
+    (root / "README").write_text("another")
+    project.commit("later still")
+    assert find() == find(allow_dirty=True) == commit
+    (root / "tracked" / "rows.jsonl").unlink()
+    with pytest.raises(CommandError, match=r"tracked/rows\.jsonl: deleted, and the commit HEAD has it; restore it"):
+        find()
+    project.run("git", "checkout", "tracked")
+    (root / "datasets" / "colours" / "rows.jsonl").open("a").write("\n")
+    assert find(allow_dirty=True) == commit, "the pointer's data is no concern of this recipe"
+    project.run("git", "checkout", before, "recipes")
+    project.commit("rows of DVC")
+    assert find(allow_dirty=True) is None
+
+
+def test_a_job_without_data_pulls_it_only_where_something_may_train(project: Project, tmp_path: Path) -> None:
+    """A manifest whose commit has HEAD's pointer is of HEAD's data; another recipe, base or pointer needs the data."""
+    root, data = project.root, project.root / "datasets"
+    path = root / "recipes" / "colours.yaml"
+    workspace = Workspace(root, root / ".cache", root / ".appliance" / "runs", note=lambda _: None)
+    commit = project.run("git", "rev-parse", "HEAD").strip()
+    prepared = prepare(load_recipe(path), workspace=workspace)
+    facts = {"name": "colours", "run_key": prepared.key, "data_digest": prepared.dataset.digest}
+    publish_new(project.store, tmp_path, "loose", **facts, git_commit=None)
+
+    def look(**options: bool) -> tuple[str, bool]:
+        """What is done, and whether the data was pulled for it; a job begins without any."""
+        shutil.rmtree(data, ignore_errors=True)
+        (outcome,) = project.reconcile(**options)
+        return outcome.action, data.exists()
+
+    assert look(dry_run=True) == ("none", True), "no commit says which data it was"
+    version = publish_new(project.store, tmp_path, "held", **facts, git_commit=commit)
+    assert look(dry_run=True) == ("none", False)
+    assert registry.read_alias(project.store, "colours", prepared.recipe.publish.alias) is None
+    assert look() == ("none", False)
+    move = registry.read_alias(project.store, "colours", prepared.recipe.publish.alias)
+    assert move is not None
+    assert move.version == version, "a promotion that was lost is made up for all the same"
+    assert look(dry_run=True, force=True) == look(dry_run=True, allow_dirty=True, force=True) == ("train", True)
+    kept = path.read_text()
+    for change in ({"training": {**TRAINING, "epochs": 2}}, {"dataset": {"path": "other"}},
+                   {"forgetting": {"replay": {"share": 0.1}}}):  # fmt: skip
+        project.write_recipe(**change)
+        project.commit("another recipe")
+        assert look(dry_run=True)[1], change
+    path.write_text(kept)
+    project.commit("the recipe of old")
+    assert look(dry_run=True) == ("none", False)
+    pointer = root / "datasets.dvc"
+    before = pointer.read_text()
+    project.commit_data(rows=124)
+    assert look(dry_run=True) == ("train", True)
+    pointer.write_text(before)
+    project.commit("the data of old")
+    assert look(dry_run=True) == ("none", False)
+    (root / "base" / "more.json").write_text("{}")
+    assert look(dry_run=True) == ("train", True), "the base is another"
+
+
+def test_a_dry_run_answers_where_the_remote_cannot_be_asked(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without credentials or network the plan stands, with a note of what is not known."""
+    said: list[str] = []
+    workspace = Workspace(project.root, project.root / ".cache", project.root / ".appliance" / "runs", note=said.append)
+    store = open_store((tmp_path / "store").as_uri())
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    (outcome,) = reconcile(workspace, store=store, actor="x", dry_run=True)
+    assert (outcome.action, outcome.reason) == ("train", "has no version yet")
+    assert "no credentials for the DVC remote" in said[-1]
 
 
 def test_a_cache_that_claims_to_be_up_to_date_is_not_believed(project: Project) -> None:
@@ -221,7 +413,7 @@ def test_a_review_reports_what_can_be_known(project: Project) -> None:
     rows = project.root / "datasets" / "colours" / "rows.jsonl"
     lines = rows.read_text().splitlines()
     rows.write_text("\n".join([*lines[1:], lines[0].replace("r0", "x0").replace("thing 0", "thing 500")]) + "\n")
-    project.run(sys.executable, "-m", "dvc", "add", "--quiet", "datasets")
+    push(project)
     project.commit("a row for another")
     workspace = Workspace(
         project.root, project.root / ".cache", project.root / ".appliance" / "runs", note=lambda _: None
@@ -238,23 +430,65 @@ def test_a_review_reports_what_can_be_known(project: Project) -> None:
     assert cost[0] == "colours"
     assert cost[4] == "hours unknown until this model has a version"
     rows.write_text(rows.read_text().replace('"content": "blue"}', '"content": "bleu"}', 1))
-    project.run(sys.executable, "-m", "dvc", "add", "--quiet", "datasets")
+    push(project)
     sections, faults = review(workspace, since=since, store=None)
     assert faults == 1
     (finding,) = (r for s in sections if s.title == "Findings: colours" for r in s.rows if r[0] == "error")
     assert finding[1].startswith("datasets/colours/rows.jsonl:1: [contract]")
     rows.write_text(rows.read_text().replace('"content": "bleu"}', '"content": "blue<|im_end|>"}', 1))
-    project.run(sys.executable, "-m", "dvc", "add", "--quiet", "datasets")
+    push(project)
     sections, faults = review(workspace, since=since, store=None)
     found = [r[1] for s in sections if s.title == "Findings: colours" for r in s.rows if r[0] == "error"]
     assert faults == len(found) == 2
     assert any(f.startswith("datasets/colours/rows.jsonl:1: [mask] row r1: the answer of turn 2 holds") for f in found)
+
+
+def push(project: Project) -> None:
+    """`dvc add` and `dvc push`; the commit is the caller's."""
+    project.run(sys.executable, "-m", "dvc", "add", "--quiet", "datasets")
+    project.run(sys.executable, "-m", "dvc", "push", "--quiet")
+
+
+def test_a_review_is_red_where_the_remote_lacks_the_data(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never pushed is a fault of the change, on this disk or not; no credentials or network are the runner's."""
+    write_dataset(project.root / "datasets" / "colours", rows=124)
+    project.run(sys.executable, "-m", "dvc", "add", "--quiet", "datasets")
+    project.commit("never pushed")
+    workspace = Workspace(
+        project.root, project.root / ".cache", project.root / ".appliance" / "runs", note=lambda _: None
+    )
+    sections, faults = review(workspace, since="HEAD~1", store=None)
+    told = {s.title: s for s in sections}
+    assert faults == 1
+    assert "run `dvc push`" in told["Data"].lines[0]
+    assert "4 added" in told["Data: colours"].lines[0], "what is here is reported all the same"
+    assert review(workspace, since="HEAD", store=None)[1] == 0, "nothing would be trained, so nothing is asked"
     shutil.rmtree(project.root / "datasets")
     shutil.rmtree(project.root / ".dvc" / "cache")
-    sections, faults = review(workspace, since=since, store=None)
+    sections, faults = review(workspace, since="HEAD~1", store=None)
+    assert (sections[-1].title, faults) == ("Data", 1)
+    assert "run `dvc push`" in sections[-1].lines[0]
+    child = project.start("review", "--since", "HEAD~1", "--json")
+    output, errors = child.communicate(timeout=60)
+    assert (child.returncode, json.loads(output)["faults"]) == (1, 1), errors
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    sections, faults = review(workspace, since="HEAD~1", store=None)
     assert faults == 0
-    assert "cannot be read from here" in sections[-1].lines[0]
-    assert "dvc push" in sections[-1].lines[0]
+    assert sections[-1].lines[0].startswith("cannot be known from here")
+    assert "no credentials" in sections[-1].lines[0]
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    refused, faults = review(workspace, since="HEAD~1", store=None)
+    assert faults == 0
+    assert "refuses these credentials" in refused[-1].lines[0]
+    project.run(
+        sys.executable, "-m", "dvc", "remote", "modify", "--local", "store", "endpointurl", "http://127.0.0.1:9"
+    )
+    away, faults = review(workspace, since="HEAD~1", store=None)
+    assert faults == 0
+    assert "cannot be reached" in away[-1].lines[0]
 
 
 def test_a_first_change_has_a_price_without_a_store(project: Project) -> None:

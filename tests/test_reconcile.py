@@ -153,8 +153,11 @@ def test_a_dataset_commit_becomes_a_version_once(make_project: Callable[[], Proj
     (again,) = project.reconcile()
     assert (again.action, project.versions()) == ("none", [first.finished.version])
     assert not (project.root / ".appliance").exists(), "nothing was even begun"
-
     shutil.rmtree(project.root / "datasets")
+    (unseen,) = project.reconcile()
+    assert (unseen.action, unseen.reason) == ("none", again.reason)
+    assert not (project.root / "datasets").exists(), "the registry and Git know it without the data"
+
     project.commit_data(rows=240)
     (second,) = project.reconcile()
     assert second.finished is not None
@@ -326,10 +329,14 @@ def test_only_what_is_committed_is_trained(make_project: Callable[[], Project]) 
         project.reconcile()
     project.commit_data(rows=120)
     project.write_recipe(training={**TRAINING, "epochs": 2})
-    with pytest.raises(CommandError, match=r"recipes/colours\.yaml.*--allow-dirty"):
-        project.reconcile()
+    (refused,) = project.reconcile()
+    assert refused.action == "failed"
+    assert "recipes/colours.yaml: not what the commit HEAD holds; commit it, or give --allow-dirty" in refused.reason
     assert [o.action for o in project.reconcile(dry_run=True, allow_dirty=True)] == ["train"]
     assert read_origin(project.root, actor="x").commit is None
+    (project.root / "datasets.dvc").write_text((project.root / "datasets.dvc").read_text() + "# changed\n")
+    with pytest.raises(CommandError, match=r"datasets\.dvc: not what the commit HEAD holds.*--allow-dirty"):
+        project.reconcile()
 
 
 def test_data_that_is_not_there_stops_before_anything_is_spent(make_project: Callable[[], Project]) -> None:

@@ -13,8 +13,8 @@ from appliance.cli.lines import show_example
 from appliance.cli.prices import Prices, describe_cost, guess_hours, load_prices
 from appliance.cli.sections import Section, print_section
 from appliance.cli.summary import append_section, describe_outcomes
-from appliance.data import load_pointer, pull_data
-from appliance.errors import ApplianceError, RegistryError, StoreError
+from appliance.data import check_pushed, load_pointer, pull_data
+from appliance.errors import ApplianceError, RegistryError, StoreError, UnreachableDataError
 from appliance.general import preview_rows
 from appliance.model import fit_template, load_template
 from appliance.plan import read_machine
@@ -25,7 +25,7 @@ from appliance.store import Store, open_store
 from appliance.training import TokenCache
 
 _ROWS, _FINDINGS = 50, 50
-_UNREADABLE = "cannot be read from here; the same checks stop a training before anything is spent: "
+_UNKNOWN = "cannot be known from here; the same checks stop a training before anything is spent: "
 
 
 @click.command("review", epilog=show_example("appliance review --since origin/main"))
@@ -46,8 +46,9 @@ def command(
 ) -> int:
     """Report what a change means before it is merged: recipes, rows, findings, plan and cost.
 
-    Trains nothing and writes nothing to a store. Exit code 1 when a recipe or a row has an error. Where
-    the data cannot be read (a pull request has no credentials), it says so and reports the rest.
+    Trains nothing and writes nothing to a store. Exit code 1 when a recipe or a row has an error, or the
+    DVC remote lacks the data. Where the remote cannot be asked (a pull request has no credentials), it says so
+    and reports the rest.
     """
     workspace = build_workspace(root=root, cache=cache, runs=runs)
     store = open_store(store_url) if store_url else None
@@ -69,10 +70,13 @@ def review(workspace: Workspace, *, since: str | None, store: Store | None) -> t
     except ApplianceError as fault:
         return [Section(title="Recipes", lines=(str(fault),))], 1
     sections, faults = [describe_outcomes(outcomes, dry_run=True)], sum(o.action == "failed" for o in outcomes)
-    try:
-        pull_data(load_pointer(workspace.root / POINTER), root=workspace.root)
-    except ApplianceError as fault:
-        return [*sections, Section(title="Data", lines=(_UNREADABLE + str(fault),))], faults
+    wrong, is_here = _bring_data(workspace.root, is_trained=any(o.action == "train" for o in outcomes))
+    if wrong is not None:
+        is_unknown = isinstance(wrong, UnreachableDataError)
+        sections.append(Section(title="Data", lines=((_UNKNOWN if is_unknown else "") + str(wrong),)))
+        faults += not is_unknown
+    if not is_here:
+        return sections, faults
     sections += _describe_changes(workspace.root, since)
     valid = [o for o in outcomes if o.action != "failed"]
     for outcome in valid:
@@ -86,6 +90,21 @@ def review(workspace: Workspace, *, since: str | None, store: Store | None) -> t
     rows = tuple(_estimate(o, workspace=workspace, store=store, prices=prices) for o in valid if o.action == "train")
     columns = ("Recipe", "Rows", "Steps", "Tokens", "GPU time")
     return [*sections, *([Section(title="Cost", columns=columns, rows=rows)] if rows else [])], faults
+
+
+def _bring_data(root: Path, *, is_trained: bool) -> tuple[ApplianceError | None, bool]:
+    """What is wrong with the data or with asking for it, and whether it is on this disk all the same."""
+    try:
+        pointer = load_pointer(root / POINTER)
+        pull_data(pointer, root=root)
+    except ApplianceError as fault:
+        return fault, False
+    try:
+        if is_trained:
+            check_pushed(pointer, root=root)
+    except ApplianceError as fault:
+        return fault, True
+    return None, True
 
 
 def _describe_changes(root: Path, since: str | None) -> list[Section]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from appliance.data.check import Report, check_dataset, describe_lengths
+from appliance.data.committed import describe_unheld, find_place, find_uncommitted, find_unheld_rows
 from appliance.data.diff import DatasetDiff, RowChange, diff_folders
 from appliance.data.findings import Finding, describe_findings, find_in_fault
 from appliance.data.general import (
@@ -18,7 +19,15 @@ from appliance.data.general import (
     order_general,
 )
 from appliance.data.masks import check_masks
-from appliance.data.pointer import Pointer, check_pushed, digest_dvc_folder, is_current, load_pointer, pull_data
+from appliance.data.pointer import (
+    Pointer,
+    check_pushed,
+    digest_dvc_folder,
+    is_current,
+    load_pointer,
+    pull_data,
+    read_listing,
+)
 from appliance.data.revision import fetch_revision
 from appliance.data.rows import Dataset, DatasetCard, Row
 from appliance.data.split import Splits, select_side, split_dataset, summarise_dataset
@@ -43,18 +52,23 @@ __all__ = [
     "count_replayed",
     "describe_findings",
     "describe_lengths",
+    "describe_unheld",
     "diff_folders",
     "digest_dvc_folder",
     "digest_general",
     "fetch_revision",
     "find_in_fault",
+    "find_place",
     "find_shared",
+    "find_uncommitted",
+    "find_unheld_rows",
     "is_current",
     "load_general",
     "load_pointer",
     "load_prompts",
     "order_general",
     "pull_data",
+    "read_listing",
     "select_side",
     "split_dataset",
     "summarise_dataset",

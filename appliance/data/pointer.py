@@ -8,28 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import yaml
 
 from appliance.command import run_command
-from appliance.digest import list_files
-from appliance.errors import CommandError, DatasetError
+from appliance.errors import CommandError, DatasetError, UnreachableDataError
 
-_REASONS = (
+_UNREACHABLE = (
     # a frame of botocore's: DVC takes a token file that is not there for data that are not there
     (
         "open(self._web_identity_token_path)",
         "check that AWS_WEB_IDENTITY_TOKEN_FILE names a file with this job's token",
     ),
-    ("Missing cache", "the remote lacks the data of this commit; its author has to run `dvc push`"),
-    ("unsaved files", "its folder has uncommitted changes, which are kept; `dvc add` and commit, or move them away"),
-    ("No remote", "no DVC remote is configured; `dvc remote add --default store s3://bucket/prefix`"),
-    ("no remote", "no DVC remote is configured; `dvc remote add --default store s3://bucket/prefix`"),
     (
         "Unable to locate credentials",
         "no credentials for the DVC remote; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
@@ -40,14 +35,24 @@ _REASONS = (
         "check AWS_ROLE_ARN, and that the role trusts the issuer, audience and subject of this job's token",
     ),
     ("Forbidden", "the DVC remote refuses these credentials; check both keys and the bucket's policy"),
+    ("Access Denied", "the DVC remote refuses these credentials; check both keys and the bucket's policy"),
     ("InvalidAccessKeyId", "the DVC remote refuses these credentials; check AWS_ACCESS_KEY_ID"),
     ("SignatureDoesNotMatch", "the DVC remote refuses these credentials; check AWS_SECRET_ACCESS_KEY"),
     ("Could not connect", "the DVC remote cannot be reached; check the endpoint and the network"),
     ("Connect", "the DVC remote cannot be reached; check the endpoint and the network"),
-    ("No module named dvc", "dvc is not installed; pip install 'appliance[data]'"),
+    ("no end after", "the DVC remote does not come to an end; check the endpoint and the network"),
+)
+_REASONS = (
+    ("Missing cache", "the remote lacks the data of this commit; its author has to run `dvc push`"),
+    ("unsaved files", "its folder has uncommitted changes, which are kept; `dvc add` and commit, or move them away"),
+    ("No remote", "no DVC remote is configured; `dvc remote add --default store s3://bucket/prefix`"),
+    ("no remote", "no DVC remote is configured; `dvc remote add --default store s3://bucket/prefix`"),
+    ("No module named dvc", "dvc is not installed; install the appliance's extra 'data' (README, Install)"),
     ("missing-files", "the remote lacks the data of this commit; its author has to run `dvc push`"),
     ("does not exist", "the remote lacks the data of this commit; its author has to run `dvc push`"),
 )
+# DVC's word for whatever else a backend says when it is first asked (dvc_data/index/fetch.py).
+_LAST = (("failed to connect to", "the DVC remote cannot be reached; check the endpoint and the network"),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,52 +81,108 @@ def load_pointer(file: Path) -> Pointer:
         raise DatasetError(f"{file}: expected one folder under 'outs' as `dvc add datasets` writes it") from fault
 
 
+def list_dvc_files(folder: Path) -> list[str]:
+    """The files that `dvc add` takes from a folder, as sorted POSIX paths: hidden ones and links to files too.
+
+    DVC never takes `.git`, folders `.hg` and `.dvc`, a folder with a `.dvc` in it, and what is behind a linked folder
+    (dvc/ignore.py, `LocalFileSystem.walk` of dvc_objects). Patterns in a `.dvcignore` are not followed here.
+    """
+    found: list[str] = []
+    for place, folders, files in os.walk(folder):
+        here = Path(place)
+        folders[:] = [f for f in folders if f not in (".git", ".hg", ".dvc") and not os.path.lexists(here / f / ".dvc")]
+        found += [(here / f).relative_to(folder).as_posix() for f in files if f != ".git" and (here / f).is_file()]
+    return sorted(found)
+
+
 def digest_dvc_folder(folder: Path) -> str:
     """DVC's hash of a folder: the MD5 of its sorted listing of file MD5s (dvc_data/hashfile/tree.py)."""
-    return hashlib.md5(_list_dvc_folder(folder), usedforsecurity=False).hexdigest() + ".dir"
+    return _digest_listing(_digest_files(folder))
 
 
-def list_objects(pointer: Pointer, root: Path) -> list[tuple[str, str, int]]:
-    """What a remote has to hold of the data on this disk: (name, DVC object id, bytes), the listing first."""
+def read_listing(pointer: Pointer, root: Path) -> dict[str, str] | None:
+    """Name and MD5 of every file that the pointer means, proven by its hash; `None` where this disk has others.
+
+    Only where the hash of all files is another one, and a `.dvcignore` has patterns, DVC is asked which it takes.
+    Raises `DatasetError` when it cannot be.
+    """
     folder = root / pointer.out
-    files = [(n, _digest_md5(folder / n), (folder / n).stat().st_size) for n in list_files(folder)]
-    return [(pointer.out, pointer.md5, len(_list_dvc_folder(folder))), *files]
-
-
-def _list_dvc_folder(folder: Path) -> bytes:
-    listing = [{"md5": _digest_md5(folder / name), "relpath": name} for name in list_files(folder)]
-    return json.dumps(listing, sort_keys=True).encode()
+    if not folder.is_dir():
+        return None
+    found = _digest_files(folder)
+    if _digest_listing(found) != pointer.md5 and _has_patterns(folder):
+        argv = [sys.executable, "-m", "appliance.data.ignored", str(root), pointer.out]
+        try:
+            taken = json.loads(run_command(argv, cwd=root))
+        except CommandError as fault:
+            raise _explain(f"{pointer.file}: DVC does not say what it ignores", fault) from fault
+        found = {name: md5 for name, md5 in found.items() if name in taken}
+    return found if _digest_listing(found) == pointer.md5 else None
 
 
 def is_current(pointer: Pointer, root: Path) -> bool:
     """Whether the bytes on this disk are those that the pointer means."""
-    folder = root / pointer.out
-    return folder.is_dir() and digest_dvc_folder(folder) == pointer.md5
+    return read_listing(pointer, root) is not None
 
 
-def pull_data(pointer: Pointer, *, root: Path, env: Mapping[str, str] | None = None) -> Literal["here", "pulled"]:
-    """Bring the pointer's data to `root`, and prove it; `env` is for DVC. Raises `DatasetError`: the next action."""
-    if is_current(pointer, root):
-        return "here"
+def list_objects(pointer: Pointer, root: Path) -> list[tuple[str, str, int]]:
+    """What a remote has to hold of the data on this disk: (name, DVC object id, bytes), the listing first."""
+    folder, listing = root / pointer.out, read_listing(pointer, root)
+    if listing is None:
+        raise DatasetError(f"{pointer.file}: {folder} was changed meanwhile; run it again")
+    files = [(name, md5, (folder / name).stat().st_size) for name, md5 in listing.items()]
+    return [(pointer.out, pointer.md5, len(_encode_listing(listing))), *files]
+
+
+def _digest_files(folder: Path) -> dict[str, str]:
+    return {name: _digest_md5(folder / name) for name in list_dvc_files(folder)}
+
+
+def _encode_listing(files: Mapping[str, str]) -> bytes:
+    return json.dumps([{"md5": md5, "relpath": name} for name, md5 in sorted(files.items())], sort_keys=True).encode()
+
+
+def _digest_listing(files: Mapping[str, str]) -> str:
+    return hashlib.md5(_encode_listing(files), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def _has_patterns(folder: Path) -> bool:
+    """Whether a `.dvcignore` between the folder and the root of its DVC repository says anything."""
+    for above in folder.absolute().parents:
+        file = above / ".dvcignore"
+        lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+        if any(line.strip() and not line.strip().startswith("#") for line in lines):
+            return True
+        if (above / ".dvc").is_dir():
+            break
+    return False
+
+
+def pull_data(pointer: Pointer, *, root: Path, env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Bring the pointer's data to `root`, and prove it: `read_listing` of it; `env` is for DVC.
+
+    Raises `DatasetError` with the next action, `UnreachableDataError` where the remote cannot be asked from here.
+    """
+    here = read_listing(pointer, root)
+    if here is not None:
+        return here
     try:
         run_command([sys.executable, "-m", "dvc", "pull", pointer.file.name], cwd=root, env=env, timeout_s=3600.0)
     except CommandError as fault:
-        raise DatasetError(f"{pointer.file}: dvc pull failed: {_explain(fault)}") from fault
-    if not is_current(pointer, root):
-        raise DatasetError(
-            f"{pointer.file}: after dvc pull, {root / pointer.out} is not {pointer.md5}; the DVC cache is corrupt: "
-            "delete .dvc/cache and run it again"
-        )
-    return "pulled"
+        raise _explain(f"{pointer.file}: dvc pull failed", fault) from fault
+    pulled = read_listing(pointer, root)
+    if pulled is None:
+        raise DatasetError(f"{pointer.file}: after dvc pull, {_describe_difference(pointer, root=root, env=env)}")
+    return pulled
 
 
 def check_pushed(pointer: Pointer, *, root: Path) -> None:
-    """Ask the DVC remote for every object of the data on this disk. Raises `DatasetError` when one is not there."""
+    """Ask the DVC remote for every object of the data on this disk. Raises as `pull_data` does."""
     argv = [sys.executable, "-m", "appliance.data.remote", str(root), pointer.file.name]
     try:
         missing = json.loads(run_command(argv, cwd=root))
     except CommandError as fault:
-        raise DatasetError(f"{pointer.file}: the DVC remote did not answer: {_explain(fault)}") from fault
+        raise _explain(f"{pointer.file}: the DVC remote did not answer", fault) from fault
     if missing:
         raise DatasetError(
             f"{pointer.file}: not on the DVC remote, or not whole there: {', '.join(missing[:3])} "
@@ -129,8 +190,43 @@ def check_pushed(pointer: Pointer, *, root: Path) -> None:
         )
 
 
-def _explain(fault: CommandError) -> str:
-    return next((text for mark, text in _REASONS if mark in str(fault)), str(fault).splitlines()[-1])
+def _describe_difference(pointer: Pointer, *, root: Path, env: Mapping[str, str] | None) -> str:
+    """Why the data that DVC has just put here is not what the pointer means: by its own listing, file by file."""
+    folder = root / pointer.out
+    cache = Path(run_command([sys.executable, "-m", "dvc", "cache", "dir"], cwd=root, env=env).strip())
+    listing = _find_object(cache, pointer.md5)
+    if not listing.is_file():  # DVC before 3.0 kept and hashed it another way
+        return f"{folder} is not {pointer.md5}, which DVC keeps no listing of; run `dvc add`, commit and push"
+    meant = {entry["relpath"]: entry["md5"] for entry in json.loads(listing.read_bytes())}
+    found = _digest_files(folder)
+    wrong = sorted(n for n in meant if n in found and found[n] != meant[n])
+    if wrong:  # DVC remembers the damaged file as good, so it has to go too
+        damaged = " ".join(f"{_find_object(cache, meant[n])} {folder / n}" for n in wrong)
+        place = folder / wrong[0]
+        return f"{place} is not what the commit says; the DVC cache is corrupt: delete {damaged}, and run it again"
+    odd = sorted(found.keys() ^ meant.keys())
+    return (
+        f"{folder} has other files than the commit: {', '.join(odd[:3])} ({len(odd)} in all); "
+        "if .dvcignore names one, move it away, or correct .dvcignore, run `dvc add`, commit and push"
+    )
+
+
+def _find_object(cache: Path, md5: str) -> Path:
+    return cache / "files" / "md5" / md5[:2] / md5[2:]
+
+
+def _explain(subject: str, fault: CommandError) -> DatasetError:
+    """What DVC's words mean and ask for; `UnreachableDataError` where they say nothing of the data itself."""
+    text = str(fault)
+    for kind, reasons in (
+        (UnreachableDataError, _UNREACHABLE),
+        (DatasetError, _REASONS),
+        (UnreachableDataError, _LAST),
+    ):
+        for mark, words in reasons:
+            if mark in text:
+                return kind(f"{subject}: {words}")
+    return DatasetError(f"{subject}: {text.splitlines()[-1]}")
 
 
 def _digest_md5(file: Path) -> str:

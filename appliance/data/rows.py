@@ -78,10 +78,10 @@ def read_dataset(folder: Path) -> tuple[Dataset | None, tuple[Finding, ...]]:
         message = "a file, not a folder" if folder.exists() else "no such folder"
         fix = "run `dvc pull`, correct dataset.path in the recipe, or start in the repository's root (--root)"
         return None, (_fault("missing", folder, message, fix),)
-    files = sorted(folder.glob("*.jsonl"))
+    card, findings = _read_card(folder / "dataset.yaml")
+    files = sorted(f for f in folder.glob("*.jsonl") if not f.name.startswith("."))  # as in `digest_folder`
     if not files and (inner := sorted({str(p.parent) for p in folder.glob("*/*.jsonl")})):
         return None, (_fault("missing", folder, "no rows, but folders of rows", f"name one: {', '.join(inner)}"),)
-    card, findings = _read_card(folder / "dataset.yaml")
     if not files:
         others = ", ".join(sorted(p.name for p in folder.iterdir() if p.name != "dataset.yaml")[:_SHOWN])
         message = f"no *.jsonl file, only {others}" if others else "no *.jsonl file"
