@@ -10,12 +10,13 @@ import difflib
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from appliance.digest import digest_json
+from appliance.document import Document, load_document, parse_document
 from appliance.errors import RecipeError
 from appliance.method import (
     VIRTUAL_TOKENS,
@@ -25,13 +26,23 @@ from appliance.method import (
 )
 
 Line = dict[tuple[str | int, ...], int]
+
+
+def _check_path(path: str) -> str:
+    """Refuse what no file system can hold: asking for it would fail anywhere (Linux: NAME_MAX, PATH_MAX)."""
+    if "\0" in path or len(path.encode()) >= 4096 or any(len(part.encode()) > 255 for part in path.split("/")):
+        raise ValueError("no file can have this name: a part has at most 255 bytes; correct the path")
+    return path
+
+
+FilePath = Annotated[str, AfterValidator(_check_path)]
 _EWC_METHODS = ("full", "lora", "qlora")
 
 
 class BaseSection(Section):
     """The base model that the adapter is trained on."""
 
-    model: str = Field(
+    model: FilePath = Field(
         min_length=1,
         description="hub id, local folder, .gguf file, s3:// prefix, or package:NAME/FILE.gguf of an installed package",
     )
@@ -65,7 +76,7 @@ class SplitSection(Section):
 class DatasetSection(Section):
     """Where the rows are, relative to the repository's root."""
 
-    path: str = Field(min_length=1, description="folder of *.jsonl files with a dataset.yaml")
+    path: FilePath = Field(min_length=1, description="folder of *.jsonl files with a dataset.yaml")
     split: SplitSection = SplitSection()
 
     @property
@@ -124,7 +135,7 @@ class TrainingSection(Section):
 class ReplaySection(Section):
     """General rows mixed into the training rows, so that what the base can do is rehearsed."""
 
-    path: str | None = Field(
+    path: FilePath | None = Field(
         None,
         min_length=1,
         description="folder of general rows; left out, the base model's own answers to the package's general prompts",
@@ -135,7 +146,7 @@ class ReplaySection(Section):
 class EwcSection(Section):
     """Elastic weight consolidation (Kirkpatrick et al. 2017, arXiv 1612.00796)."""
 
-    path: str | None = Field(
+    path: FilePath | None = Field(
         None,
         min_length=1,
         description="folder of general rows; left out, the base model's own answers to the package's general prompts",
@@ -278,29 +289,25 @@ def count_steps(section: TrainingSection, *, rows: int) -> int:
 def load_recipe(path: Path) -> Recipe:
     """Read and check one recipe file. Raises `RecipeError` that lists every fault with its line."""
     try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
+        document = load_document(path, error=RecipeError)
+    except OSError as fault:
         message = f"{path}: cannot be read ({fault}); give the path of a recipe, e.g. recipes/demo.yaml"
         raise RecipeError(message) from fault
-    return parse_recipe(text, source=str(path))
+    return _build_recipe(document, source=str(path))
 
 
 def parse_recipe(text: str, *, source: str) -> Recipe:
     """A `Recipe` from YAML text; `source` is the name that messages carry."""
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as fault:
-        mark = getattr(fault, "problem_mark", None)
-        line = mark.line + 1 if mark else 1
-        problem = getattr(fault, "problem", None) or "not YAML"
-        message = f"{source}:{line}: {problem}; check the indentation and the quotes"
-        raise RecipeError(message) from fault
+    return _build_recipe(parse_document(text, source=source, error=RecipeError), source=source)
+
+
+def _build_recipe(document: Document, *, source: str) -> Recipe:
+    values = document.values
     if not isinstance(values, dict):
         message = f"{source}:1: found {type(values).__name__}, expected keys such as name, base, dataset, method"
         raise RecipeError(message)
     lines: Line = {}
-    faults = [f"{source}:{line}: {text}" for line, text in _map_lines(root, lines, ())]
+    faults = [f"{source}:{line}: {text}" for line, text in _map_lines(document.root, lines, ())]
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as invalid:

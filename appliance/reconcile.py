@@ -7,15 +7,24 @@ does not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from appliance import registry
 from appliance.command import run_command
 from appliance.data import Pointer, check_pushed, is_current, load_pointer, pull_data
-from appliance.errors import ApplianceError, CommandError, InterruptedRunError, RecipeError
+from appliance.errors import (
+    ApplianceError,
+    CommandError,
+    InterruptedRunError,
+    RecipeError,
+    StoreError,
+    UnexpectedError,
+    describe_place,
+)
 from appliance.pipeline import Finished, run_prepared
 from appliance.preparation import Origin, Prepared, Workspace, prepare
 from appliance.recipe import Recipe, load_recipe
@@ -24,6 +33,7 @@ from appliance.store import Store
 
 POINTER = "datasets.dvc"
 _NOWHERE = "0" * 40  # what a push event calls the commit before the first
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,35 +94,36 @@ def reconcile(
         raise CommandError(
             f"{workspace.root}: not committed: {names}; commit it, or give --allow-dirty to train on it as it is"
         )
-    recipes = find_recipes(workspace.root, only=only)
-    reasons = find_touched(workspace.root, recipes, since=since)
+    paths = find_recipes(workspace.root, only=only)
+    reasons = find_touched(workspace.root, paths, since=since)
     if not any(reasons.values()):
-        return tuple(_skip(path, since) for path in recipes)
+        return tuple(_skip(path, since) for path in paths)
     _note_detached(workspace)
     desire = _bring_data(workspace, store=store, origin=origin, choice=choice)
+    recipes = load_recipes(workspace.root)
     return tuple(
-        _reconcile_one(path, desire=desire, dry_run=dry_run) if reasons[path] else _skip(path, since)
-        for path in recipes
+        _reconcile_one(path, recipes[path], desire=desire, dry_run=dry_run) if reasons[path] else _skip(path, since)
+        for path in paths
     )
 
 
 def plan_from_git(root: Path, *, only: Sequence[str] = (), since: str | None = None) -> tuple[Outcome, ...]:
     """What a reconcile would look at, from Git alone: neither data nor registry is asked."""
-    recipes = find_recipes(root, only=only)
+    paths = find_recipes(root, only=only)
     load_pointer(root / POINTER)
+    recipes = load_recipes(root)
     return tuple(
-        _plan_from_git(path, touched, since=since) for path, touched in find_touched(root, recipes, since=since).items()
+        _plan_from_git(path, recipes[path], touched, since=since)
+        for path, touched in find_touched(root, paths, since=since).items()
     )
 
 
 def find_unclaimed(root: Path, store: Store) -> tuple[str, ...]:
     """Models of the registry that no readable recipe names: a recipe was renamed or deleted, or is elsewhere."""
-    claimed = set()
-    for path in (root / "recipes").glob("*.yaml"):
-        try:
-            claimed.add(load_recipe(path).name)
-        except RecipeError:
-            return ()  # it may be the one that claims; its own outcome says what is wrong
+    recipes = load_recipes(root).values()
+    claimed = {r.name for r in recipes if isinstance(r, Recipe)}
+    if len(claimed) < len(recipes):
+        return ()  # one that cannot be read may be the one that claims; its own outcome says what is wrong
     return tuple(name for name in registry.list_names(store) if name not in claimed)
 
 
@@ -158,7 +169,7 @@ def find_changes(root: Path) -> list[str]:
 
 
 def find_recipes(root: Path, *, only: Sequence[str] = ()) -> list[Path]:
-    """`recipes/*.yaml`, or those whose file name is in `only`; two with one model name are refused."""
+    """`recipes/*.yaml`, or those whose file name is in `only`."""
     paths = sorted((root / "recipes").glob("*.yaml"))
     if not paths:
         raise RecipeError(f"{root / 'recipes'}: no *.yaml here; add a recipe (see recipes/examples)")
@@ -166,6 +177,20 @@ def find_recipes(root: Path, *, only: Sequence[str] = ()) -> list[Path]:
     if unknown:
         raise RecipeError(f"--only {unknown[0]}: no such recipe; there are {', '.join(p.stem for p in paths)}")
     return [p for p in paths if not only or p.stem in only]
+
+
+def load_recipes(root: Path) -> dict[Path, Recipe | ApplianceError]:
+    """`recipes/*.yaml`, each read once: the recipe, or why it is none. Two with one model name are both refused."""
+    read = {path: _attempt(path, partial(load_recipe, path)) for path in sorted((root / "recipes").glob("*.yaml"))}
+    owners: dict[str, list[Path]] = {}
+    for path, found in read.items():
+        if isinstance(found, Recipe):
+            owners.setdefault(found.name, []).append(path)
+    for name, paths in owners.items():
+        for path in paths if len(paths) > 1 else ():
+            other = next(p for p in paths if p != path)
+            read[path] = RecipeError(f"{path}: name {name} is also the name in {other}; one model, one recipe")
+    return read
 
 
 def find_touched(root: Path, recipes: Sequence[Path], *, since: str | None) -> dict[Path, str]:
@@ -217,33 +242,57 @@ def _skip(path: Path, since: str | None) -> Outcome:
     return Outcome(recipe=path.stem, action="none", reason=reason)
 
 
-def _plan_from_git(path: Path, touched: str, *, since: str | None) -> Outcome:
+def _attempt(path: Path, work: Callable[[], _T]) -> _T | ApplianceError:
+    """What `work` makes of one recipe, or the error that ended it; only a signal ends the work on all of them."""
     try:
-        _check_unique(load_recipe(path), path)
-    except RecipeError as fault:
-        return Outcome(recipe=path.stem, action="failed", reason=str(fault), error=fault)
+        return work()
+    except InterruptedRunError:
+        raise
+    except ApplianceError as fault:
+        return fault
+    except Exception as fault:  # noqa: BLE001 - a bug that one recipe meets must not stop those of other people
+        words = describe_place(fault)
+        error: ApplianceError = StoreError(words) if words else UnexpectedError(_describe_bug(path, fault))
+        error.__cause__ = fault
+        return error
+
+
+def _describe_bug(path: Path, fault: Exception) -> str:
+    first = next(iter(str(fault).splitlines()), "")
+    return f"{path}: a bug in the appliance met it: {type(fault).__name__}: {first[:200]}; report it with the traceback"
+
+
+def _settle(path: Path, made: Outcome | ApplianceError) -> Outcome:
+    if isinstance(made, Outcome):
+        return made
+    return Outcome(recipe=path.stem, action="failed", reason=str(made), error=made)
+
+
+def _plan_from_git(path: Path, recipe: Recipe | ApplianceError, touched: str, *, since: str | None) -> Outcome:
+    if isinstance(recipe, ApplianceError):
+        return _settle(path, recipe)
     if not touched:
         return _skip(path, since)
     return Outcome(recipe=path.stem, action="train", reason=f"{touched}; the registry was not asked for a version")
 
 
-def _reconcile_one(path: Path, *, desire: _Desire, dry_run: bool) -> Outcome:
-    try:
-        recipe = load_recipe(path)
-        _check_unique(recipe, path)
-        prepared = prepare(recipe, workspace=desire.workspace)
-        version = registry.find_run(desire.store, recipe.name, prepared.key)
-        if version is not None and not desire.choice.force:
-            return _keep(path, prepared, version, desire=desire, dry_run=dry_run)
-        reason = explain(prepared, desire.store, workspace=desire.workspace, is_forced=version is not None)
-        if dry_run:
-            return Outcome(recipe=path.stem, action="train", reason=reason)
-        desire.workspace.note(f"{path.stem}: {reason}")
-        return _make(path, prepared, reason, desire=desire)
-    except InterruptedRunError:
-        raise
-    except ApplianceError as fault:
-        return Outcome(recipe=path.stem, action="failed", reason=str(fault), error=fault)
+def _reconcile_one(path: Path, recipe: Recipe | ApplianceError, *, desire: _Desire, dry_run: bool) -> Outcome:
+    if isinstance(recipe, ApplianceError):
+        return _settle(path, recipe)
+    return _settle(path, _attempt(path, partial(_bring, path, recipe, desire=desire, dry_run=dry_run)))
+
+
+def _bring(path: Path, recipe: Recipe, *, desire: _Desire, dry_run: bool) -> Outcome:
+    """Bring the registry to what one recipe asks for."""
+    prepared = prepare(recipe, workspace=desire.workspace)
+    version = registry.find_run(desire.store, recipe.name, prepared.key)
+    if version is not None and not desire.choice.force:
+        return _keep(path, prepared, version, desire=desire, dry_run=dry_run)
+    reason = explain(prepared, desire.store, workspace=desire.workspace, is_forced=version is not None)
+    if dry_run:
+        return Outcome(recipe=path.stem, action="train", reason=reason)
+    desire.workspace.note(f"{path.stem}: {reason}")
+    return _make(path, prepared, reason, desire=desire)
 
 
 def _keep(path: Path, prepared: Prepared, version: str, *, desire: _Desire, dry_run: bool) -> Outcome:
@@ -303,15 +352,3 @@ def _flatten(values: dict[str, Any], lead: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flatten(value, f"{lead}{key}.") if isinstance(value, dict) else {f"{lead}{key}": value}
     return flat
-
-
-def _check_unique(recipe: Recipe, path: Path) -> None:
-    for other in sorted(path.parent.glob("*.yaml")):
-        if other == path:
-            continue
-        try:
-            twin = load_recipe(other).name == recipe.name
-        except RecipeError:
-            continue  # it is reported as its own outcome
-        if twin:
-            raise RecipeError(f"{path}: name {recipe.name} is also the name in {other}; one model, one recipe")

@@ -18,6 +18,7 @@ from pathlib import Path
 from appliance.command import run_command
 from appliance.digest import digest_file, digest_folder, digest_json, fsync_folder, list_files
 from appliance.errors import CommandError, ModelError
+from appliance.model.shapes import read_sizes
 from appliance.recipe import BaseSection
 from appliance.store import Store, StoredObject, open_store
 
@@ -61,13 +62,21 @@ def resolve_base(section: BaseSection, *, root: Path, cache: Path, note: Note) -
     elif section.is_hub:
         base = _resolve_hub(model, revision=str(section.revision), cache=cache, note=note)
     else:
-        base = _resolve_path((root / Path(model).expanduser()).resolve(), model=model, cache=cache, note=note)
+        base = _resolve_path(_expand(root, model), model=model, cache=cache, note=note)
     if section.revision is not None and section.revision != base.revision:
         raise ModelError(
             f"base model {model}: revision is {base.revision}, the recipe pins {section.revision}; "
             "correct base.revision or restore the pinned files"
         )
     return base
+
+
+def _expand(root: Path, model: str) -> Path:
+    """The place that a local path means. Raises `ModelError` for the home of a user who is not known here."""
+    try:
+        return (root / Path(model).expanduser()).resolve()
+    except RuntimeError as fault:
+        raise ModelError(f"base model {model}: no such home folder here; write the path from / or ./") from fault
 
 
 def _resolve_path(path: Path, *, model: str, cache: Path, note: Note) -> Base:
@@ -83,6 +92,7 @@ def _resolve_path(path: Path, *, model: str, cache: Path, note: Note) -> Base:
 
 
 def _check_folder(folder: Path, *, model: str) -> None:
+    """Refuse a folder that lacks what a model consists of, or whose sizes cannot be read."""
     names = list_files(folder)
     missing = [n for n in _NEEDED if n not in names]
     if missing:
@@ -91,6 +101,7 @@ def _check_folder(folder: Path, *, model: str) -> None:
         pickled = [n for n in names if n.endswith(_PICKLED)]
         found = f"pickled weights ({pickled[0]}), which are refused" if pickled else "no weights"
         raise ModelError(f"base model {model}: {folder} has {found}; convert the weights to *.safetensors")
+    read_sizes(folder)
 
 
 def _find_packaged(model: str) -> Path:
