@@ -75,8 +75,7 @@ def run_prepared(
     if store is not None and not force:
         version = registry.find_run(store, recipe.name, prepared.key)
         if version is not None:
-            _forget_checkpoints(prepared.key, workspace)
-            return _finish_published(prepared, version, workspace=workspace, store=store, origin=origin)
+            return finish_published(prepared, version, workspace=workspace, store=store, origin=origin)
     check_device(recipe, read_machine())
     run = open_run(workspace.runs, name=recipe.name, key=prepared.key)
     with run.lock():
@@ -337,11 +336,12 @@ def _forget_checkpoints(key: str, workspace: Workspace) -> None:
         training.delete_checkpoints(training.Mirror(workspace.mirror, key), note=workspace.note)
 
 
-def _finish_published(
+def finish_published(
     prepared: Prepared, version: str, *, workspace: Workspace, store: Store, origin: Origin
 ) -> Finished:
     """The version is there; make sure that its promotion was not lost between two steps."""
     recipe = prepared.recipe
+    _forget_checkpoints(prepared.key, workspace)
     manifest = registry.load_manifest(store, recipe.name, version)
     alias = promote_by_verdict(recipe, version, manifest, store=store, origin=origin, root=workspace.root)
     return Finished(

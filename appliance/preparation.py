@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
@@ -32,10 +33,11 @@ from appliance.data import (
     select_side,
     split_dataset,
 )
+from appliance.digest import State, stat_files
 from appliance.errors import DatasetError, ModelError, StoreError
 from appliance.model import Base, ChatTemplate, TokenRow, fit_template, load_template, resolve_base
 from appliance.plan import Machine, Plan, build_plan
-from appliance.recipe import ForgettingSection, Recipe
+from appliance.recipe import ForgettingSection, Recipe, SplitSection
 from appliance.run import build_run_key
 from appliance.store import Store
 
@@ -111,12 +113,17 @@ def _load_general(
 
 
 def check_data(recipe: Recipe, *, root: Path) -> Report:
-    """The findings for a recipe's dataset that need no base model."""
-    return check_dataset(
-        root / recipe.dataset.path,
-        split=recipe.dataset.split,
-        gates_min_test_rows=recipe.evaluation.gates.min_test_rows,
-    )
+    """The findings for a recipe's dataset that need no base model; recipes that share it have it read once."""
+    folder, split, floor = root / recipe.dataset.path, recipe.dataset.split, recipe.evaluation.gates.min_test_rows
+    state = stat_files(folder)
+    if state is None:
+        return check_dataset(folder, split=split, gates_min_test_rows=floor)
+    return _check_known(folder, state, split, floor)
+
+
+@lru_cache(maxsize=2)
+def _check_known(folder: Path, _state: State, split: SplitSection, floor: int) -> Report:
+    return check_dataset(folder, split=split, gates_min_test_rows=floor)
 
 
 def check_recipe(recipe: Recipe, *, workspace: Workspace) -> Report:

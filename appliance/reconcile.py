@@ -25,7 +25,7 @@ from appliance.errors import (
     UnexpectedError,
     describe_place,
 )
-from appliance.pipeline import Finished, run_prepared
+from appliance.pipeline import Finished, finish_published, run_prepared
 from appliance.preparation import Origin, Prepared, Workspace, prepare
 from appliance.recipe import Recipe, load_recipe
 from appliance.run import STAGES, open_run
@@ -285,10 +285,11 @@ def _reconcile_one(path: Path, recipe: Recipe | ApplianceError, *, desire: _Desi
 def _bring(path: Path, recipe: Recipe, *, desire: _Desire, dry_run: bool) -> Outcome:
     """Bring the registry to what one recipe asks for."""
     prepared = prepare(recipe, workspace=desire.workspace)
-    version = registry.find_run(desire.store, recipe.name, prepared.key)
+    versions = registry.list_versions(desire.store, recipe.name)
+    version = registry.select_run(versions, prepared.key)
     if version is not None and not desire.choice.force:
         return _keep(path, prepared, version, desire=desire, dry_run=dry_run)
-    reason = explain(prepared, desire.store, workspace=desire.workspace, is_forced=version is not None)
+    reason = explain(prepared, versions, workspace=desire.workspace, is_forced=version is not None)
     if dry_run:
         return Outcome(recipe=path.stem, action="train", reason=reason)
     desire.workspace.note(f"{path.stem}: {reason}")
@@ -299,7 +300,9 @@ def _keep(path: Path, prepared: Prepared, version: str, *, desire: _Desire, dry_
     """Nothing to train; a promotion that was lost between two steps is made up for."""
     finished = None
     if not dry_run:
-        finished = run_prepared(prepared, workspace=desire.workspace, store=desire.store, origin=desire.origin)
+        finished = finish_published(
+            prepared, version, workspace=desire.workspace, store=desire.store, origin=desire.origin
+        )
     reason = f"{version} was made from this recipe, data and base"
     return Outcome(recipe=path.stem, action="none", reason=reason, finished=finished)
 
@@ -319,14 +322,15 @@ def _make(path: Path, prepared: Prepared, reason: str, *, desire: _Desire) -> Ou
     return Outcome(recipe=path.stem, action="none" if finished.was_done else "train", reason=reason, finished=finished)
 
 
-def explain(prepared: Prepared, store: Store, *, workspace: Workspace, is_forced: bool) -> str:
-    """Why a recipe trains: what differs from its newest version, and how far an interrupted run came."""
+def explain(
+    prepared: Prepared, versions: Sequence[registry.VersionInfo], *, workspace: Workspace, is_forced: bool
+) -> str:
+    """Why a recipe trains: what differs from the newest of its versions, and how far an interrupted run came."""
     run = open_run(workspace.runs, name=prepared.recipe.name, key=prepared.key)
     done = [] if is_forced else [s for s in STAGES if run.is_done(s)]
     going_on = f"; goes on after the stage {done[-1]} of an interrupted run" if done else ""
     if is_forced:
         return "has a version, is made again because of --force"
-    versions = registry.list_versions(store, prepared.recipe.name)
     if not versions:
         return f"has no version yet{going_on}"
     last = versions[-1]

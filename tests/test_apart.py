@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from test_gitops import project, template  # noqa: F401 - fixtures
 from test_reconcile import Project, base  # noqa: F401 - a fixture
 from tiny import write_dataset
 
+from appliance import preparation
 from appliance import reconcile as reconciling
 from appliance.cli import main
 from appliance.cli.prices import load_prices
@@ -18,6 +21,7 @@ from appliance.cli.review import review
 from appliance.data import load_pointer
 from appliance.data.rows import read_dataset
 from appliance.errors import DatasetError, RecipeError, UnexpectedError
+from appliance.model import base as model_base
 from appliance.preparation import Workspace
 from appliance.recipe import Recipe, parse_recipe
 from appliance.reconcile import plan_from_git
@@ -160,3 +164,31 @@ def test_a_bug_that_one_recipe_meets_is_not_the_others(
     assert "in fail\n" in log
     assert "Please report it" in log
     assert "ZeroDivisionError" in summary.read_text()
+
+
+def test_what_recipes_share_is_read_once(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Each recipe, its dataset and its base: the work grows with the recipes, not with their square."""
+    for index in range(4):
+        project.write_recipe(f"r{index}", name=f"r{index}")
+    project.commit("many")
+    time.sleep(2.1)  # what has just changed is read again, see `digest.stat_files`
+    counts: Counter[str] = Counter()
+
+    def count(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            counts[name] += 1
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(reconciling, "load_recipe")
+    count(preparation, "check_dataset")
+    count(model_base, "_digest_anew")
+    assert [o.action for o in project.reconcile(dry_run=True)] == ["train"] * 5
+    assert counts == {"load_recipe": 5, "check_dataset": 1, "_digest_anew": 1}
+    rows = project.root / "datasets" / "colours" / "rows.jsonl"
+    rows.write_text(rows.read_text().replace('"content": "blue"}', '"content": "bleu"}', 1))
+    failed = project.reconcile(dry_run=True, allow_dirty=True)
+    assert all("[contract]" in o.reason for o in failed), "what was changed is read again"

@@ -11,7 +11,7 @@ from appliance.registry.collect import Collection, collect_garbage, look_for_gar
 from appliance.registry.findings import Finding
 from appliance.registry.folder import verify_folder
 from appliance.registry.leases import LEASE_S, Lease, hold_model, read_lease
-from appliance.registry.listing import VersionInfo, find_run, list_names, list_versions, load_manifest
+from appliance.registry.listing import VersionInfo, find_run, list_names, list_versions, load_manifest, select_run
 from appliance.registry.marks import Garbage
 from appliance.registry.moves import AliasMove, read_alias, read_reflog
 from appliance.registry.publish import publish
@@ -44,5 +44,6 @@ __all__ = [
     "read_lease",
     "read_reflog",
     "resolve",
+    "select_run",
     "verify_folder",
 ]
