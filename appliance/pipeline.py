@@ -45,6 +45,7 @@ class Finished:
     version: str
     alias: str
     was_done: bool
+    note: str = ""  # what is to be known of the alias
 
 
 def run_recipe(
@@ -327,8 +328,10 @@ def _publish_stage(run: Run, prepared: Prepared, *, workspace: Workspace, store:
     version = registry.publish(store, manifest=manifest, folder=folder)
     run.finish("publish", version=version)
     _forget_checkpoints(run.key, workspace)
-    alias = promote_by_verdict(prepared.recipe, version, manifest, store=store, origin=origin, root=workspace.root)
-    return _describe(run, prepared.recipe, version=version, alias=alias)
+    alias, note = promote_by_verdict(
+        prepared.recipe, version, manifest, store=store, origin=origin, root=workspace.root
+    )
+    return _describe(run, prepared.recipe, version=version, alias=alias, note=note)
 
 
 def _forget_checkpoints(key: str, workspace: Workspace) -> None:
@@ -343,7 +346,7 @@ def finish_published(
     recipe = prepared.recipe
     _forget_checkpoints(prepared.key, workspace)
     manifest = registry.load_manifest(store, recipe.name, version)
-    alias = promote_by_verdict(recipe, version, manifest, store=store, origin=origin, root=workspace.root)
+    alias, note = promote_by_verdict(recipe, version, manifest, store=store, origin=origin, root=workspace.root)
     return Finished(
         name=recipe.name,
         key=prepared.key,
@@ -353,10 +356,11 @@ def finish_published(
         version=version,
         alias=alias,
         was_done=True,
+        note=note,
     )
 
 
-def _describe(run: Run, recipe: Recipe, *, version: str, alias: str = "") -> Finished:
+def _describe(run: Run, recipe: Recipe, *, version: str, alias: str = "", note: str = "") -> Finished:
     verdict: dict[str, Any] = run.read("judge")["verdict"] if run.is_done("judge") else {"outcome": "", "reasons": []}
     return Finished(
         name=recipe.name,
@@ -367,4 +371,5 @@ def _describe(run: Run, recipe: Recipe, *, version: str, alias: str = "") -> Fin
         version=version,
         alias=alias,
         was_done=False,
+        note=note,
     )

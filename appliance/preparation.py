@@ -62,11 +62,16 @@ class Workspace:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Which commit asked for the run, when (UTC, 2026-01-31T12:00:00Z), and who runs it."""
+    """Which commit asked for the run, when (UTC, 2026-01-31T12:00:00Z), and who runs it.
+
+    `head` is the commit that is checked out, which may have changed other files since; `None` where it is
+    not known, or is not what is on this disk.
+    """
 
     commit: str | None
     time: str
     actor: str
+    head: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

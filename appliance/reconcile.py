@@ -28,6 +28,7 @@ from appliance.errors import (
 from appliance.pipeline import Finished, finish_published, run_prepared
 from appliance.preparation import Origin, Prepared, Workspace, prepare
 from appliance.recipe import Recipe, load_recipe
+from appliance.release import judge_alias
 from appliance.run import STAGES, open_run
 from appliance.store import Store
 
@@ -159,7 +160,10 @@ def read_origin(root: Path, *, actor: str) -> Origin:
             f"{root}: a shallow clone whose history ends at {commit[:12]}, so the commit that made recipes and data "
             "what they are is not known; `git fetch --unshallow` (in a workflow: fetch-depth: 0)"
         )
-    return Origin(commit=None if find_changes(root) else commit, time=time, actor=actor)
+    if find_changes(root):
+        return Origin(commit=None, time=time, actor=actor)
+    head = run_command(["git", "rev-parse", "HEAD"], cwd=root).strip()
+    return Origin(commit=commit, time=time, actor=actor, head=head)
 
 
 def find_changes(root: Path) -> list[str]:
@@ -231,7 +235,7 @@ def _bring_data(workspace: Workspace, *, store: Store, origin: Origin, choice: C
     pointer = load_pointer(workspace.root / POINTER)
     if choice.allow_dirty and (workspace.root / pointer.out).is_dir():
         if not is_current(pointer, workspace.root):
-            origin = replace(origin, commit=None)
+            origin = replace(origin, commit=None, head=None)
         return _Desire(workspace, store, origin, choice, pointer, unproven=False)
     unproven = pull_data(pointer, root=workspace.root) == "here"
     return _Desire(workspace, store, origin, choice, pointer, unproven=unproven and not choice.allow_dirty)
@@ -297,14 +301,17 @@ def _bring(path: Path, recipe: Recipe, *, desire: _Desire, dry_run: bool) -> Out
 
 
 def _keep(path: Path, prepared: Prepared, version: str, *, desire: _Desire, dry_run: bool) -> Outcome:
-    """Nothing to train; a promotion that was lost between two steps is made up for."""
+    """Nothing to train; the alias is where HEAD asks it to be: a promotion that was lost is made up for."""
+    workspace, store, origin = desire.workspace, desire.store, desire.origin
     finished = None
-    if not dry_run:
-        finished = finish_published(
-            prepared, version, workspace=desire.workspace, store=desire.store, origin=desire.origin
-        )
+    if dry_run:
+        manifest = registry.load_manifest(store, prepared.recipe.name, version)
+        note = judge_alias(prepared.recipe, version, manifest, store=store, origin=origin, root=workspace.root).note
+    else:
+        finished = finish_published(prepared, version, workspace=workspace, store=store, origin=origin)
+        note = finished.note
     reason = f"{version} was made from this recipe, data and base"
-    return Outcome(recipe=path.stem, action="none", reason=reason, finished=finished)
+    return Outcome(recipe=path.stem, action="none", reason=f"{reason}; {note}" if note else reason, finished=finished)
 
 
 def _make(path: Path, prepared: Prepared, reason: str, *, desire: _Desire) -> Outcome:
@@ -319,6 +326,8 @@ def _make(path: Path, prepared: Prepared, reason: str, *, desire: _Desire) -> Ou
         )
     if finished.was_done:
         reason = f"{finished.version} was made meanwhile by another reconcile"
+    if finished.note:
+        reason = f"{reason}; {finished.note}"
     return Outcome(recipe=path.stem, action="none" if finished.was_done else "train", reason=reason, finished=finished)
 
 

@@ -309,7 +309,7 @@ def test_an_older_commit_never_replaces_a_newer_one(tmp_path: Path, store: Store
     def promote(version: str) -> str:
         origin = Origin(commit=None, time="2026-01-01T00:00:00Z", actor="x")
         manifest = registry.load_manifest(store, "colours", version)
-        return promote_by_verdict(recipe, version, manifest, store=store, origin=origin, root=project.root)
+        return promote_by_verdict(recipe, version, manifest, store=store, origin=origin, root=project.root)[0]
 
     assert promote(middle) == "staging"
     assert promote(older) == ""

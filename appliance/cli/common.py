@@ -150,4 +150,6 @@ def print_finished(finished: Finished) -> int:
         click.echo(f"version   {finished.name}@{finished.version}" + (" (already there)" if finished.was_done else ""))
     if finished.alias:
         click.echo(f"alias     {finished.name}@{finished.alias}")
+    if finished.note:
+        click.echo(f"note      {finished.note}")
     return REFUSED if finished.outcome in ("hold", "reject") else 0
