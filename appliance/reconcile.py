@@ -212,8 +212,20 @@ def find_touched(root: Path, recipes: Sequence[Path], *, since: str | None) -> d
             f"--since {since}: no such commit in {root}; give one of its history (`git log`), "
             "and fetch all of it (in a workflow: fetch-depth: 0)"
         ) from fault
-    command = ["git", "diff", "--name-only", "--no-renames", "-z", since, "HEAD", "--", "recipes", POINTER]
-    changed = set(run_command(command, cwd=root).split("\0"))
+    command = [
+        "git",
+        "diff",
+        "--relative",
+        "--name-only",
+        "--no-renames",
+        "-z",
+        since,
+        "HEAD",
+        "--",
+        "recipes",
+        POINTER,
+    ]
+    changed = set(run_command(command, cwd=root).split("\0"))  # from `root`, which may be below the work tree's top
     data = f"{POINTER} changed since {since[:12]}" if POINTER in changed else ""
     return {p: f"the recipe changed since {since[:12]}" if f"recipes/{p.name}" in changed else data for p in recipes}
 

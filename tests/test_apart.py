@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_gitops import project, template  # noqa: F401 - fixtures
 from test_reconcile import Project, base  # noqa: F401 - a fixture
+from test_registry import make_folder, make_manifest
 from tiny import write_dataset
 
 from appliance import preparation
 from appliance import reconcile as reconciling
 from appliance.cli import main
+from appliance.cli.changes import diff_revisions
 from appliance.cli.prices import load_prices
 from appliance.cli.review import review
 from appliance.data import load_pointer
@@ -25,7 +30,10 @@ from appliance.model import base as model_base
 from appliance.preparation import Workspace
 from appliance.recipe import Recipe, parse_recipe
 from appliance.reconcile import plan_from_git
+from appliance.reproduction import _check_out
+from appliance.store import open_store
 
+EMPTY = hashlib.md5(b"[]", usedforsecurity=False).hexdigest() + ".dir"  # what DVC calls a folder without files
 GOOD = "name: a\nbase: {model: ./base}\ndataset: {path: datasets/colours}\nmethod: {type: lora}\n"
 ODD = {
     "date": ("name: 2024-13-45\nbase: {}\n", r"aaa\.yaml:2"),
@@ -164,6 +172,39 @@ def test_a_bug_that_one_recipe_meets_is_not_the_others(
     assert "in fail\n" in log
     assert "Please report it" in log
     assert "ZeroDivisionError" in summary.read_text()
+
+
+def test_a_repository_may_be_a_folder_of_a_larger_one(project: Project, tmp_path: Path) -> None:  # noqa: F811
+    """What changed since a commit, and which rows did, is found where recipes lie below the work tree's top."""
+    top, root = tmp_path / "everything", tmp_path / "everything" / "team"
+    shutil.copytree(project.root, root, ignore=shutil.ignore_patterns(".git"))
+    team = replace(project, root=root)
+    team.run("git", "init", "--quiet", "--initial-branch", "main", str(top))
+    team.commit("as it was")
+    team.write_recipe("größe", name="big")
+    team.commit("one more")
+    planned = {o.recipe: o.action for o in plan_from_git(root, since="HEAD~1")}
+    assert planned == {"colours": "none", "größe": "train"}
+    assert {o.recipe: o.action for o in team.reconcile(dry_run=True, since="HEAD~1")} == planned
+    team.commit_data(rows=124)
+    assert {o.action for o in plan_from_git(root, since="HEAD~1")} == {"train"}
+    (diff,) = diff_revisions(root, "HEAD~1", "HEAD")
+    assert (diff.name, diff.count("added"), len(diff.changes)) == ("colours", 4, 4)
+
+
+@pytest.mark.parametrize("below", ["", "team"])
+def test_a_version_of_a_folder_is_checked_out_with_its_folder(tmp_path: Path, below: str) -> None:
+    """`reproduce` finds recipes and data where they were, whether the repository is the work tree's top or not."""
+    root = tmp_path / "repository" / below
+    (root / "datasets").mkdir(parents=True)
+    (root / "datasets" / ".keep").write_text("")
+    (root / "datasets.dvc").write_text(f"outs:\n- {{path: datasets, md5: {EMPTY}, size: 2, nfiles: 0}}\n")
+    team = Project(root, open_store(f"file://{tmp_path}/store"), {})
+    team.run("git", "init", "--quiet", str(tmp_path / "repository"))
+    manifest = make_manifest(make_folder(tmp_path / "made"), git_commit=team.commit("x"))
+    workspace = Workspace(root, tmp_path, tmp_path, note=lambda _: None)
+    with _check_out(manifest, "v", workspace=workspace) as tree:
+        assert (tree / "datasets.dvc").is_file()
 
 
 def test_what_recipes_share_is_read_once(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

@@ -63,8 +63,8 @@ def _read_splits(root: Path, revision: str | None) -> dict[str, SplitSection]:
 def _list_recipes(root: Path, revision: str | None) -> list[Callable[[], Recipe]]:
     if revision is None:
         return [partial(load_recipe, path) for path in sorted((root / "recipes").glob("*.yaml"))]
-    names = run_command(["git", "ls-tree", "--name-only", revision, "recipes/"], cwd=root).splitlines()
-    texts = {n: run_command(["git", "show", f"{revision}:{n}"], cwd=root) for n in names if n.endswith(".yaml")}
+    names = run_command(["git", "ls-tree", "--name-only", "-z", revision, "recipes/"], cwd=root).split("\0")
+    texts = {n: run_command(["git", "show", f"{revision}:./{n}"], cwd=root) for n in names if n.endswith(".yaml")}
     return [partial(parse_recipe, text, source=name) for name, text in texts.items()]
 
 
