@@ -176,11 +176,23 @@ def find_recipes(root: Path, *, only: Sequence[str] = ()) -> list[Path]:
     """`recipes/*.yaml`, or those whose file name is in `only`."""
     paths = sorted((root / "recipes").glob("*.yaml"))
     if not paths:
-        raise RecipeError(f"{root / 'recipes'}: no *.yaml here; add a recipe (see recipes/examples)")
+        found = f", only {', '.join(find_ignored(root))}" if find_ignored(root) else ""
+        raise RecipeError(f"{root / 'recipes'}: no *.yaml here{found}; add a recipe (see recipes/examples)")
     unknown = sorted(set(only) - {p.stem for p in paths})
     if unknown:
         raise RecipeError(f"--only {unknown[0]}: no such recipe; there are {', '.join(p.stem for p in paths)}")
     return [p for p in paths if not only or p.stem in only]
+
+
+def find_ignored(root: Path) -> tuple[str, ...]:
+    """Files that look like recipes and are not read: another ending, or another folder than `recipes/examples`."""
+    folder = root / "recipes"
+    found = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.suffix in (".yml", ".yaml") and p.is_file())
+    return tuple(
+        f"recipes/{p.as_posix()}"
+        for p in found
+        if (p.suffix == ".yml" or len(p.parts) > 1) and p.parts[0] != "examples"
+    )
 
 
 def load_recipes(root: Path) -> dict[Path, Recipe | ApplianceError]:

@@ -29,7 +29,7 @@ from appliance.errors import DatasetError, RecipeError, UnexpectedError
 from appliance.model import base as model_base
 from appliance.preparation import Workspace
 from appliance.recipe import Recipe, parse_recipe
-from appliance.reconcile import plan_from_git
+from appliance.reconcile import find_ignored, plan_from_git
 from appliance.reproduction import _check_out
 from appliance.store import open_store
 
@@ -205,6 +205,32 @@ def test_a_version_of_a_folder_is_checked_out_with_its_folder(tmp_path: Path, be
     workspace = Workspace(root, tmp_path, tmp_path, note=lambda _: None)
     with _check_out(manifest, "v", workspace=workspace) as tree:
         assert (tree / "datasets.dvc").is_file()
+
+
+def test_a_file_that_is_no_recipe_by_its_place_is_named(
+    project: Project,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """In one line of the log, the summary and the review; the examples are meant to be where they are."""
+    recipes = project.root / "recipes"
+    assert find_ignored(project.root) == ()
+    for name in ("x.yml", "sub/x.yaml", "examples/x.yaml"):
+        (recipes / name).parent.mkdir(exist_ok=True)
+        shutil.copy(recipes / "colours.yaml", recipes / name)
+    project.commit("misplaced")
+    told = "not read: recipes/sub/x.yaml, recipes/x.yml; a recipe is recipes/NAME.yaml"
+    for name, value in project.environment.items():
+        monkeypatch.setenv(name, value)
+    summary = project.root / ".cache" / "summary.md"
+    assert main(["reconcile", "--dry-run", "--root", str(project.root), "--summary", str(summary)]) == 0
+    assert told in capfd.readouterr().err
+    assert told in summary.read_text()
+    assert main(["review", "--root", str(project.root)]) == 0
+    assert told in capfd.readouterr().out
+    (recipes / "colours.yaml").unlink()
+    with pytest.raises(RecipeError, match=r"no \*\.yaml here, only recipes/sub/x\.yaml, recipes/x\.yml; add"):
+        plan_from_git(project.root)
 
 
 def test_what_recipes_share_is_read_once(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

@@ -14,14 +14,15 @@ from appliance.cli.common import (
     mirror_option,
     print_json,
     read_actor,
+    say,
     store_option,
     tensorboard_option,
     workspace_options,
 )
 from appliance.cli.failures import say_bug
-from appliance.cli.summary import append_section, describe_action, describe_outcomes, told_in
+from appliance.cli.summary import append_section, describe_action, describe_ignored, describe_outcomes, told_in
 from appliance.errors import UnexpectedError
-from appliance.reconcile import Outcome, find_unclaimed, plan_from_git, reconcile
+from appliance.reconcile import Outcome, find_ignored, find_unclaimed, plan_from_git, reconcile
 from appliance.store import open_store
 
 
@@ -92,7 +93,10 @@ def command(
     for outcome in outcomes:
         if isinstance(outcome.error, UnexpectedError):
             say_bug("".join(traceback.format_exception(outcome.error.__cause__)))
-    append_section(summary, describe_outcomes(outcomes, dry_run=dry_run, unclaimed=unclaimed))
+    ignored = find_ignored(root.resolve())
+    for line in describe_ignored(ignored):
+        say(line)
+    append_section(summary, describe_outcomes(outcomes, dry_run=dry_run, unclaimed=unclaimed, ignored=ignored))
     if as_json:
         print_json([_to_json(o) for o in outcomes])
     else:

@@ -19,7 +19,7 @@ from appliance.model import fit_template, load_template
 from appliance.plan import read_machine
 from appliance.preparation import Workspace, check_data, check_recipe, plan_run, prepare
 from appliance.recipe import Recipe, load_recipe
-from appliance.reconcile import POINTER, Outcome, plan_from_git
+from appliance.reconcile import POINTER, Outcome, find_ignored, plan_from_git
 from appliance.store import Store, open_store
 from appliance.training import TokenCache
 
@@ -67,7 +67,8 @@ def review(workspace: Workspace, *, since: str | None, store: Store | None) -> t
         outcomes = plan_from_git(workspace.root, since=since)
     except ApplianceError as fault:
         return [Section(title="Recipes", lines=(str(fault),))], 1
-    sections, faults = [describe_outcomes(outcomes, dry_run=True)], sum(o.action == "failed" for o in outcomes)
+    told = describe_outcomes(outcomes, dry_run=True, ignored=find_ignored(workspace.root))
+    sections, faults = [told], sum(o.action == "failed" for o in outcomes)
     try:
         pull_data(load_pointer(workspace.root / POINTER), root=workspace.root)
     except ApplianceError as fault:
