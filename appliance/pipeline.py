@@ -22,7 +22,7 @@ from appliance.example import decode_examples, encode_examples
 from appliance.general import choose_general
 from appliance.method import FullMethod
 from appliance.model import TokenRow, fit_template, load_template
-from appliance.plan import check_device, read_machine
+from appliance.plan import check_device, check_room, read_machine
 from appliance.preparation import Origin, Prepared, Workspace, plan_run, prepare, read_versions
 from appliance.recipe import Recipe
 from appliance.release import build_manifest, collect_files, promote_by_verdict
@@ -182,9 +182,11 @@ def _train_stage(run: Run, prepared: Prepared, *, workspace: Workspace, precisio
         return
     record = run.read("prepare")
     plan = record["plan"]
+    trainable, parameters = plan["trainable_parameters"], plan["parameters"]
+    check_room(prepared.recipe, run.training, trainable=trainable, parameters=parameters)
     devices = plan.get("devices", 1)  # a run that an earlier release prepared
     workspace.note(
-        f"training {plan['trainable_parameters'] / 1e6:.1f}M of {plan['parameters'] / 1e6:.0f}M parameters: "
+        f"training {trainable / 1e6:.1f}M of {parameters / 1e6:.0f}M parameters: "
         f"{plan['steps']} steps of {plan['effective_batch']} rows, {plan['tokens']:,} tokens"
         f"{f', on {devices} devices' if devices > 1 else ''}"
     )
