@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 _CHUNK = 1 << 20
+_SETTLED_NS = 2 * 10**9
+State = tuple[tuple[str, int, int, int], ...]
 
 
 def digest_bytes(content: bytes) -> str:
@@ -46,6 +49,20 @@ def list_files(folder: Path) -> list[str]:
 def digest_folder(folder: Path) -> str:
     """The digest of a folder: of its sorted (relative path, SHA-256) pairs."""
     return digest_json([[name, digest_file(folder / name)] for name in list_files(folder)])
+
+
+def stat_files(path: Path) -> State | None:
+    """Name, size, inode and time of change of a file or of a folder's files: equal states, equal bytes.
+
+    `None` when one changed in the last two seconds: it may change again within the clock's own step.
+    """
+    files = (
+        [(n, path / n) for n in list_files(path)] if path.is_dir() else [(path.name, path)] if path.is_file() else []
+    )
+    found = [(name, file.stat()) for name, file in files]
+    if any(s.st_ctime_ns > time.time_ns() - _SETTLED_NS for _, s in found):
+        return None
+    return tuple((name, s.st_size, s.st_ino, s.st_ctime_ns) for name, s in found)
 
 
 def write_atomic(path: Path, content: bytes) -> None:

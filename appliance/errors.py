@@ -78,6 +78,12 @@ class LostDeviceError(DeviceError):
     exit_code = 35
 
 
+class UnexpectedError(ApplianceError):
+    """A bug that ended one part of the work and not the others; its cause has the traceback."""
+
+    exit_code = 70
+
+
 # The last one is torch.save's: its writer (caffe2/serialize/inline_container.cc) loses the errno.
 _DISK_FULL = ("No space left on device", "file write failed", "File too large", "unexpected pos")
 

@@ -22,7 +22,7 @@ from appliance.example import decode_examples, encode_examples
 from appliance.general import choose_general
 from appliance.method import FullMethod
 from appliance.model import TokenRow, fit_template, load_template
-from appliance.plan import check_device, read_machine
+from appliance.plan import check_device, check_room, read_machine
 from appliance.preparation import Origin, Prepared, Workspace, plan_run, prepare, read_versions
 from appliance.recipe import Recipe
 from appliance.release import build_manifest, collect_files, promote_by_verdict
@@ -45,6 +45,7 @@ class Finished:
     version: str
     alias: str
     was_done: bool
+    note: str = ""  # what is to be known of the alias
 
 
 def run_recipe(
@@ -181,9 +182,11 @@ def _train_stage(run: Run, prepared: Prepared, *, workspace: Workspace, precisio
         return
     record = run.read("prepare")
     plan = record["plan"]
+    trainable, parameters = plan["trainable_parameters"], plan["parameters"]
+    check_room(prepared.recipe, run.training, trainable=trainable, parameters=parameters)
     devices = plan.get("devices", 1)  # a run that an earlier release prepared
     workspace.note(
-        f"training {plan['trainable_parameters'] / 1e6:.1f}M of {plan['parameters'] / 1e6:.0f}M parameters: "
+        f"training {trainable / 1e6:.1f}M of {parameters / 1e6:.0f}M parameters: "
         f"{plan['steps']} steps of {plan['effective_batch']} rows, {plan['tokens']:,} tokens"
         f"{f', on {devices} devices' if devices > 1 else ''}"
     )
@@ -327,8 +330,10 @@ def _publish_stage(run: Run, prepared: Prepared, *, workspace: Workspace, store:
     version = registry.publish(store, manifest=manifest, folder=folder)
     run.finish("publish", version=version)
     _forget_checkpoints(run.key, workspace)
-    alias = promote_by_verdict(prepared.recipe, version, manifest, store=store, origin=origin, root=workspace.root)
-    return _describe(run, prepared.recipe, version=version, alias=alias)
+    alias, note = promote_by_verdict(
+        prepared.recipe, version, manifest, store=store, origin=origin, root=workspace.root
+    )
+    return _describe(run, prepared.recipe, version=version, alias=alias, note=note)
 
 
 def _forget_checkpoints(key: str, workspace: Workspace) -> None:
@@ -342,7 +347,7 @@ def finish_published(
     """The version is there; make sure that its promotion was not lost between two steps."""
     _forget_checkpoints(key, workspace)
     manifest = registry.load_manifest(store, recipe.name, version)
-    alias = promote_by_verdict(recipe, version, manifest, store=store, origin=origin, root=workspace.root)
+    alias, note = promote_by_verdict(recipe, version, manifest, store=store, origin=origin, root=workspace.root)
     return Finished(
         name=recipe.name,
         key=key,
@@ -352,10 +357,11 @@ def finish_published(
         version=version,
         alias=alias,
         was_done=True,
+        note=note,
     )
 
 
-def _describe(run: Run, recipe: Recipe, *, version: str, alias: str = "") -> Finished:
+def _describe(run: Run, recipe: Recipe, *, version: str, alias: str = "", note: str = "") -> Finished:
     verdict: dict[str, Any] = run.read("judge")["verdict"] if run.is_done("judge") else {"outcome": "", "reasons": []}
     return Finished(
         name=recipe.name,
@@ -366,4 +372,5 @@ def _describe(run: Run, recipe: Recipe, *, version: str, alias: str = "") -> Fin
         version=version,
         alias=alias,
         was_done=False,
+        note=note,
     )

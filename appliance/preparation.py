@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
@@ -33,10 +34,11 @@ from appliance.data import (
     select_side,
     split_dataset,
 )
+from appliance.digest import State, stat_files
 from appliance.errors import CommandError, DatasetError, ModelError, StoreError
 from appliance.model import Base, ChatTemplate, TokenRow, fit_template, load_template, resolve_base
 from appliance.plan import Machine, Plan, build_plan
-from appliance.recipe import ForgettingSection, Recipe
+from appliance.recipe import ForgettingSection, GateSection, Recipe, SplitSection
 from appliance.run import build_run_key
 from appliance.store import Store
 
@@ -61,11 +63,16 @@ class Workspace:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Which commit asked for the run, when (UTC, 2026-01-31T12:00:00Z), and who runs it."""
+    """Which commit asked for the run, when (UTC, 2026-01-31T12:00:00Z), and who runs it.
+
+    `head` is the commit that is checked out, which may have changed other files since; `None` where it is
+    not known, or is not what is on this disk.
+    """
 
     commit: str | None
     time: str
     actor: str
+    head: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +158,17 @@ def check_data(recipe: Recipe, *, root: Path) -> Report:
 
 
 def _check_data(recipe: Recipe, *, root: Path) -> Report:
-    return check_dataset(root / recipe.dataset.path, split=recipe.dataset.split, gates=recipe.evaluation.gates)
+    """Recipes that share a dataset have it read once."""
+    folder, split, gates = root / recipe.dataset.path, recipe.dataset.split, recipe.evaluation.gates
+    state = stat_files(folder)
+    return (
+        check_dataset(folder, split=split, gates=gates) if state is None else _check_known(folder, state, split, gates)
+    )
+
+
+@lru_cache(maxsize=2)
+def _check_known(folder: Path, _state: State, split: SplitSection, gates: GateSection) -> Report:
+    return check_dataset(folder, split=split, gates=gates)
 
 
 def check_recipe(recipe: Recipe, *, workspace: Workspace) -> Report:

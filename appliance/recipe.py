@@ -10,12 +10,13 @@ import difflib
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from appliance.digest import digest_json
+from appliance.document import Document, load_document, parse_document
 from appliance.errors import RecipeError
 from appliance.faults import ALIAS, NAME, Lines, describe_fault, join_path
 from appliance.method import (
@@ -25,6 +26,15 @@ from appliance.method import (
     Section,
 )
 
+
+def _check_path(path: str) -> str:
+    """Refuse what no file system can hold: asking for it would fail anywhere (Linux: NAME_MAX, PATH_MAX)."""
+    if "\0" in path or len(path.encode()) >= 4096 or any(len(part.encode()) > 255 for part in path.split("/")):
+        raise ValueError("no file can have this name: a part has at most 255 bytes; correct the path")
+    return path
+
+
+FilePath = Annotated[str, AfterValidator(_check_path)]
 _EWC_METHODS = ("full", "lora", "qlora")
 _LISTED = 8
 
@@ -32,7 +42,7 @@ _LISTED = 8
 class BaseSection(Section):
     """The base model that the adapter is trained on."""
 
-    model: str = Field(
+    model: FilePath = Field(
         min_length=1,
         description="hub id, local folder, .gguf file, s3:// prefix, or package:NAME/FILE.gguf of an installed package",
     )
@@ -71,7 +81,7 @@ class SplitSection(Section):
 class DatasetSection(Section):
     """Where the rows are, relative to the repository's root."""
 
-    path: str = Field(min_length=1, description="folder of *.jsonl files with a dataset.yaml")
+    path: FilePath = Field(min_length=1, description="folder of *.jsonl files with a dataset.yaml")
     split: SplitSection = Field(SplitSection(), description="how rows are divided into train, validation and test")
 
     @property
@@ -145,7 +155,7 @@ class TrainingSection(Section):
 class ReplaySection(Section):
     """General rows mixed into the training rows, so that what the base can do is rehearsed."""
 
-    path: str | None = Field(
+    path: FilePath | None = Field(
         None,
         min_length=1,
         description="folder of general rows; left out, the base model's own answers to the package's general prompts",
@@ -156,7 +166,7 @@ class ReplaySection(Section):
 class EwcSection(Section):
     """Elastic weight consolidation (Kirkpatrick et al. 2017, arXiv 1612.00796)."""
 
-    path: str | None = Field(
+    path: FilePath | None = Field(
         None,
         min_length=1,
         description="folder of general rows; left out, the base model's own answers to the package's general prompts",
@@ -313,11 +323,11 @@ def select_learning_rate(section: TrainingSection, method: Method) -> float:
 def load_recipe(path: Path) -> Recipe:
     """Read and check one recipe file. Raises `RecipeError` that lists every fault with its line."""
     try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        reason = (getattr(fault, "strerror", None) or "not UTF-8").lower()
+        document = load_document(path, error=RecipeError)
+    except OSError as fault:
+        reason = (fault.strerror or str(fault)).lower()
         raise RecipeError(f"{path}: cannot be read, {reason}; {_describe_recipes(path)}") from fault
-    return parse_recipe(text, source=str(path))
+    return _build_recipe(document, source=str(path))
 
 
 def _describe_recipes(path: Path) -> str:
@@ -332,20 +342,16 @@ def _describe_recipes(path: Path) -> str:
 
 def parse_recipe(text: str, *, source: str) -> Recipe:
     """A `Recipe` from YAML text; `source` is the name that messages carry."""
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as fault:
-        mark = getattr(fault, "problem_mark", None)
-        line = mark.line + 1 if mark else 1
-        problem = getattr(fault, "problem", None) or "not YAML"
-        message = f"{source}:{line}: {problem}; check the indentation and the quotes"
-        raise RecipeError(message) from fault
+    return _build_recipe(parse_document(text, source=source, error=RecipeError), source=source)
+
+
+def _build_recipe(document: Document, *, source: str) -> Recipe:
+    values = document.values
     if not isinstance(values, dict):
         message = f"{source}:1: found {type(values).__name__}, expected keys such as name, base, dataset, method"
         raise RecipeError(message)
     lines: Lines = {}
-    faults = [f"{source}:{line}: {text}" for line, text in _map_lines(root, lines, ())]
+    faults = [f"{source}:{line}: {text}" for line, text in _map_lines(document.root, lines, ())]
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as invalid:

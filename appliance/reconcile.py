@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,28 +20,27 @@ from appliance.data import (
     check_pushed,
     describe_unheld,
     find_place,
-    find_uncommitted,
     find_unheld_rows,
     load_pointer,
     pull_data,
     read_listing,
 )
-from appliance.errors import (
-    ApplianceError,
-    CommandError,
-    DatasetError,
-    InterruptedRunError,
-    RecipeError,
-    UnreachableDataError,
+from appliance.desired import (
+    POINTER,
+    attempt,
+    find_changes,
+    find_recipes,
+    find_touched,
+    load_recipes,
+    read_commit,
 )
+from appliance.errors import ApplianceError, CommandError, DatasetError, UnreachableDataError
 from appliance.pipeline import Finished, finish_published, run_prepared
 from appliance.preparation import Origin, Prepared, Workspace, find_made, list_row_paths, prepare
-from appliance.recipe import Recipe, load_recipe
+from appliance.recipe import Recipe
+from appliance.release import judge_alias
 from appliance.run import STAGES, open_run
 from appliance.store import Store
-
-POINTER = "datasets.dvc"
-_NOWHERE = "0" * 40  # what a push event calls the commit before the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,91 +99,48 @@ def reconcile(
     once when a signal stops a run.
     """
     choice = Choice(only=tuple(only), since=since, force=force, allow_dirty=allow_dirty, wait_s=wait_s)
-    origin = _read_commit(workspace.root, actor=actor)
+    origin = read_commit(workspace.root, actor=actor)
     changes = find_changes(workspace.root)
     if POINTER in changes and not allow_dirty:
         raise CommandError(describe_unheld(workspace.root, {POINTER: changes[POINTER]}))
-    recipes = find_recipes(workspace.root, only=only)
-    reasons = find_touched(workspace.root, recipes, since=since)
+    paths = find_recipes(workspace.root, only=only)
+    reasons = find_touched(workspace.root, paths, since=since)
     if not any(reasons.values()):
-        return tuple(_skip(path, since) for path in recipes)
+        return tuple(_skip(path, since) for path in paths)
     _note_detached(workspace)
     desire = _Desire(workspace, store, origin, choice, load_pointer(workspace.root / POINTER), None, changes)
+    recipes = load_recipes(workspace.root)
     known = {
-        path: _keep_unseen(path, desire=desire, dry_run=dry_run) if reasons[path] else _skip(path, since)
-        for path in recipes
+        path: _keep_unseen(path, recipes[path], desire=desire, dry_run=dry_run) if reasons[path] else _skip(path, since)
+        for path in paths
     }
     if not all(known.values()):
         desire = replace(desire, held=_bring_data(desire))
-    outcomes = tuple(outcome or _reconcile_one(path, desire=desire, dry_run=dry_run) for path, outcome in known.items())
+    outcomes = tuple(
+        outcome or _reconcile_one(path, recipes[path], desire=desire, dry_run=dry_run)
+        for path, outcome in known.items()
+    )
     return _doubt(outcomes, desire=desire) if dry_run and not allow_dirty else outcomes
 
 
 def plan_from_git(root: Path, *, only: Sequence[str] = (), since: str | None = None) -> tuple[Outcome, ...]:
     """What a reconcile would look at, from Git alone: neither data nor registry is asked."""
-    recipes = find_recipes(root, only=only)
+    paths = find_recipes(root, only=only)
     load_pointer(root / POINTER)
+    recipes = load_recipes(root)
     return tuple(
-        _plan_from_git(path, touched, since=since) for path, touched in find_touched(root, recipes, since=since).items()
+        _plan_from_git(path, recipes[path], touched, since=since)
+        for path, touched in find_touched(root, paths, since=since).items()
     )
 
 
 def find_unclaimed(root: Path, store: Store) -> tuple[str, ...]:
     """Models of the registry that no readable recipe names: a recipe was renamed or deleted, or is elsewhere."""
-    claimed = set()
-    for path in (root / "recipes").glob("*.yaml"):
-        try:
-            claimed.add(load_recipe(path).name)
-        except RecipeError:
-            return ()  # it may be the one that claims; its own outcome says what is wrong
+    recipes = load_recipes(root).values()
+    claimed = {r.name for r in recipes if isinstance(r, Recipe)}
+    if len(claimed) < len(recipes):
+        return ()  # one that cannot be read may be the one that claims; its own outcome says what is wrong
     return tuple(name for name in registry.list_names(store) if name not in claimed)
-
-
-def read_origin(root: Path, *, actor: str) -> Origin:
-    """The last commit that touched a recipe or the data pointer.
-
-    It is not named as the origin when one of them has changed since. Raises `CommandError` outside
-    a repository, and where a shallow clone hides which commit it was.
-    """
-    origin = _read_commit(root, actor=actor)
-    return replace(origin, commit=None) if find_changes(root) else origin
-
-
-def _read_commit(root: Path, *, actor: str, places: Sequence[str] = ()) -> Origin:
-    """The last commit that touched a recipe, the data pointer or one of the `places`."""
-    command = [
-        "git",
-        "-c",
-        "log.showSignature=false",
-        "log",
-        "-1",
-        "--format=%H %cd",
-        "--date=format-local:%Y-%m-%dT%H:%M:%SZ",
-    ]
-    try:
-        line = run_command([*command, "--", "recipes", POINTER, *places], cwd=root, env={"TZ": "UTC"}).strip()
-    except CommandError as fault:
-        raise CommandError(
-            f"{root}: not a Git repository with a commit; run it in the team's repository ({fault})"
-        ) from fault
-    if not line:
-        raise CommandError(
-            f"{root}: no commit touches recipes/ or {POINTER} here; commit a recipe and a dataset first, "
-            "or start in the repository's root (--root)"
-        )
-    commit, _, time = line.partition(" ")
-    if commit in _read_cut_commits(root):
-        raise CommandError(
-            f"{root}: a shallow clone whose history ends at {commit[:12]}, so the commit that made recipes and data "
-            "what they are is not known; `git fetch --unshallow` (in a workflow: fetch-depth: 0)"
-        )
-    return Origin(commit=commit, time=time, actor=actor)
-
-
-def find_changes(root: Path) -> dict[str, str]:
-    """Recipes and the data pointer, where they are not what HEAD holds, and what to do about each."""
-    recipes = [f"recipes/{p.name}" for p in sorted((root / "recipes").glob("*.yaml"))]
-    return find_uncommitted(root, [*recipes, POINTER])
 
 
 def _find_origin(path: Path, recipe: Recipe, *, desire: _Desire) -> Origin:
@@ -199,47 +156,9 @@ def _find_origin(path: Path, recipe: Recipe, *, desire: _Desire) -> Origin:
     if faults and not desire.choice.allow_dirty:
         raise CommandError(describe_unheld(root, faults))
     if faults:
-        return replace(desire.origin, commit=None)
+        return replace(desire.origin, commit=None, head=None)
     in_git = [place for place in places if not Path(place).is_relative_to(out)]
-    return _read_commit(root, actor=desire.origin.actor, places=in_git) if in_git else desire.origin
-
-
-def find_recipes(root: Path, *, only: Sequence[str] = ()) -> list[Path]:
-    """`recipes/*.yaml`, or those whose file name is in `only`; two with one model name are refused."""
-    paths = sorted((root / "recipes").glob("*.yaml"))
-    if not paths:
-        raise RecipeError(f"{root / 'recipes'}: no *.yaml here; add a recipe (see recipes/examples)")
-    unknown = sorted(set(only) - {p.stem for p in paths})
-    if unknown:
-        raise RecipeError(f"--only {unknown[0]}: no such recipe; there are {', '.join(p.stem for p in paths)}")
-    return [p for p in paths if not only or p.stem in only]
-
-
-def find_touched(root: Path, recipes: Sequence[Path], *, since: str | None) -> dict[Path, str]:
-    """What changed for each recipe after the commit `since`, in words; empty when nothing did.
-
-    Without a commit to compare with (`None`, or the zeros of a first push) every recipe counts. Raises
-    `CommandError` for one that this clone does not have.
-    """
-    if since is None or since == _NOWHERE:
-        return dict.fromkeys(recipes, "every recipe is looked at")
-    try:
-        run_command(["git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{since}^{{commit}}"], cwd=root)
-    except CommandError as fault:
-        raise CommandError(
-            f"--since {since}: no such commit in {root}; give one of its history (`git log`), "
-            "and fetch all of it (in a workflow: fetch-depth: 0)"
-        ) from fault
-    command = ["git", "diff", "--name-only", "--no-renames", "-z", since, "HEAD", "--", "recipes", POINTER]
-    changed = set(run_command(command, cwd=root).split("\0"))
-    data = f"{POINTER} changed since {since[:12]}" if POINTER in changed else ""
-    return {p: f"the recipe changed since {since[:12]}" if f"recipes/{p.name}" in changed else data for p in recipes}
-
-
-def _read_cut_commits(root: Path) -> set[str]:
-    """The commits at which a shallow clone's history ends."""
-    file = root / run_command(["git", "rev-parse", "--git-path", "shallow"], cwd=root).strip()
-    return set(file.read_text("ascii").split()) if file.is_file() else set()
+    return read_commit(root, actor=desire.origin.actor, places=in_git) if in_git else desire.origin
 
 
 def _note_detached(workspace: Workspace) -> None:
@@ -261,34 +180,39 @@ def _skip(path: Path, since: str | None) -> Outcome:
     return Outcome(recipe=path.stem, action="none", reason=reason)
 
 
-def _plan_from_git(path: Path, touched: str, *, since: str | None) -> Outcome:
-    try:
-        _check_unique(load_recipe(path), path)
-    except RecipeError as fault:
-        return Outcome(recipe=path.stem, action="failed", reason=str(fault), error=fault)
+def _settle(path: Path, made: Outcome | ApplianceError) -> Outcome:
+    if isinstance(made, Outcome):
+        return made
+    return Outcome(recipe=path.stem, action="failed", reason=str(made), error=made)
+
+
+def _plan_from_git(path: Path, recipe: Recipe | ApplianceError, touched: str, *, since: str | None) -> Outcome:
+    if isinstance(recipe, ApplianceError):
+        return _settle(path, recipe)
     if not touched:
         return _skip(path, since)
     return Outcome(recipe=path.stem, action="train", reason=f"{touched}; the registry was not asked for a version")
 
 
-def _reconcile_one(path: Path, *, desire: _Desire, dry_run: bool) -> Outcome:
-    try:
-        recipe = load_recipe(path)
-        _check_unique(recipe, path)
-        desire = replace(desire, origin=_find_origin(path, recipe, desire=desire))
-        prepared = prepare(recipe, workspace=desire.workspace)
-        version = registry.find_run(desire.store, recipe.name, prepared.key)
-        if version is not None and not desire.choice.force:
-            return _keep(path, recipe, version, key=prepared.key, desire=desire, dry_run=dry_run)
-        reason = explain(prepared, desire.store, workspace=desire.workspace, is_forced=version is not None)
-        if dry_run:
-            return Outcome(recipe=path.stem, action="train", reason=reason)
-        desire.workspace.note(f"{path.stem}: {reason}")
-        return _make(path, prepared, reason, desire=desire)
-    except InterruptedRunError:
-        raise
-    except ApplianceError as fault:
-        return Outcome(recipe=path.stem, action="failed", reason=str(fault), error=fault)
+def _reconcile_one(path: Path, recipe: Recipe | ApplianceError, *, desire: _Desire, dry_run: bool) -> Outcome:
+    if isinstance(recipe, ApplianceError):
+        return _settle(path, recipe)
+    return _settle(path, attempt(path, partial(_bring, path, recipe, desire=desire, dry_run=dry_run)))
+
+
+def _bring(path: Path, recipe: Recipe, *, desire: _Desire, dry_run: bool) -> Outcome:
+    """Bring the registry to what one recipe asks for."""
+    desire = replace(desire, origin=_find_origin(path, recipe, desire=desire))
+    prepared = prepare(recipe, workspace=desire.workspace)
+    versions = registry.list_versions(desire.store, recipe.name)
+    version = registry.select_run(versions, prepared.key)
+    if version is not None and not desire.choice.force:
+        return _keep(path, recipe, version, key=prepared.key, desire=desire, dry_run=dry_run)
+    reason = explain(prepared, versions, workspace=desire.workspace, is_forced=version is not None)
+    if dry_run:
+        return Outcome(recipe=path.stem, action="train", reason=reason)
+    desire.workspace.note(f"{path.stem}: {reason}")
+    return _make(path, prepared, reason, desire=desire)
 
 
 def _doubt(outcomes: tuple[Outcome, ...], *, desire: _Desire) -> tuple[Outcome, ...]:
@@ -305,36 +229,35 @@ def _doubt(outcomes: tuple[Outcome, ...], *, desire: _Desire) -> tuple[Outcome, 
     return outcomes
 
 
-def _keep_unseen(path: Path, *, desire: _Desire, dry_run: bool) -> Outcome | None:
+def _keep_unseen(path: Path, recipe: Recipe | ApplianceError, *, desire: _Desire, dry_run: bool) -> Outcome | None:
     """The outcome of a recipe that has its version, without the data; `None` where the data is needed to tell."""
-    workspace, choice, out = desire.workspace, desire.choice, desire.pointer.out
-    if (
-        choice.force
-        or choice.allow_dirty
-        or (workspace.root / out).exists()
-        or f"recipes/{path.name}" in desire.changes
-    ):
+    choice, out = desire.choice, desire.pointer.out
+    is_seen = (desire.workspace.root / out).exists() or f"recipes/{path.name}" in desire.changes
+    if isinstance(recipe, ApplianceError) or is_seen or choice.force or choice.allow_dirty:
         return None
-    try:
-        recipe = load_recipe(path)
-        _check_unique(recipe, path)
-        if not Path(find_place(workspace.root, recipe.dataset.path)).is_relative_to(out):
-            return None
-        made = find_made(recipe, pointer=POINTER, workspace=workspace, store=desire.store)
-        return _keep(path, recipe, made[0], key=made[1], desire=desire, dry_run=dry_run) if made else None
-    except ApplianceError:  # told in its place, among what else is wrong
+    found = attempt(path, partial(_find_unseen, path, recipe, desire=desire, dry_run=dry_run))
+    return None if isinstance(found, ApplianceError) else found  # told in its place, among what else is wrong
+
+
+def _find_unseen(path: Path, recipe: Recipe, *, desire: _Desire, dry_run: bool) -> Outcome | None:
+    if not Path(find_place(desire.workspace.root, recipe.dataset.path)).is_relative_to(desire.pointer.out):
         return None
+    made = find_made(recipe, pointer=POINTER, workspace=desire.workspace, store=desire.store)
+    return _keep(path, recipe, made[0], key=made[1], desire=desire, dry_run=dry_run) if made else None
 
 
 def _keep(path: Path, recipe: Recipe, version: str, *, key: str, desire: _Desire, dry_run: bool) -> Outcome:
-    """Nothing to train; a promotion that was lost between two steps is made up for."""
+    """Nothing to train; the alias is where HEAD asks it to be: a promotion that was lost is made up for."""
+    workspace, store, origin = desire.workspace, desire.store, desire.origin
     finished = None
-    if not dry_run:
-        finished = finish_published(
-            recipe, version, key=key, workspace=desire.workspace, store=desire.store, origin=desire.origin
-        )
+    if dry_run:
+        manifest = registry.load_manifest(store, recipe.name, version)
+        note = judge_alias(recipe, version, manifest, store=store, origin=origin, root=workspace.root).note
+    else:
+        finished = finish_published(recipe, version, key=key, workspace=workspace, store=store, origin=origin)
+        note = finished.note
     reason = f"{version} was made from this recipe, data and base"
-    return Outcome(recipe=path.stem, action="none", reason=reason, finished=finished)
+    return Outcome(recipe=path.stem, action="none", reason=f"{reason}; {note}" if note else reason, finished=finished)
 
 
 def _make(path: Path, prepared: Prepared, reason: str, *, desire: _Desire) -> Outcome:
@@ -349,17 +272,20 @@ def _make(path: Path, prepared: Prepared, reason: str, *, desire: _Desire) -> Ou
         )
     if finished.was_done:
         reason = f"{finished.version} was made meanwhile by another reconcile"
+    if finished.note:
+        reason = f"{reason}; {finished.note}"
     return Outcome(recipe=path.stem, action="none" if finished.was_done else "train", reason=reason, finished=finished)
 
 
-def explain(prepared: Prepared, store: Store, *, workspace: Workspace, is_forced: bool) -> str:
-    """Why a recipe trains: what differs from its newest version, and how far an interrupted run came."""
+def explain(
+    prepared: Prepared, versions: Sequence[registry.VersionInfo], *, workspace: Workspace, is_forced: bool
+) -> str:
+    """Why a recipe trains: what differs from the newest of its versions, and how far an interrupted run came."""
     run = open_run(workspace.runs, name=prepared.recipe.name, key=prepared.key)
     done = [] if is_forced else [s for s in STAGES if run.is_done(s)]
     going_on = f"; goes on after the stage {done[-1]} of an interrupted run" if done else ""
     if is_forced:
         return "has a version, is made again because of --force"
-    versions = registry.list_versions(store, prepared.recipe.name)
     if not versions:
         return f"has no version yet{going_on}"
     last = versions[-1]
@@ -385,15 +311,3 @@ def _flatten(values: dict[str, Any], lead: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flatten(value, f"{lead}{key}.") if isinstance(value, dict) else {f"{lead}{key}": value}
     return flat
-
-
-def _check_unique(recipe: Recipe, path: Path) -> None:
-    for other in sorted(path.parent.glob("*.yaml")):
-        if other == path:
-            continue
-        try:
-            twin = load_recipe(other).name == recipe.name
-        except RecipeError:
-            continue  # it is reported as its own outcome
-        if twin:
-            raise RecipeError(f"{path}: name {recipe.name} is also the name in {other}; one model, one recipe")

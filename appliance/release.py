@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from appliance import registry
@@ -15,6 +17,10 @@ from appliance.preparation import Origin, Prepared, read_versions
 from appliance.recipe import Recipe
 from appliance.run import Run
 from appliance.store import Store
+
+_SHIPPED = "verdict ship"
+# The reasons of the moves made here: of this release with the commit that HEAD was, of earlier ones without.
+_MADE_BY_VERDICT = re.compile(r"verdict ship(?:; HEAD ([0-9a-f]{40}) asks for it(?: again)?)?")
 
 
 def collect_files(run: Run) -> Path:
@@ -57,40 +63,95 @@ def build_manifest(run: Run, prepared: Prepared, *, folder: Path) -> Manifest:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a recipe's alias should be: `target` is the version that it is to move to, empty where it stays.
+
+    `note` says what a person should know: that it goes back, or that it is not at what HEAD asks for, and why.
+    """
+
+    current: registry.AliasMove | None
+    target: str = ""
+    reason: str = ""
+    note: str = ""
+
+
 def promote_by_verdict(
     recipe: Recipe, version: str, manifest: Manifest, *, store: Store, origin: Origin, root: Path
-) -> str:
-    """Move the recipe's alias to a version that ships and has never been behind it; the alias if it is there now.
-
-    A version that was there and is not any more was rolled back by a person: it stays so. A version
-    from an older commit than the one behind the alias does not replace it, however late it is done.
-    """
+) -> tuple[str, str]:
+    """Move the recipe's alias where `judge_alias` wants it; the alias if it is at `version` now, and the note."""
     alias = recipe.publish.alias
-    seen = {entry.version for entry in registry.read_reflog(store, recipe.name) if entry.alias == alias}
-    current = registry.read_alias(store, recipe.name, alias)
-    if manifest.verdict == "ship" and version not in seen and not _is_behind(manifest, current, store=store, root=root):
+    standing = judge_alias(recipe, version, manifest, store=store, origin=origin, root=root)
+    current = standing.current
+    if standing.target:
         current = registry.promote(
             store,
             name=recipe.name,
-            version=version,
+            version=standing.target,
             alias=alias,
             actor=origin.actor,
-            reason="verdict ship",
+            reason=standing.reason,
             at=origin.time,
             expected=current.version if current else "nothing",
         )
-    return alias if current is not None and current.version == version else ""
+    return (alias if current is not None and current.version == version else ""), standing.note
 
 
-def _is_behind(manifest: Manifest, current: registry.AliasMove | None, *, store: Store, root: Path) -> bool:
-    """Whether the version's commit is a true ancestor of the one behind the alias; no if history does not tell."""
-    if current is None or manifest.git_commit is None:
-        return False
-    newer = registry.load_manifest(store, manifest.name, current.version).git_commit
-    if newer in (None, manifest.git_commit):
+def judge_alias(
+    recipe: Recipe, version: str, manifest: Manifest, *, store: Store, origin: Origin, root: Path
+) -> Standing:
+    """Whether the alias should move, when `version` is what HEAD asks for (docs/decisions/0043).
+
+    A version that ships and has never been behind the alias gets it. One that was there gets it back when a
+    verdict moved the alias last and HEAD is newer than the commit that asked for that; a person's move stays.
+    A commit older than the one that asked for what is there now moves nothing, however late it is done.
+    """
+    name, alias = recipe.name, recipe.publish.alias
+    current = registry.read_alias(store, name, alias)
+    if current is not None and current.version == version:
+        return Standing(current)
+    target = version if manifest.verdict == "ship" else _find_shipped(store, manifest)
+    if not target or (current is not None and current.version == target):
+        return Standing(current)
+    head = origin.head or origin.commit or manifest.git_commit
+    reason = f"{_SHIPPED}; HEAD {head} asks for it" if head else _SHIPPED
+    if current is None:
+        return Standing(current, target, reason)
+    there = registry.load_manifest(store, name, current.version)
+    asked = _read_asker(current) or there.git_commit
+    where = f"{alias} is at {current.version}"
+    if _is_ancestor(head, asked, root=root):
+        return Standing(current, note=f"{where}, which the newer commit {str(asked)[:12]} asked for; it stays")
+    if all(move.version != target for move in registry.read_reflog(store, name, alias)):
+        return Standing(current, target, reason)
+    if there.run_key == manifest.run_key:
+        return Standing(current)
+    if _MADE_BY_VERDICT.fullmatch(current.reason) and _is_ancestor(asked, head, root=root):
+        note = f"{alias} goes back from {current.version} to {target}, which HEAD asks for again"
+        return Standing(current, target, f"{reason} again", note)
+    command = f"appliance promote {name}@{target} {alias} --expected {current.version}"
+    said = f"{where} ({current.actor}: {current.reason}), HEAD asks for {target}; to move it: `{command}`"
+    return Standing(current, note=said)
+
+
+def _find_shipped(store: Store, manifest: Manifest) -> str:
+    """The newest version of the same recipe, data and base that ships; empty without one."""
+    versions = registry.list_versions(store, manifest.name)
+    return registry.select_run([v for v in versions if v.verdict == "ship"], manifest.run_key) or ""
+
+
+def _read_asker(move: registry.AliasMove) -> str | None:
+    """The commit whose reconcile made the move; `None` where a person did, or an earlier release."""
+    found = _MADE_BY_VERDICT.fullmatch(move.reason)
+    return found[1] if found else None
+
+
+def _is_ancestor(older: str | None, newer: str | None, *, root: Path) -> bool:
+    """Whether one commit is a true ancestor of the other; no if history does not tell."""
+    if older is None or newer is None or older == newer:
         return False
     try:
-        run_command(["git", "merge-base", "--is-ancestor", manifest.git_commit, str(newer)], cwd=root)
+        run_command(["git", "merge-base", "--is-ancestor", older, newer], cwd=root)
     except CommandError:
         return False
     return True

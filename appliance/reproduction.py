@@ -22,13 +22,13 @@ from pydantic import ValidationError
 from appliance import registry
 from appliance.command import run_command
 from appliance.data import load_pointer, pull_data
+from appliance.desired import POINTER
 from appliance.digest import digest_file, list_files
 from appliance.errors import CommandError, RegistryError
 from appliance.manifest import Manifest
 from appliance.pipeline import train_alone
 from appliance.preparation import Origin, Prepared, Workspace, prepare, read_versions
 from appliance.recipe import Recipe
-from appliance.reconcile import POINTER
 from appliance.store import Store
 
 _COMPARED = (
@@ -123,10 +123,12 @@ def _check_out(manifest: Manifest, version: str, *, workspace: Workspace) -> Ite
                 "repository with --root"
             ) from fault
         # A clone, not a worktree: nothing is written into the user's .git, and none of its hooks run.
-        run_command(["git", "clone", "--quiet", "--no-checkout", "--shared", str(root), str(tree)])
+        top = run_command(["git", "rev-parse", "--show-toplevel"], cwd=root).strip()
+        prefix = run_command(["git", "rev-parse", "--show-prefix"], cwd=root).strip()
+        run_command(["git", "clone", "--quiet", "--no-checkout", "--shared", top, str(tree)])
         run_command(["git", "-c", "advice.detachedHead=false", "checkout", "--quiet", "--detach", commit], cwd=tree)
-        _pull(tree, root)
-        yield tree
+        _pull(tree / prefix, root)
+        yield tree / prefix
 
 
 def _pull(tree: Path, root: Path) -> None:

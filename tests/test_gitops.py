@@ -24,22 +24,13 @@ from appliance.cli.reconcile import command as reconcile_command
 from appliance.cli.review import review
 from appliance.data import load_pointer, read_listing
 from appliance.demo.storage import Storage
+from appliance.desired import find_changes, find_touched, read_origin
 from appliance.digest import digest_bytes
 from appliance.errors import CommandError, DatasetError, DeviceError, RegistryError
 from appliance.plan import Machine, check_device
 from appliance.preparation import Origin, Workspace, prepare
 from appliance.recipe import Recipe, load_recipe
-from appliance.reconcile import (
-    Choice,
-    _Desire,
-    _find_origin,
-    find_changes,
-    find_touched,
-    find_unclaimed,
-    plan_from_git,
-    read_origin,
-    reconcile,
-)
+from appliance.reconcile import Choice, _Desire, _find_origin, find_unclaimed, plan_from_git, reconcile
 from appliance.release import promote_by_verdict
 from appliance.starter import check_files
 from appliance.store import Store, open_store
@@ -560,7 +551,7 @@ def test_an_older_commit_never_replaces_a_newer_one(tmp_path: Path, store: Store
     def promote(version: str) -> str:
         origin = Origin(commit=None, time="2026-01-01T00:00:00Z", actor="x")
         manifest = registry.load_manifest(store, "colours", version)
-        return promote_by_verdict(recipe, version, manifest, store=store, origin=origin, root=project.root)
+        return promote_by_verdict(recipe, version, manifest, store=store, origin=origin, root=project.root)[0]
 
     assert promote(middle) == "staging"
     assert promote(older) == ""

@@ -26,10 +26,11 @@ from tiny import make_recipe, write_base, write_dataset
 
 from appliance import registry
 from appliance.demo.storage import Storage
+from appliance.desired import read_origin
 from appliance.digest import digest_bytes
 from appliance.errors import CommandError, DatasetError, RecipeError
 from appliance.preparation import Workspace
-from appliance.reconcile import Outcome, read_origin, reconcile
+from appliance.reconcile import Outcome, reconcile
 from appliance.store import Store, open_store
 
 QUIET = {"DVC_NO_ANALYTICS": "1", "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}

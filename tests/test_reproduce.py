@@ -20,13 +20,13 @@ from tiny import make_recipe, write_base, write_dataset
 
 from appliance import registry
 from appliance.cli import main
+from appliance.desired import read_origin
 from appliance.digest import digest_file, digest_folder, list_files
 from appliance.errors import CommandError, RegistryError
 from appliance.manifest import FileEntry, Manifest
 from appliance.pipeline import train_alone
 from appliance.preparation import Workspace, prepare, read_versions
 from appliance.recipe import Recipe
-from appliance.reconcile import read_origin
 from appliance.reproduction import reproduce
 from appliance.store import Store, open_store
 

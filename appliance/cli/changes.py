@@ -12,9 +12,9 @@ from appliance.cli.sections import Section
 from appliance.command import run_command
 from appliance.data import DatasetDiff, diff_folders, fetch_revision, load_pointer
 from appliance.data.diff import KINDS
+from appliance.desired import POINTER
 from appliance.errors import DatasetError, RecipeError
 from appliance.recipe import Recipe, SplitSection, load_recipe, parse_recipe
-from appliance.reconcile import POINTER
 
 
 def diff_revisions(root: Path, before: str, after: str | None) -> tuple[DatasetDiff, ...]:
@@ -63,8 +63,8 @@ def _read_splits(root: Path, revision: str | None) -> dict[str, SplitSection]:
 def _list_recipes(root: Path, revision: str | None) -> list[Callable[[], Recipe]]:
     if revision is None:
         return [partial(load_recipe, path) for path in sorted((root / "recipes").glob("*.yaml"))]
-    names = run_command(["git", "ls-tree", "--name-only", revision, "recipes/"], cwd=root).splitlines()
-    texts = {n: run_command(["git", "show", f"{revision}:{n}"], cwd=root) for n in names if n.endswith(".yaml")}
+    names = run_command(["git", "ls-tree", "--name-only", "-z", revision, "recipes/"], cwd=root).split("\0")
+    texts = {n: run_command(["git", "show", f"{revision}:./{n}"], cwd=root) for n in names if n.endswith(".yaml")}
     return [partial(parse_recipe, text, source=name) for name, text in texts.items()]
 
 

@@ -15,10 +15,10 @@ import click
 
 from appliance.cli.lines import wrap
 from appliance.data import is_current, load_pointer
+from appliance.desired import POINTER, read_origin
 from appliance.errors import CommandError, DatasetError
 from appliance.pipeline import Finished
 from appliance.preparation import Origin, Workspace
-from appliance.reconcile import POINTER, read_origin
 from appliance.store import Store, open_store
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -164,4 +164,6 @@ def print_finished(finished: Finished) -> int:
         click.echo(f"version   {finished.name}@{finished.version}" + (" (already there)" if finished.was_done else ""))
     if finished.alias:
         click.echo(f"alias     {finished.name}@{finished.alias}")
+    if finished.note:
+        click.echo(f"note      {finished.note}")
     return REFUSED if finished.outcome in ("hold", "reject") else 0

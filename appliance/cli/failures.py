@@ -67,9 +67,14 @@ def _fail(message: str, code: int) -> int:
 
 def _report_bug() -> int:
     trace = traceback.format_exc()
-    sys.stderr.write(f"{trace}\nThis is a bug in the appliance. Please report it with the lines above.\n")
+    say_bug(trace)
     _write_failure(trace, _BUG)
     return _BUG
+
+
+def say_bug(trace: str) -> None:
+    """A traceback and what to do with it, to standard error."""
+    sys.stderr.write(f"{trace}\nThis is a bug in the appliance. Please report it with the lines above.\n")
 
 
 def _find_record() -> Path | None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from datetime import date
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from appliance.document import load_document
 from appliance.errors import RecipeError
 from appliance.recipe import Recipe
 from appliance.training.utilisation import find_yardstick
@@ -35,9 +35,9 @@ def load_prices(root: Path) -> Prices | None:
     """The team's prices, `None` without the file or with an empty one. Raises `RecipeError`."""
     file = root / PRICES
     try:
-        values = yaml.safe_load(file.read_text("utf-8")) if file.is_file() else None
+        values = load_document(file, error=RecipeError).values if file.is_file() else None
         return Prices.model_validate(values) if values is not None else None
-    except (OSError, yaml.YAMLError, ValidationError) as fault:
+    except (OSError, ValidationError) as fault:
         raise RecipeError(
             f"{file}: expected as_of (a date), source, currency and gpu_hour; {str(fault).splitlines()[0]}"
         ) from fault

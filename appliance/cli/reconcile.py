@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 
 import click
@@ -13,12 +14,16 @@ from appliance.cli.common import (
     mirror_option,
     print_json,
     read_actor,
+    say,
     store_option,
     tensorboard_option,
     workspace_options,
 )
+from appliance.cli.failures import say_bug
 from appliance.cli.lines import show_example, wrap
-from appliance.cli.summary import append_section, describe_action, describe_outcomes, told_in
+from appliance.cli.summary import append_section, describe_action, describe_ignored, describe_outcomes, told_in
+from appliance.desired import find_ignored
+from appliance.errors import UnexpectedError
 from appliance.reconcile import Outcome, find_unclaimed, plan_from_git, reconcile
 from appliance.store import open_store
 
@@ -69,7 +74,7 @@ def command(
     """Compare the repository's recipes and dataset commit with the registry, and make what is missing.
 
     A recipe whose recipe, data and base have a version costs nothing. Exit code 1 when a recipe
-    failed, 3 when a verdict refused one. With --dry-run and no --store, Git alone is asked.
+    failed (70: by a bug), 3 when a verdict refused one. With --dry-run and no --store, Git alone is asked.
     """
     unclaimed: tuple[str, ...] = ()
     with told_in(summary, title="Reconcile"):
@@ -93,7 +98,13 @@ def command(
                 wait_s=wait_minutes * 60,
             )
             unclaimed = find_unclaimed(workspace.root, store)
-    append_section(summary, describe_outcomes(outcomes, dry_run=dry_run, unclaimed=unclaimed))
+    for outcome in outcomes:
+        if isinstance(outcome.error, UnexpectedError):
+            say_bug("".join(traceback.format_exception(outcome.error.__cause__)))
+    ignored = find_ignored(root.resolve())
+    for line in describe_ignored(ignored):
+        say(line)
+    append_section(summary, describe_outcomes(outcomes, dry_run=dry_run, unclaimed=unclaimed, ignored=ignored))
     if as_json:
         print_json([_to_json(o) for o in outcomes])
     else:

@@ -14,13 +14,14 @@ from appliance.cli.prices import Prices, describe_cost, guess_hours, load_prices
 from appliance.cli.sections import Section, print_section
 from appliance.cli.summary import append_section, describe_outcomes
 from appliance.data import check_pushed, load_pointer, pull_data
+from appliance.desired import POINTER, find_ignored
 from appliance.errors import ApplianceError, RegistryError, StoreError, UnreachableDataError
 from appliance.general import preview_rows
 from appliance.model import fit_template, load_template
 from appliance.plan import read_machine
 from appliance.preparation import Workspace, check_data, check_recipe, plan_run, prepare
 from appliance.recipe import Recipe, load_recipe
-from appliance.reconcile import POINTER, Outcome, plan_from_git
+from appliance.reconcile import Outcome, plan_from_git
 from appliance.store import Store, open_store
 from appliance.training import TokenCache
 
@@ -69,7 +70,8 @@ def review(workspace: Workspace, *, since: str | None, store: Store | None) -> t
         outcomes = plan_from_git(workspace.root, since=since)
     except ApplianceError as fault:
         return [Section(title="Recipes", lines=(str(fault),))], 1
-    sections, faults = [describe_outcomes(outcomes, dry_run=True)], sum(o.action == "failed" for o in outcomes)
+    told = describe_outcomes(outcomes, dry_run=True, ignored=find_ignored(workspace.root))
+    sections, faults = [told], sum(o.action == "failed" for o in outcomes)
     wrong, is_here = _bring_data(workspace.root, is_trained=any(o.action == "train" for o in outcomes))
     if wrong is not None:
         is_unknown = isinstance(wrong, UnreachableDataError)

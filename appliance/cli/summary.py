@@ -10,6 +10,7 @@ from appliance.cli.sections import Section, render_sections
 from appliance.errors import ApplianceError
 from appliance.reconcile import Outcome
 
+_LISTED = 5
 _WORDS = {"none": "nothing to do", "train": "trained", "failed": "failed"}
 
 
@@ -18,16 +19,27 @@ def describe_action(outcome: Outcome, *, dry_run: bool) -> str:
     return "would train" if dry_run and outcome.action == "train" else _WORDS[outcome.action]
 
 
-def describe_outcomes(outcomes: Sequence[Outcome], *, dry_run: bool, unclaimed: Sequence[str] = ()) -> Section:
-    """One recipe a line, and what the registry has that no recipe asks for."""
+def describe_outcomes(
+    outcomes: Sequence[Outcome], *, dry_run: bool, unclaimed: Sequence[str] = (), ignored: Sequence[str] = ()
+) -> Section:
+    """One recipe a line, what the registry has that no recipe asks for, and files that are no recipes."""
     return Section(
         title="Plan" if dry_run else "Reconcile",
         columns=("Recipe", "Action", "Why", "Verdict", "Version", "Alias"),
         rows=tuple(_describe(o, dry_run=dry_run) for o in outcomes),
-        lines=tuple(
-            f"{name} has versions but no recipe here (renamed or deleted?); they stay as they are" for name in unclaimed
+        lines=(
+            *(f"{n} has versions but no recipe here (renamed or deleted?); they stay as they are" for n in unclaimed),
+            *describe_ignored(ignored),
         ),
     )
+
+
+def describe_ignored(ignored: Sequence[str]) -> tuple[str, ...]:
+    """One line about files that look like recipes and are not read, or none."""
+    if not ignored:
+        return ()
+    more = f" and {len(ignored) - _LISTED} more" if len(ignored) > _LISTED else ""
+    return (f"not read: {', '.join(ignored[:_LISTED])}{more}; a recipe is recipes/NAME.yaml",)
 
 
 @contextlib.contextmanager

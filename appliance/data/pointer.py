@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from appliance.command import run_command
+from appliance.document import load_document
 from appliance.errors import CommandError, DatasetError, UnreachableDataError
 
 _UNREACHABLE = (
@@ -69,16 +68,21 @@ class Pointer:
 def load_pointer(file: Path) -> Pointer:
     """Read a `.dvc` file with one folder. Raises `DatasetError`."""
     try:
-        text = file.read_text("utf-8")
+        content = file.read_bytes()
     except OSError as fault:
         raise DatasetError(f"{file}: cannot be read; make it with `dvc add datasets` and commit it") from fault
-    if any(line.startswith(("<<<<<<<", ">>>>>>>")) for line in text.splitlines()):
+    if any(line.startswith((b"<<<<<<<", b">>>>>>>")) for line in content.splitlines()):
         raise DatasetError(f"{file}: has conflict markers; settle the merge, run `dvc add datasets` and commit")
+    expected = "expected one folder under 'outs' as `dvc add datasets` writes it"
     try:
-        (out,) = yaml.safe_load(text)["outs"]
+        values = load_document(file, error=DatasetError).values
+    except DatasetError as fault:
+        raise DatasetError(f"{fault}; {expected}") from fault
+    try:
+        (out,) = values["outs"]
         return Pointer(file, str(out["path"]), str(out["md5"]), int(out["size"]), int(out["nfiles"]))
-    except (yaml.YAMLError, TypeError, KeyError, ValueError) as fault:
-        raise DatasetError(f"{file}: expected one folder under 'outs' as `dvc add datasets` writes it") from fault
+    except (TypeError, KeyError, ValueError, OverflowError) as fault:
+        raise DatasetError(f"{file}: {expected}") from fault
 
 
 def list_dvc_files(folder: Path) -> list[str]:

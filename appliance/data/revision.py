@@ -43,6 +43,6 @@ def _read_pointer(root: Path, revision: str, *, pointer: str) -> str:
     except CommandError as fault:
         raise CommandError(f"{revision}: no such commit in {root}; give one of its history (`git log`)") from fault
     try:
-        return run_command(["git", "show", f"{commit}:{pointer}"], cwd=root)
+        return run_command(["git", "show", f"{commit}:./{pointer}"], cwd=root)
     except CommandError as fault:
         raise DatasetError(f"{pointer}: not in the commit {revision}; there is no data to compare with") from fault

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from appliance.contract import Contract, TextContract
 from appliance.data.findings import Finding, Rule
 from appliance.digest import digest_folder
+from appliance.document import load_document
+from appliance.errors import DatasetError
 from appliance.example import Example, Message, Provenance, Role
 
 _SHOWN = 20
@@ -99,12 +100,16 @@ def read_dataset(folder: Path) -> tuple[Dataset | None, tuple[Finding, ...]]:
 
 def _read_card(file: Path) -> tuple[DatasetCard | None, list[Finding]]:
     try:
-        values = yaml.safe_load(file.read_text("utf-8"))
+        values = load_document(file, error=DatasetError).values
     except FileNotFoundError:
         fix = "add it with name, description, licence and contract"
         return None, [_fault("card", file, "no dataset.yaml beside the rows", fix)]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as fault:
-        return None, [_fault("card", file, f"cannot be read ({str(fault).splitlines()[0]})", "correct the file")]
+    except OSError as fault:
+        return None, [_fault("card", file, f"cannot be read ({fault})", "correct the file")]
+    except DatasetError as fault:
+        where, _, words = str(fault).partition(": ")
+        message, _, fix = words.rpartition("; ")
+        return None, [Finding("error", "card", where, message, fix)]
     try:
         return DatasetCard.model_validate(values), []
     except ValidationError as invalid:

@@ -13,11 +13,13 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from appliance.command import run_command
-from appliance.digest import digest_file, digest_folder, digest_json, fsync_folder, list_files
+from appliance.digest import State, digest_file, digest_folder, digest_json, fsync_folder, list_files, stat_files
 from appliance.errors import CommandError, ModelError
+from appliance.model.shapes import read_sizes
 from appliance.recipe import BaseSection
 from appliance.store import Store, StoredObject, open_store
 
@@ -61,13 +63,36 @@ def resolve_base(section: BaseSection, *, root: Path, cache: Path, note: Note) -
     elif section.is_hub:
         base = _resolve_hub(model, revision=str(section.revision), cache=cache, note=note)
     else:
-        base = _resolve_path((root / Path(model).expanduser()).resolve(), model=model, cache=cache, note=note)
+        base = _resolve_path(_expand(root, model), model=model, cache=cache, note=note)
     if section.revision is not None and section.revision != base.revision:
         raise ModelError(
             f"base model {model}: revision is {base.revision}, the recipe pins {section.revision}; "
             "correct base.revision or restore the pinned files"
         )
     return base
+
+
+def _digest(path: Path) -> str:
+    """The digest of a file or a folder; many recipes have one base, which is read once as long as it is unchanged."""
+    state = stat_files(path)
+    return _digest_anew(path) if state is None else _digest_known(path, state)
+
+
+@lru_cache(maxsize=32)
+def _digest_known(path: Path, _state: State) -> str:
+    return _digest_anew(path)
+
+
+def _digest_anew(path: Path) -> str:
+    return digest_folder(path) if path.is_dir() else digest_file(path)
+
+
+def _expand(root: Path, model: str) -> Path:
+    """The place that a local path means. Raises `ModelError` for the home of a user who is not known here."""
+    try:
+        return (root / Path(model).expanduser()).resolve()
+    except RuntimeError as fault:
+        raise ModelError(f"base model {model}: no such home folder here; write the path from / or ./") from fault
 
 
 def _resolve_path(path: Path, *, model: str, cache: Path, note: Note) -> Base:
@@ -79,10 +104,11 @@ def _resolve_path(path: Path, *, model: str, cache: Path, note: Note) -> Base:
             "a .gguf file, a hub id owner/name, or s3://bucket/prefix"
         )
     _check_folder(path, model=model)
-    return Base(folder=path, model=model, revision=f"sha256:{digest_folder(path)}")
+    return Base(folder=path, model=model, revision=f"sha256:{_digest(path)}")
 
 
 def _check_folder(folder: Path, *, model: str) -> None:
+    """Refuse a folder that lacks what a model consists of, or whose sizes cannot be read."""
     names = list_files(folder)
     missing = [n for n in _NEEDED if n not in names]
     if missing:
@@ -91,6 +117,7 @@ def _check_folder(folder: Path, *, model: str) -> None:
         pickled = [n for n in names if n.endswith(_PICKLED)]
         found = f"pickled weights ({pickled[0]}), which are refused" if pickled else "no weights"
         raise ModelError(f"base model {model}: {folder} has {found}; convert the weights to *.safetensors")
+    read_sizes(folder)
 
 
 def _find_packaged(model: str) -> Path:
@@ -114,7 +141,7 @@ def _resolve_gguf(path: Path, *, model: str, cache: Path, note: Note) -> Base:
     with path.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise ModelError(f"base model {model}: {path} is not a GGUF file; download it again")
-    digest = digest_file(path)
+    digest = _digest(path)
     folder = cache / "bases" / f"gguf-{digest[:16]}"
     if not folder.is_dir():
         note(f"converting {path.name} to bf16 safetensors (once; kept in {folder})")
@@ -181,7 +208,7 @@ def _resolve_store(url: str, *, cache: Path, note: Note) -> Base:
         with _staged(folder) as staged:
             _download(store, objects, staged)
             _check_folder(staged, model=url)
-    return Base(folder=folder, model=url, revision=f"sha256:{digest_folder(folder)}")
+    return Base(folder=folder, model=url, revision=f"sha256:{_digest(folder)}")
 
 
 def _download(store: Store, objects: list[StoredObject], folder: Path) -> None:

@@ -32,17 +32,22 @@ class ModelSizes:
 
 
 def read_sizes(base: Path) -> ModelSizes:
-    """The sizes that `config.json` states; 0 for what it leaves out."""
-    config = json.loads((base / "config.json").read_text("utf-8"))
-    config = config.get("text_config", config)
-    hidden, heads = int(config.get("hidden_size") or 0), int(config.get("num_attention_heads") or 1)
-    width = int(config.get("head_dim") or hidden // heads)
-    return ModelSizes(
-        hidden=hidden,
-        layers=int(config.get("num_hidden_layers") or 0),
-        vocabulary=int(config.get("vocab_size") or 0),
-        keys=width * int(config.get("num_key_value_heads") or heads),
-    )
+    """The sizes that `config.json` states; 0 for what it leaves out. Raises `ModelError` when it is damaged."""
+    try:
+        config = json.loads((base / "config.json").read_bytes())
+        config = config.get("text_config", config)
+        hidden, heads = int(config.get("hidden_size") or 0), int(config.get("num_attention_heads") or 1)
+        width = int(config.get("head_dim") or hidden // heads)
+        return ModelSizes(
+            hidden=hidden,
+            layers=int(config.get("num_hidden_layers") or 0),
+            vocabulary=int(config.get("vocab_size") or 0),
+            keys=width * int(config.get("num_key_value_heads") or heads),
+        )
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as fault:
+        raise ModelError(
+            f"{base / 'config.json'}: not a model's sizes in JSON ({fault}); copy the model again"
+        ) from fault
 
 
 def read_weight_shapes(base: Path) -> dict[str, Shape]:

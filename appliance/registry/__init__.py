@@ -11,7 +11,15 @@ from appliance.registry.collect import Collection, collect_garbage, look_for_gar
 from appliance.registry.findings import Finding
 from appliance.registry.folder import verify_folder
 from appliance.registry.leases import LEASE_S, Lease, hold_model, read_lease
-from appliance.registry.listing import VersionInfo, check_known, find_run, list_names, list_versions, load_manifest
+from appliance.registry.listing import (
+    VersionInfo,
+    check_known,
+    find_run,
+    list_names,
+    list_versions,
+    load_manifest,
+    select_run,
+)
 from appliance.registry.marks import Garbage
 from appliance.registry.moves import AliasMove, read_alias, read_reflog
 from appliance.registry.publish import publish
@@ -45,5 +53,6 @@ __all__ = [
     "read_lease",
     "read_reflog",
     "resolve",
+    "select_run",
     "verify_folder",
 ]

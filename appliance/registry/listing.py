@@ -77,8 +77,12 @@ def list_names(store: Store) -> tuple[str, ...]:
 
 def find_run(store: Store, name: str, run_key: str) -> str | None:
     """The newest version that was made by this run key, `None` when there is nothing yet."""
-    found = [v.version for v in list_versions(store, name) if v.manifest.run_key == run_key]
-    return found[-1] if found else None
+    return select_run(list_versions(store, name), run_key)
+
+
+def select_run(versions: Iterable[VersionInfo], run_key: str) -> str | None:
+    """The newest of these versions that was made by the run key."""
+    return next(reversed([v.version for v in versions if v.manifest.run_key == run_key]), None)
 
 
 def load_manifest(store: Store, name: str, version: str) -> Manifest:

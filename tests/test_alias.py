@@ -1,0 +1,223 @@
+"""Laws of the alias that verdicts move: it is where Git's HEAD asks it to be, unless a person moved it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from test_gitops import project, template  # noqa: F401 - fixtures
+from test_reconcile import TRAINING, Project, base  # noqa: F401 - a fixture
+from test_registry import publish_new
+
+from appliance import registry
+from appliance.cli import main
+from appliance.preparation import Workspace, prepare
+from appliance.recipe import load_recipe
+from appliance.registry import AliasMove
+
+
+def head(project: Project) -> str:  # noqa: F811
+    """The commit that is checked out."""
+    return project.run("git", "rev-parse", "HEAD").strip()
+
+
+def publish_asked(project: Project, folder: Path, *, verdict: str = "ship", text: str = "") -> str:  # noqa: F811
+    """A version of what HEAD asks for, as a training would publish it; nothing is trained."""
+    workspace = Workspace(project.root, project.root / ".cache", project.root / ".appliance", note=lambda _: None)
+    key = prepare(load_recipe(project.root / "recipes" / "colours.yaml"), workspace=workspace).key
+    return publish_new(
+        project.store, folder, f"{key}{text}", name="colours", run_key=key, git_commit=head(project), verdict=verdict
+    )
+
+
+def ask_for(project: Project, epochs: int) -> str:  # noqa: F811
+    """Commit a recipe of so many epochs; the commit."""
+    project.write_recipe(training={**TRAINING, "epochs": epochs})
+    return project.commit(f"{epochs} epochs")
+
+
+def revert(project: Project) -> str:  # noqa: F811
+    """`git revert HEAD`; the commit."""
+    project.run("git", "revert", "--no-edit", "HEAD")
+    return head(project)
+
+
+def read_move(project: Project) -> AliasMove:  # noqa: F811
+    """The alias's last move."""
+    move = registry.read_alias(project.store, "colours", "production")
+    assert move is not None
+    return move
+
+
+def move_by_hand(project: Project, version: str) -> None:  # noqa: F811
+    """What `appliance promote` does."""
+    registry.promote(
+        project.store, name="colours", version=version, alias="production",
+        actor="ann", reason="rolled back", at="2026-01-01T00:00:00Z",
+    )  # fmt: skip
+
+
+def ship(project: Project, folder: Path, epochs: int) -> str:  # noqa: F811
+    """A commit, its version, and the alias at it by a reconcile."""
+    ask_for(project, epochs)
+    version = publish_asked(project, folder)
+    project.reconcile()
+    assert project.alias() == version
+    return version
+
+
+def test_a_revert_takes_the_alias_back(project: Project, tmp_path: Path) -> None:  # noqa: F811
+    """What was shipped and is asked for again is behind the alias again, by a move that says so; and forth again."""
+    older, newer = ship(project, tmp_path, 2), ship(project, tmp_path, 3)
+    asker = revert(project)
+    (planned,) = project.reconcile(dry_run=True)
+    assert planned.reason.endswith(f"production goes back from {newer} to {older}, which HEAD asks for again")
+    assert project.alias() == newer, "a dry run moves nothing"
+    (outcome,) = project.reconcile()
+    assert (outcome.action, outcome.reason) == ("none", planned.reason)
+    assert outcome.finished is not None
+    assert outcome.finished.alias == "production"
+    assert (project.alias(), read_move(project).reason) == (older, f"verdict ship; HEAD {asker} asks for it again")
+    (settled,) = project.reconcile()
+    assert settled.reason == f"{older} was made from this recipe, data and base"
+    revert(project)
+    project.reconcile()
+    assert project.alias() == newer, "the revert was reverted"
+    assert read_move(project).seq == 4
+
+
+def test_a_revert_of_data_takes_the_alias_back(project: Project, tmp_path: Path) -> None:  # noqa: F811
+    """The same for `datasets.dvc` as for a recipe."""
+    older = publish_asked(project, tmp_path)
+    project.reconcile()
+    project.commit_data(rows=124)
+    newer = publish_asked(project, tmp_path)
+    project.reconcile()
+    assert project.alias() == newer
+    revert(project)
+    project.run(sys.executable, "-m", "dvc", "checkout", "--quiet", "--force")
+    project.reconcile()
+    assert project.alias() == older
+
+
+def test_what_a_person_moved_stays_and_is_told(
+    project: Project,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The outcome and the summary say where the alias is, what HEAD asks for, and the command that moves it."""
+    older, newer = ship(project, tmp_path, 2), ship(project, tmp_path, 3)
+    move_by_hand(project, older)
+    (rolled,) = project.reconcile()
+    assert project.alias() == older
+    command = f"appliance promote colours@{newer} production --expected {older}"
+    assert rolled.reason.endswith(
+        f"production is at {older} (ann: rolled back), HEAD asks for {newer}; to move it: `{command}`"
+    )
+    revert(project)
+    (satisfied,) = project.reconcile()
+    assert satisfied.reason.endswith("data and base"), "what HEAD asks for is there, whoever put it there"
+    revert(project)
+    project.reconcile()
+    assert project.alias() == older, "a person's move stays"
+    for name, value in project.environment.items():
+        monkeypatch.setenv(name, value)
+    summary = project.root / ".cache" / "summary.md"
+    assert main(["reconcile", "--json", "--root", str(project.root), "--summary", str(summary)]) == 0
+    (told,) = json.loads(capfd.readouterr().out)
+    assert command in told["reason"]
+    assert command in summary.read_text()
+    move_by_hand(project, newer)
+    revert(project)
+    project.reconcile()
+    assert project.alias() == newer
+
+
+def test_an_older_checkout_never_takes_the_alias_back(project: Project, tmp_path: Path) -> None:  # noqa: F811
+    """A late job of an older commit, a night at an old checkout: by the commit that asked, not the version's own."""
+    older, newer = ship(project, tmp_path, 2), ship(project, tmp_path, 3)
+    second = head(project)
+    project.run("git", "checkout", "--quiet", "--detach", "HEAD~1")
+    (late,) = project.reconcile()
+    assert project.alias() == newer
+    assert late.reason.endswith(f"production is at {newer}, which the newer commit {second[:12]} asked for; it stays")
+    project.run("git", "checkout", "--quiet", "main")
+    revert(project)
+    project.reconcile()
+    assert project.alias() == older
+    project.run("git", "checkout", "--quiet", "--detach", second)
+    project.reconcile()
+    assert project.alias() == older, "the version's own commit is older than this checkout, the one that asked is not"
+    project.run("git", "checkout", "--quiet", "-b", "late", second)
+    ask_for(project, 4)
+    publish_asked(project, tmp_path)
+    project.run("git", "checkout", "--quiet", "main")
+    project.run("git", "merge", "--quiet", "-s", "ours", "-m", "not taken", "late")
+    project.reconcile()
+    project.run("git", "checkout", "--quiet", "late")
+    (side,) = project.reconcile()
+    assert side.finished is not None
+    assert project.alias() == side.finished.version, "neither commit is known to be the newer one: as it was before"
+
+
+def test_two_pushes_in_quick_succession_end_at_the_newer_one(project: Project, tmp_path: Path) -> None:  # noqa: F811
+    """A commit and its revert, and the job of the commit ends last: the next reconcile of HEAD puts it right."""
+    older = ship(project, tmp_path, 2)
+    first = ask_for(project, 3)
+    newer = publish_asked(project, tmp_path)
+    revert(project)
+    project.reconcile()
+    project.run("git", "checkout", "--quiet", "--detach", first)
+    project.reconcile()
+    assert project.alias() == newer, "nothing tells this job of the revert: the alias was where it was asked to be"
+    project.run("git", "checkout", "--quiet", "main")
+    project.reconcile()
+    assert project.alias() == older
+
+
+def test_a_move_of_an_earlier_release_counts_by_its_versions_commit(project: Project, tmp_path: Path) -> None:  # noqa: F811
+    """Its reason names no commit; a revert takes the alias back all the same, an older checkout does not."""
+    older, newer = ship(project, tmp_path, 2), publish_after(project, tmp_path, 3)
+    registry.promote(
+        project.store, name="colours", version=newer, alias="production",
+        actor="ci", reason="verdict ship", at="2026-01-01T00:00:00Z",
+    )  # fmt: skip
+    project.run("git", "checkout", "--quiet", "--detach", "HEAD~1")
+    project.reconcile()
+    assert project.alias() == newer
+    project.run("git", "checkout", "--quiet", "main")
+    revert(project)
+    project.reconcile()
+    assert project.alias() == older
+
+
+def publish_after(project: Project, folder: Path, epochs: int) -> str:  # noqa: F811
+    """A commit and its version, without a reconcile."""
+    ask_for(project, epochs)
+    return publish_asked(project, folder)
+
+
+def test_the_version_that_shipped_counts_when_a_forced_one_did_not(project: Project, tmp_path: Path) -> None:  # noqa: F811
+    """`--force` made HEAD's version again and the verdict held it: the one that was shipped goes back in place."""
+    older = ship(project, tmp_path, 2)
+    publish_asked(project, tmp_path, verdict="hold", text="again")
+    (kept,) = project.reconcile()
+    assert (project.alias(), "production" in kept.reason) == (older, False)
+    newer = ship(project, tmp_path, 3)
+    revert(project)
+    project.reconcile()
+    assert project.alias() == older
+    assert newer != older
+
+
+def test_what_is_not_committed_moves_nothing_back(project: Project, tmp_path: Path) -> None:  # noqa: F811
+    """With --allow-dirty nobody's commit asks."""
+    ship(project, tmp_path, 2)
+    newer = ship(project, tmp_path, 3)
+    project.write_recipe(training={**TRAINING, "epochs": 2})
+    (outcome,) = project.reconcile(allow_dirty=True)
+    assert outcome.action == "none"
+    assert project.alias() == newer
