@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -23,7 +22,7 @@ from appliance.cli import main
 from appliance.cli.changes import diff_revisions
 from appliance.cli.prices import load_prices
 from appliance.cli.review import review
-from appliance.data import load_pointer
+from appliance.data import digest_dvc_folder, load_pointer
 from appliance.data.rows import read_dataset
 from appliance.desired import find_ignored
 from appliance.errors import DatasetError, RecipeError, UnexpectedError
@@ -34,7 +33,6 @@ from appliance.reconcile import plan_from_git
 from appliance.reproduction import _check_out
 from appliance.store import open_store
 
-EMPTY = hashlib.md5(b"[]", usedforsecurity=False).hexdigest() + ".dir"  # what DVC calls a folder without files
 GOOD = "name: a\nbase: {model: ./base}\ndataset: {path: datasets/colours}\nmethod: {type: lora}\n"
 ODD = {
     "date": ("name: 2024-13-45\nbase: {}\n", r"aaa\.yaml:2"),
@@ -199,7 +197,8 @@ def test_a_version_of_a_folder_is_checked_out_with_its_folder(tmp_path: Path, be
     root = tmp_path / "repository" / below
     (root / "datasets").mkdir(parents=True)
     (root / "datasets" / ".keep").write_text("")
-    (root / "datasets.dvc").write_text(f"outs:\n- {{path: datasets, md5: {EMPTY}, size: 2, nfiles: 0}}\n")
+    md5 = digest_dvc_folder(root / "datasets")
+    (root / "datasets.dvc").write_text(f"outs:\n- {{path: datasets, md5: {md5}, size: 0, nfiles: 1}}\n")
     team = Project(root, open_store(f"file://{tmp_path}/store"), {})
     team.run("git", "init", "--quiet", str(tmp_path / "repository"))
     manifest = make_manifest(make_folder(tmp_path / "made"), git_commit=team.commit("x"))
