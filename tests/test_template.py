@@ -15,7 +15,7 @@ from tiny import TEMPLATE, write_tokenizer
 
 from appliance.errors import ModelError, TrainingError
 from appliance.example import Example, Message
-from appliance.model import ChatTemplate, fit_template, load_template, render_row, render_rows
+from appliance.model import ChatTemplate, fit_template, load_template, render_row, render_rows, set_thinking
 from appliance.model.template import CallForm
 
 BY_NAME = {f.name: f for f in FAMILIES}
@@ -302,6 +302,56 @@ def test_thinking_is_one_setting_for_all_prompts_of_a_run(tmp_path: Path) -> Non
         render_row(thought, template)
     fixed = load_template(write_family(tmp_path, BY_NAME["qwen2.5"]))
     assert fit_template(fixed, [thought]).thinking == "fixed"
+
+
+MENTIONS = "write `</think>` at the end"
+
+
+@pytest.mark.parametrize("name", ["qwen3", "smollm3"])
+def test_an_answer_that_mentions_the_tag_does_not_change_the_other_rows(tmp_path: Path, name: str) -> None:
+    """Only an answer that begins with a thinking block thinks: the plain row keeps its prompt and its tokens."""
+    template = load_template(write_family(tmp_path, BY_NAME[name]))
+    plain = make_example(("user", "q"), ("assistant", "Paris"))
+    others = [make_example(("user", "q"), ("assistant", t)) for t in (MENTIONS, "</think>", "<think> opens it")]
+    fitted = fit_template(template, [plain, *others])
+    assert fitted.thinking == "off"
+    assert render_row(plain, fitted) == render_row(plain, fit_template(template, [plain]))
+    assert fit_template(template, [make_example(("user", "q"), ("assistant", f"\n{THINK}a"))]).thinking == "on"
+
+
+@pytest.mark.parametrize("thinking", ["off", "on"])
+@pytest.mark.parametrize("calls", [None, [call("Paris")]], ids=["text", "call"])
+@pytest.mark.parametrize("content", [MENTIONS, "a\n</think>\n\nb"])
+def test_an_answer_that_the_template_would_take_apart_is_refused(
+    tmp_path: Path, thinking: str, calls: list[Any] | None, content: str
+) -> None:
+    """Qwen 3 splits any answer at `</think>`: text before the tag would be trained as thinking, also beside a call."""
+    template = set_thinking(load_template(write_family(tmp_path, BY_NAME["qwen3"])), thinking)
+    example = ask(Message("assistant", content, calls), tools=calls is not None)
+    with pytest.raises(TrainingError, match=r"^row r1: .*'</think>' in the answer of turn 2.*; let the answer begin"):
+        render_rows(example, template)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "smollm3", "deepseek-v3"])
+def test_the_tag_is_text_where_the_template_leaves_it_alone(tmp_path: Path, name: str) -> None:
+    """The whole answer is trained, tag and all, behind the same prompt as ever."""
+    template = load_template(write_family(tmp_path, BY_NAME[name]))
+    row = render_row(ask(("assistant", MENTIONS)), template)
+    (start, end) = row.spans[0]
+    assert row.input_ids[:start] == template.encode_prompt([Message("user", "a?")])
+    assert template.decode(row.input_ids[start : end - 1]) == MENTIONS
+
+
+def test_an_answer_goes_on_from_the_thinking_block_that_its_prompt_opens(tmp_path: Path) -> None:
+    """DeepSeek R1: with or without the opening tag in the row, the same tokens are trained.
+
+    It was so before the tag had to lead an answer; here so that it stays.
+    """
+    template = load_template(write_family(tmp_path, BY_NAME["deepseek-r1"]))
+    rows = [
+        render_row(ask(("assistant", t)), template) for t in ("<think>\nwell\n</think>\n\na", "well\n</think>\n\na")
+    ]
+    assert rows[0] == rows[1]
 
 
 def test_the_clock_of_a_template_stands_still(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import msgspec
 
 from appliance.errors import TrainingError
 from appliance.example import Example
-from appliance.model.template import CLOSED, ChatTemplate, holds_call
+from appliance.model.template import CLOSED, OPENED, ChatTemplate, begins_thinking, holds_call
 
 _SCAFFOLD = re.compile(r"<think>\s*(</think>\s*)?$")
 _EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
@@ -86,12 +86,16 @@ def render_row(example: Example, template: ChatTemplate) -> TokenRow:
     return row
 
 
-def split_thinking(content: str) -> tuple[str, str]:
-    """The reasoning and the answer of a content, both trimmed; the reasoning is empty without `</think>`."""
-    before, closed, after = content.partition(CLOSED)
-    if not closed:
+def split_thinking(content: str, *, opened: bool = False) -> tuple[str, str]:
+    """The reasoning and the answer of a content, both trimmed.
+
+    Reasoning is what a content begins with in `<think>...</think>`, or, where the prompt has `opened` the
+    block, what stands before `</think>`. Elsewhere the tags are text like any other.
+    """
+    if not (begins_thinking(content) or (opened and CLOSED in content)):
         return "", content.strip()
-    return before.strip().removeprefix("<think>").strip(), after.strip()
+    before, _, after = content.partition(CLOSED)
+    return before.strip().removeprefix(OPENED).strip(), after.strip()
 
 
 def _build_turn(example: Example, number: int, template: ChatTemplate) -> _Turn:
@@ -107,8 +111,14 @@ def _build_turn(example: Example, number: int, template: ChatTemplate) -> _Turn:
     stop = next((i for i, token in enumerate(answer) if token in template.stop_ids), None)
     if stop is None:
         raise _refuse_ending(example, number, answer, template)
-    _check_said(example, number, answer[:stop], template)
+    _check_said(example, number, answer[:stop], opened=_opens_thinking(before), template=template)
     return _Turn(prompt=prompt, answer=answer[: stop + 1])
+
+
+def _opens_thinking(prompt: str) -> bool:
+    """Whether a prompt ends within a thinking block, so that the answer goes on from it."""
+    scaffold = _SCAFFOLD.search(prompt)
+    return scaffold is not None and scaffold[1] is None
 
 
 def _find_tail(example: Example, number: int, *, prompt: str, template: ChatTemplate) -> str:
@@ -140,8 +150,9 @@ def _continue_thinking(example: Example, number: int, *, prompt: str, own: str, 
     if scaffold is None or not own.startswith(prompt[: scaffold.start()]):
         raise _refuse(example, f"the prompt of {turn} is not a prefix of the rendering of that turn", template)
     rest = own[scaffold.start() :]
-    thinks = bool(split_thinking(content)[0])
-    if scaffold[1] is not None:
+    opened = _opens_thinking(prompt)
+    thinks = bool(split_thinking(content, opened=opened)[0])
+    if not opened:
         if thinks:
             raise _refuse(example, f"the prompt of {turn} closes the thinking block, but the answer thinks", template)
         empty = _EMPTY_THINKING.match(rest)
@@ -177,26 +188,40 @@ def _encode_answer(
     raise _refuse(example, what, template)
 
 
-def _check_said(example: Example, number: int, said: list[int], template: ChatTemplate) -> None:
+def _check_said(example: Example, number: int, said: list[int], *, opened: bool, template: ChatTemplate) -> None:
     """The trained tokens, decoded, are the answer: its thinking, its text and its tool calls."""
     message, text = example.messages[number], template.decode(said)
-    reasoning, answer = (unicodedata.normalize("NFC", t) for t in split_thinking(message.content))
+    wanted, spoken = (
+        tuple(unicodedata.normalize("NFC", part) for part in split_thinking(t, opened=opened))
+        for t in (message.content, text)
+    )
     if not message.tool_calls:
-        spoken = tuple(unicodedata.normalize("NFC", t) for t in split_thinking(text))
-        if spoken == (reasoning, answer):
+        if spoken == wanted:
             return
-        if answer and spoken[1].startswith(answer) and any(t in template.added_ids for t in said):
+        if wanted[1] and spoken[1].startswith(wanted[1]) and any(t in template.added_ids for t in said):
             raise _refuse_ending(example, number, said, template)
-        raise _refuse(example, f"the trained text of turn {number + 1} is {text[:60]!r}, not the answer", template)
+        what = f"the trained text of turn {number + 1} is {text[:60]!r}, not the answer"
+        raise _refuse(example, _find_tag(message.content, number, opened=opened) or what, template)
+    if spoken[0] != wanted[0] or wanted[1] not in spoken[1]:
+        what = f"the text beside the tool calls of turn {number + 1} is not trained"
+        raise _refuse(example, _find_tag(message.content, number, opened=opened) or what, template)
     whole = unicodedata.normalize("NFC", text)
-    if reasoning not in whole or answer not in whole:
-        raise _refuse(example, f"the text beside the tool calls of turn {number + 1} is not trained", template)
     for call in message.tool_calls:
         if not holds_call(whole, call):
             what = (
                 f"the trained text of turn {number + 1} is {text[:60]!r}, without the tool call {json.dumps(call)[:60]}"
             )
             raise _refuse(example, what, template)
+
+
+def _find_tag(content: str, number: int, *, opened: bool) -> str | None:
+    """What is wrong with an answer that a template took apart at a tag in its text; `None` without such a tag."""
+    if CLOSED not in content or opened or begins_thinking(content):
+        return None
+    return (
+        f"the template takes what stands before {CLOSED!r} in the answer of turn {number + 1} for thinking; "
+        f"let the answer begin with {OPENED}...{CLOSED}, or write the tag in another way"
+    )
 
 
 def _check_shown(example: Example, template: ChatTemplate) -> None:

@@ -23,7 +23,7 @@ from appliance.model.environment import compile_template
 Thinking = Literal["fixed", "off", "on"]
 """Whether the template has a switch for thinking, and how it is set for every prompt of a run."""
 
-CLOSED = "</think>"
+OPENED, CLOSED = "<think>", "</think>"
 _SPACE = re.compile(r"\s+")
 
 
@@ -129,12 +129,17 @@ def load_template(folder: Path) -> ChatTemplate:
 
 
 def fit_template(template: ChatTemplate, examples: Sequence[Example]) -> ChatTemplate:
-    """Thinking on when an answer of the rows thinks, else off; a template without the switch stays as it is.
+    """Thinking on when an answer of the rows begins with a thinking block, else off; without the switch no change.
 
     Decided once for all prompts of a run, because a prompt must not depend on the answer to come.
     """
-    thinks = any(CLOSED in m.content for e in examples for m in e.messages if m.role == "assistant")
+    thinks = any(begins_thinking(m.content) for e in examples for m in e.messages if m.role == "assistant")
     return set_thinking(template, "on" if thinks else "off")
+
+
+def begins_thinking(content: str) -> bool:
+    """Whether a content begins with a whole thinking block; one that mentions the tags elsewhere does not think."""
+    return content.lstrip().startswith(OPENED) and CLOSED in content
 
 
 def set_thinking(template: ChatTemplate, thinking: str | None) -> ChatTemplate:
