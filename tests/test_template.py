@@ -404,7 +404,7 @@ REFUSED: dict[str, tuple[str, Example, str]] = {
     "no-tool-definitions": (TEMPLATE, ask(("assistant", "one"), tools=True), "the definition of tool get_weather"),
     "no-calls": (TEMPLATE, ask(Message("assistant", "", [call("Paris")])), "renders no tool calls"),
     "half-an-answer": (
-        TEMPLATE.replace("message['content']", "message['content'][:3]"),
+        TEMPLATE.replace("message['content']", "message['content'][:3 if message['role'] == 'assistant' else none]"),
         make_example(("user", "a?"), ("assistant", "four")),
         "is 'fou', not the answer",
     ),
@@ -419,6 +419,62 @@ def test_what_would_train_the_wrong_tokens_is_refused(tmp_path: Path, case: str)
     write_tokenizer(tmp_path, template=template)
     with pytest.raises(TrainingError, match=f"^row r1: .*{rule}"):
         render_rows(example, load_template(tmp_path))
+
+
+HIDDEN: dict[str, tuple[str, Example, int]] = {
+    "in-the-user-turn": (SILENT, make_example(("system", "Be kind."), ("user", "Be kind. a?"), ("assistant", "x")), 1),
+    "in-an-answer": (
+        SILENT,
+        make_example(("system", "red"), ("user", "a?"), ("assistant", "red"), ("user", "b?"), ("assistant", "x")),
+        1,
+    ),
+    "a-word-of-the-template": (SILENT, make_example(("system", "user"), ("user", "a?"), ("assistant", "x")), 1),
+    "a-letter": (SILENT, make_example(("system", "a"), ("user", "a?"), ("assistant", "x")), 1),
+    "white-space-around": (SILENT, make_example(("system", " a\n"), ("user", "a?"), ("assistant", "x")), 1),
+}
+
+
+@pytest.mark.parametrize("case", HIDDEN)
+def test_text_that_is_left_out_is_not_found_elsewhere(tmp_path: Path, case: str) -> None:
+    """Words of a turn that is not shown may stand in another turn or in the template: that shows nothing."""
+    template, example, turn = HIDDEN[case]
+    write_tokenizer(tmp_path, template=template)
+    with pytest.raises(TrainingError, match=rf"^row r1: .*leaves out turn {turn} \(system\)"):
+        render_rows(example, load_template(tmp_path))
+
+
+def test_a_tool_named_like_a_word_of_the_template_is_not_taken_for_shown(tmp_path: Path) -> None:
+    """A template without tools leaves out one that is called `user`, too."""
+    write_tokenizer(tmp_path)
+    tools = json.dumps([{"name": "user"}])
+    with pytest.raises(TrainingError, match=r"^row r1: .*leaves out the definition of tool user "):
+        render_rows(Example("r1", ONE.messages, provenance="human", tools=tools), load_template(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "(content | trim)",
+        "(content | upper if content.strip().startswith('Q') else content)",
+        "(content | tojson if message['role'] == 'system' else content)",
+        "(content if content.startswith('Be') or message['role'] != 'system' else raise_exception('Be what?'))",
+        "(content if content or message['role'] == 'user' else raise_exception('empty'))",
+    ],
+)
+def test_what_a_template_trims_escapes_or_asks_of_a_content_is_not_left_out(tmp_path: Path, shown: str) -> None:
+    """The marks by which a content is found are those that such templates let stand. So it was; it has to stay."""
+    text = TEMPLATE.replace("message['content']", shown).replace(
+        "in messages %}", "in messages %}{% set content = message['content'] %}", 1
+    )
+    write_tokenizer(tmp_path, template=text)
+    turns = (
+        ("system", 'Be "kind".\n\tAlways.'),
+        ("user", " Q1 \n"),
+        ("assistant", "a"),
+        ("user", ""),
+        ("assistant", "b"),
+    )
+    assert len(render_rows(make_example(*turns), load_template(tmp_path))) == 1
 
 
 @pytest.mark.parametrize(

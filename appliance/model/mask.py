@@ -16,16 +16,18 @@ import json
 import re
 import unicodedata
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
 from appliance.errors import TrainingError
-from appliance.example import Example
-from appliance.model.template import CLOSED, OPENED, ChatTemplate, begins_thinking, holds_call
+from appliance.example import Example, Message
+from appliance.model.template import CLOSED, OPENED, ChatTemplate, begins_thinking, holds_call, read_tools
 
 _SCAFFOLD = re.compile(r"<think>\s*(</think>\s*)?$")
 _EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
 _THINKING = re.compile(r"\s*(?:<think>)?\s*(.*?</think>\s*)", re.DOTALL)
+_MARK = "7316049258{:04}"
 
 
 class TokenRow(msgspec.Struct, frozen=True):
@@ -225,22 +227,45 @@ def _find_tag(content: str, number: int, *, opened: bool) -> str | None:
 
 
 def _check_shown(example: Example, template: ChatTemplate) -> None:
-    """Nothing that the row tells the model is left out by the template without a word."""
+    """Nothing that the row tells the model is left out by the template without a word.
+
+    Each content and each name of a tool is rendered with a mark of its own behind it: without one, words that
+    stand in another turn too, or in the template itself, would be found though they were left out. Marks are
+    digits, which no template trims, folds or escapes; they follow, because templates ask how a content begins.
+    """
     last = max((i for i, m in enumerate(example.messages) if m.role == "assistant"), default=0)
-    text = template.render(example.messages[:last], prompt=True, tools=example.tools)
-    for number, message in enumerate(example.messages[:last], start=1):
-        said = message.content.strip()
-        if message.role != "assistant" and said not in text and json.dumps(said, ensure_ascii=False)[1:-1] not in text:
-            raise _refuse(
-                example, f"the template leaves out turn {number} ({message.role}) at turn {last + 1}", template
-            )
+    turns = [_mark_turn(m, number) for number, m in enumerate(example.messages[:last], start=1)]
+    given = read_tools(example.tools) or []
+    tools = [_mark_tool(t, last + number) for number, t in enumerate(given, start=1)]
+    text = template.render(turns, prompt=True, tools=json.dumps(tools, ensure_ascii=False) if tools else None)
+    for number, turn in enumerate(turns, start=1):
+        said = turn.content.lstrip()
+        if turn.role != "assistant" and said not in text and json.dumps(said, ensure_ascii=False)[1:-1] not in text:
+            raise _refuse(example, f"the template leaves out turn {number} ({turn.role}) at turn {last + 1}", template)
     if any(m.tool_calls for m in example.messages) and template.calls is None:
         raise _refuse(example, "the template renders no tool calls", template)
-    for tool in json.loads(example.tools) if example.tools else ():
-        function = tool.get("function", tool)
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(name, str) or name not in text:
-            raise _refuse(example, f"the template leaves out the definition of tool {name}", template)
+    for tool, marked in zip(given, tools, strict=True):
+        if (name := _read_name(marked)) is None or name not in text:
+            raise _refuse(example, f"the template leaves out the definition of tool {_read_name(tool)}", template)
+
+
+def _mark_turn(message: Message, number: int) -> Message:
+    """The turn with a mark at its end; an empty one says nothing, and answers have a check of their own."""
+    if message.role == "assistant" or not message.content.strip():
+        return message
+    return msgspec.structs.replace(message, content=message.content + _MARK.format(number))
+
+
+def _mark_tool(tool: dict[str, Any], number: int) -> dict[str, Any]:
+    """The definition with a mark at the end of its name, if it has one."""
+    name = _read_name(tool)
+    return tool if name is None else {**tool, "function": {**tool["function"], "name": name + _MARK.format(number)}}
+
+
+def _read_name(tool: dict[str, Any]) -> str | None:
+    function = tool["function"]
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _check_row(example: Example, row: TokenRow, template: ChatTemplate) -> None:

@@ -69,7 +69,7 @@ class ChatTemplate:
         """The conversation as text; with `prompt`, ending where the assistant begins to speak."""
         from jinja2 import TemplateError
 
-        definitions = _read_tools(tools)
+        definitions = read_tools(tools)
         turns = _build_turns(messages, form=self.calls or _FORMS[0])
         switch = (
             {} if self.thinking == "fixed" else dict.fromkeys(("enable_thinking", "thinking"), self.thinking == "on")
@@ -168,7 +168,8 @@ def _list_leaves(value: Any) -> list[str]:
     return [value if isinstance(value, str) else json.dumps(value)]
 
 
-def _read_tools(tools: str | None) -> list[Any] | None:
+def read_tools(tools: str | None) -> list[Any] | None:
+    """The definitions as templates expect them, `None` without any. Raises `TrainingError` for another form."""
     try:
         value = json.loads(tools) if tools else None
     except ValueError as fault:
