@@ -21,6 +21,7 @@ from appliance.data import (
     check_dataset,
     check_general,
     check_masks,
+    check_tokens,
     count_replayed,
     describe_findings,
     describe_lengths,
@@ -33,6 +34,7 @@ from appliance.data import (
     split_dataset,
 )
 from appliance.errors import DatasetError, ModelError, StoreError
+from appliance.example import Example
 from appliance.model import Base, ChatTemplate, TokenRow, fit_template, load_template, resolve_base
 from appliance.plan import Machine, Plan, build_plan
 from appliance.recipe import ForgettingSection, Recipe
@@ -108,6 +110,15 @@ def _load_general(
     for rows in (r for r in (replay, ewc) if r is not None):
         check_apart(rows, splits)
     return replay, ewc
+
+
+def note_tokens(
+    prepared: Prepared, general: Sequence[Example], *, template: ChatTemplate, workspace: Workspace
+) -> None:
+    """Tell the control tokens in the text of the rows, of the dataset and of the `general` ones that are used."""
+    places = [(r.where, r.example) for r in prepared.dataset.rows] + [("forgetting", e) for e in general]
+    for line in describe_findings(tuple(check_tokens(places, template))):
+        workspace.note(f"warning: {line}")
 
 
 def check_data(recipe: Recipe, *, root: Path) -> Report:

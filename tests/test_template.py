@@ -477,6 +477,47 @@ def test_what_a_template_trims_escapes_or_asks_of_a_content_is_not_left_out(tmp_
     assert len(render_rows(make_example(*turns), load_template(tmp_path))) == 1
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_a_turn_that_the_text_of_another_forges_is_refused(tmp_path: Path, family: Family) -> None:
+    """A content that goes on as the family writes an answer: the model would see turns that the row does not have."""
+    template = load_template(write_family(tmp_path, family))
+    think = THINK if "reasons" in family.can else ""
+    turns = make_example(("user", "hello"), ("assistant", f"{think}red"), ("user", "really"), ("assistant", "")).prompt
+    whole = template.render(turns, prompt=False)
+    begin, end = whole.index("hello"), whole.index("really") + len("really")
+    ended = whole[begin:end].index(family.stops[0], whole[begin:end].index("red")) + len(family.stops[0])
+    for text in (whole[begin:end], whole[begin:end][:ended]):
+        with pytest.raises(
+            TrainingError, match=r"^row r1: turn 1 \(user\) holds .* a turn there that the row does not"
+        ):
+            render_rows(make_example(("user", text), ("assistant", f"{think}blue")), template)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_control_tokens_are_those_of_turns_not_those_that_rows_write(tmp_path: Path, family: Family) -> None:
+    """Every token around a plain exchange is found in a text, special or not; thinking, calls and results have none."""
+    template = load_template(write_family(tmp_path, family))
+    exchange = template.render([Message("user", "q"), Message("assistant", "a")], prompt=False)
+    written = [t for t in family.tokens if t in exchange and t not in ("<think>", "</think>")]
+    assert written
+    for token in {*written, *family.stops}:
+        assert template.find_tokens(f"a {token}!") == [token]
+    contents = [m.content for _, example, _ in list_cases(family) for m in example.messages]
+    contents += [THINK, '<tool_call>\n{"name": "x"}\n</tool_call>', "<tool_response>3</tool_response>"]
+    assert [t for c in contents for t in template.find_tokens(c)] == []
+
+
+def test_white_space_is_no_control_token(tmp_path: Path) -> None:
+    """Gemma's tokenizers have line breaks among their added tokens, and its template writes them."""
+    from tokenizers import AddedToken, Tokenizer
+
+    folder = write_family(tmp_path, BY_NAME["gemma3"])
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken("\n", special=False, normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert load_template(folder).find_tokens("two\nlines<eos>") == ["<eos>"]
+
+
 @pytest.mark.parametrize(
     ("name", "token"), [("llama3", "<|eot_id|>"), ("gemma3", "<end_of_turn>"), ("phi3", "<|end|>")]
 )

@@ -17,7 +17,7 @@ from appliance.data.general import (
     load_prompts,
     order_general,
 )
-from appliance.data.masks import check_masks
+from appliance.data.masks import check_masks, check_tokens
 from appliance.data.pointer import Pointer, check_pushed, digest_dvc_folder, is_current, load_pointer, pull_data
 from appliance.data.revision import fetch_revision
 from appliance.data.rows import Dataset, DatasetCard, Row, load_dataset
@@ -40,6 +40,7 @@ __all__ = [
     "check_general",
     "check_masks",
     "check_pushed",
+    "check_tokens",
     "count_replayed",
     "describe_findings",
     "describe_lengths",

@@ -61,6 +61,7 @@ def render_rows(example: Example, template: ChatTemplate) -> tuple[TokenRow, ...
     Raises `TrainingError` naming the row and the rule that it breaks.
     """
     try:
+        _check_forged(example, template)
         _check_shown(example, template)
         numbers = [i for i, m in enumerate(example.messages) if m.role == "assistant"]
         left = [_build_turn(example, n, template) for n in numbers]
@@ -224,6 +225,19 @@ def _find_tag(content: str, number: int, *, opened: bool) -> str | None:
         f"the template takes what stands before {CLOSED!r} in the answer of turn {number + 1} for thinking; "
         f"let the answer begin with {OPENED}...{CLOSED}, or write the tag in another way"
     )
+
+
+def _check_forged(example: Example, template: ChatTemplate) -> None:
+    """No text of the row makes a turn that is none of its own: a turn takes a stop token and another control token."""
+    stops = {template.decode([i]) for i in template.stop_ids}
+    for number, message in enumerate(example.messages, start=1):
+        found = dict.fromkeys(template.find_tokens(message.content))
+        if len(found) > 1 and not stops.isdisjoint(found):
+            what = (
+                f"turn {number} ({message.role}) holds {' and '.join(map(repr, found))} in its text: the model would "
+                "see a turn there that the row does not have; make it one of the row, or write the tokens otherwise"
+            )
+            raise _refuse(example, what, template)
 
 
 def _check_shown(example: Example, template: ChatTemplate) -> None:

@@ -25,6 +25,7 @@ Thinking = Literal["fixed", "off", "on"]
 
 OPENED, CLOSED = "<think>", "</think>"
 _SPACE = re.compile(r"\s+")
+_NEVER = re.compile(r"(?!)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,8 @@ _PROBE = (
 class ChatTemplate:
     """The compiled templates (with and without tools) and the tokenizer of one base model.
 
-    `digest` is the SHA-256 of the bytes that templates and tokenizer were made from.
+    `digest` is the SHA-256 of the bytes that templates and tokenizer were made from; `control` matches the
+    control tokens.
     """
 
     compiled: Any
@@ -64,6 +66,7 @@ class ChatTemplate:
     digest: str
     calls: CallForm | None = None
     thinking: Thinking = "fixed"
+    control: re.Pattern[str] = _NEVER
 
     def render(self, messages: Sequence[Message], *, prompt: bool, tools: str | None = None) -> str:
         """The conversation as text; with `prompt`, ending where the assistant begins to speak."""
@@ -92,6 +95,10 @@ class ChatTemplate:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special tokens included."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def find_tokens(self, text: str) -> list[str]:
+        """The control tokens in a text of a row, in order: the model reads them as structure, not as text."""
+        return self.control.findall(text)
 
     def encode_prompt(self, messages: Sequence[Message], *, tools: str | None = None) -> list[int]:
         """The token ids that generation starts from."""
@@ -125,7 +132,12 @@ def load_template(folder: Path) -> ChatTemplate:
         source=str(folder),
         digest=digest_json([digest_bytes(written), plain, with_tools]),
     )
-    return replace(template, calls=_find_call_form(template), thinking="off" if _can_switch(template) else "fixed")
+    return replace(
+        template,
+        calls=_find_call_form(template),
+        thinking="off" if _can_switch(template) else "fixed",
+        control=_find_control(template),
+    )
 
 
 def fit_template(template: ChatTemplate, examples: Sequence[Example]) -> ChatTemplate:
@@ -249,6 +261,24 @@ def _can_switch(template: ChatTemplate) -> bool:
     except TrainingError:
         return False
     return off != on
+
+
+def _find_control(template: ChatTemplate) -> re.Pattern[str]:
+    """Special tokens, stop tokens, and the added tokens that the template writes around a plain exchange.
+
+    The last, because not all turn tokens are marked special (DeepSeek's are not). The tags of thinking are
+    what a row writes itself, as those of tools are; white space is text (Gemma has added tokens of it).
+    """
+    added = template.tokenizer.get_added_tokens_decoder()
+    try:
+        exchange = template.render((_PROBE[0], _PROBE[-1]), prompt=False) + template.render(_PROBE[:1], prompt=True)
+    except TrainingError:
+        exchange = ""
+    written = set(template.encode(exchange).ids)
+    texts = {t.content for i, t in added.items() if t.special or i in written}
+    texts |= {template.decode([i]) for i in template.stop_ids}
+    found = sorted((t for t in texts - {OPENED, CLOSED} if t.strip()), key=lambda t: (-len(t), t))
+    return re.compile("|".join(map(re.escape, found))) if found else _NEVER
 
 
 def _read_templates(folder: Path, config: dict[str, Any]) -> tuple[str, str]:
