@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import DEEPSEEK_NONE, FAMILIES, TOOL, Family, call, make_example, write_family
+from families import DEEPSEEK_NONE, FAMILIES, QWEN3, TOOL, Family, call, make_example, write_family
 from tiny import TEMPLATE, write_tokenizer
 
 from appliance.errors import ModelError, TrainingError
@@ -330,6 +330,18 @@ def test_an_answer_that_the_template_would_take_apart_is_refused(
     example = ask(Message("assistant", content, calls), tools=calls is not None)
     with pytest.raises(TrainingError, match=r"^row r1: .*'</think>' in the answer of turn 2.*; let the answer begin"):
         render_rows(example, template)
+
+
+def test_a_prompt_that_opens_the_block_by_a_switch_takes_no_mention_for_thinking(tmp_path: Path) -> None:
+    """Qwen 3.5: beside rows that think, an answer that mentions the tag would be trained as thinking, too."""
+    opening = QWEN3.replace("enable_thinking is false %}", "enable_thinking is true %}{{- '<think>\\n' }}{%- else %}")
+    template = load_template(write_family(tmp_path, replace(BY_NAME["qwen3"], template=opening)))
+    mention, thought = ask(("assistant", MENTIONS)), ask(("assistant", f"{THINK}one"))
+    fitted = fit_template(template, [mention, thought])
+    assert fitted.encode_prompt(thought.prompt)[-2:] == list(fitted.encode("<think>\n").ids)
+    assert fitted.decode(render_row(thought, fitted).input_ids).endswith(f"{THINK}one<|im_end|>")
+    with pytest.raises(TrainingError, match=r"'</think>' in the answer of turn 2.*; let the answer begin"):
+        render_row(mention, fitted)
 
 
 @pytest.mark.parametrize("name", ["qwen2.5", "smollm3", "deepseek-v3"])

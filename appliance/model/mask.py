@@ -153,9 +153,8 @@ def _continue_thinking(example: Example, number: int, *, prompt: str, own: str, 
     if scaffold is None or not own.startswith(prompt[: scaffold.start()]):
         raise _refuse(example, f"the prompt of {turn} is not a prefix of the rendering of that turn", template)
     rest = own[scaffold.start() :]
-    opened = _opens_thinking(prompt)
-    thinks = bool(split_thinking(content, opened=opened)[0])
-    if not opened:
+    thinks = bool(split_thinking(content, opened=template.thinking == "fixed" and scaffold[1] is None)[0])
+    if scaffold[1] is not None:
         if thinks:
             raise _refuse(example, f"the prompt of {turn} closes the thinking block, but the answer thinks", template)
         empty = _EMPTY_THINKING.match(rest)
@@ -194,9 +193,10 @@ def _encode_answer(
 def _check_said(example: Example, number: int, said: list[int], *, opened: bool, template: ChatTemplate) -> None:
     """The trained tokens, decoded, are the answer: its thinking, its text and its tool calls."""
     message, text = example.messages[number], template.decode(said)
+    goes_on = opened and template.thinking == "fixed"  # with a switch, thinking is what begins with the tag
     wanted, spoken = (
-        tuple(unicodedata.normalize("NFC", part) for part in split_thinking(t, opened=opened))
-        for t in (message.content, text)
+        tuple(unicodedata.normalize("NFC", part) for part in split_thinking(t, opened=is_open))
+        for t, is_open in ((message.content, goes_on), (text, opened))
     )
     if not message.tool_calls:
         if spoken == wanted:
@@ -204,10 +204,10 @@ def _check_said(example: Example, number: int, said: list[int], *, opened: bool,
         if wanted[1] and spoken[1].startswith(wanted[1]) and any(t in template.added_ids for t in said):
             raise _refuse_ending(example, number, said, template)
         what = f"the trained text of turn {number + 1} is {text[:60]!r}, not the answer"
-        raise _refuse(example, _find_tag(message.content, number, opened=opened) or what, template)
+        raise _refuse(example, _find_tag(message.content, number, opened=goes_on) or what, template)
     if spoken[0] != wanted[0] or wanted[1] not in spoken[1]:
         what = f"the text beside the tool calls of turn {number + 1} is not trained"
-        raise _refuse(example, _find_tag(message.content, number, opened=opened) or what, template)
+        raise _refuse(example, _find_tag(message.content, number, opened=goes_on) or what, template)
     whole = unicodedata.normalize("NFC", text)
     for call in message.tool_calls:
         if not holds_call(whole, call):
