@@ -23,7 +23,7 @@ from appliance.general import choose_general
 from appliance.method import FullMethod
 from appliance.model import TokenRow, fit_template, load_template
 from appliance.plan import check_device, check_room, read_machine
-from appliance.preparation import Origin, Prepared, Workspace, plan_run, prepare, read_versions
+from appliance.preparation import Origin, Prepared, Workspace, note_tokens, plan_run, prepare, read_versions
 from appliance.recipe import Recipe
 from appliance.release import build_manifest, collect_files, promote_by_verdict
 from appliance.run import Run, open_run
@@ -134,6 +134,7 @@ def _prepare_stage(run: Run, prepared: Prepared, *, workspace: Workspace, origin
     machine = read_machine()
     kept = training.TokenCache(workspace.cache / "tokens", note=workspace.note)
     general = choose_general(prepared, run=run, workspace=workspace, threads=machine.cores)
+    note_tokens(prepared, (*general.replay, *general.ewc), template=template, workspace=workspace)
     for side in ("train", "validation", "test"):
         examples = getattr(prepared.splits, side)
         write_atomic(run.examples / f"{side}.jsonl", encode_examples(examples))

@@ -23,6 +23,7 @@ from appliance.data import (
     check_dataset,
     check_general,
     check_masks,
+    check_tokens,
     count_replayed,
     describe_findings,
     describe_lengths,
@@ -36,6 +37,7 @@ from appliance.data import (
 )
 from appliance.digest import State, stat_files
 from appliance.errors import CommandError, DatasetError, ModelError, StoreError
+from appliance.example import Example
 from appliance.model import Base, ChatTemplate, TokenRow, fit_template, load_template, resolve_base
 from appliance.plan import Machine, Plan, build_plan
 from appliance.recipe import ForgettingSection, GateSection, Recipe, SplitSection
@@ -150,6 +152,15 @@ def list_row_paths(recipe: Recipe) -> list[str]:
     forgetting = recipe.forgetting
     general = (forgetting.replay, forgetting.ewc) if forgetting is not None else ()
     return [recipe.dataset.path, *(s.path for s in general if s is not None and s.path is not None)]
+
+
+def note_tokens(
+    prepared: Prepared, general: Sequence[Example], *, template: ChatTemplate, workspace: Workspace
+) -> None:
+    """Tell the control tokens in the text of the rows, of the dataset and of the `general` ones that are used."""
+    places = [(r.where, r.example) for r in prepared.dataset.rows] + [("forgetting", e) for e in general]
+    for line in describe_findings(tuple(check_tokens(places, template))):
+        workspace.note(f"warning: {line}")
 
 
 def check_data(recipe: Recipe, *, root: Path) -> Report:

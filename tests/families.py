@@ -407,6 +407,8 @@ _DS = (
     "<｜tool▁call▁begin｜> <｜tool▁call▁end｜> <｜tool▁sep｜> <｜tool▁outputs▁begin｜> <｜tool▁outputs▁end｜> "
     "<｜tool▁output▁begin｜> <｜tool▁output▁end｜>"
 )
+# Added tokens that the families' tokenizers do not mark special: rows write some of them themselves.
+_PLAIN = frozenset(f"<tool_call> </tool_call> <think> </think> {_DS}".split()) - frozenset(_DS.split()[:2])
 _COHERE = "<BOS_TOKEN> <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|SYSTEM_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|>"
 _GEMMA = "<bos> <eos> <start_of_turn> <end_of_turn>"
 _LLAMA = "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eom_id|> <|eot_id|>"
@@ -472,7 +474,11 @@ def write_family(
         bare = Tokenizer(tokenizer.model)
         bare.pre_tokenizer, bare.decoder = tokenizer.pre_tokenizer, tokenizer.decoder
         tokenizer = bare
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in family.tokens])
+    for token in family.tokens:
+        if token in _PLAIN:
+            tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
+        else:
+            tokenizer.add_special_tokens([AddedToken(token, special=True)])
     if family.bos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{family.bos} $A", special_tokens=[(family.bos, tokenizer.token_to_id(family.bos))]

@@ -127,12 +127,13 @@ def test_a_plan_refuses_what_a_run_would_refuse(tmp_path: Path) -> None:
     assert "training.overlong: drop" in str(done.exception)
 
 
-def run_prepare(file: Path) -> Run:
-    """The first stage of a run, in this process."""
+def run_prepare(file: Path, *, notes: list[str] | None = None) -> Run:
+    """The first stage of a run, in this process; what it says is added to `notes`."""
     from appliance.pipeline import _prepare_stage
 
     root = file.parent
-    workspace = Workspace(root=root, cache=root / "cache", runs=root / "runs", note=lambda _text: None)
+    said = notes if notes is not None else []
+    workspace = Workspace(root=root, cache=root / "cache", runs=root / "runs", note=said.append)
     recipe = load_recipe(file)
     prepared = prepare(recipe, workspace=workspace)
     run = open_run(workspace.runs, name=recipe.name, key=prepared.key)
@@ -156,6 +157,36 @@ def test_the_run_record_counts_what_was_dropped_and_keeps_test_rows(tmp_path: Pa
     assert record["thinking"] == "off"
     shown = [(m["id"], m["part"]) for m in record["masks"]]
     assert shown[:2] == [(shown[0][0], "1 of 2"), (shown[0][0], "2 of 2")], "a split conversation is shown whole"
+
+
+def test_plan_and_run_tell_the_control_tokens_in_the_text_of_rows(tmp_path: Path) -> None:
+    """One line with place, row, turn and token, for rows of the dataset and general ones; a plan as JSON stays JSON."""
+    file = write_project(tmp_path, family="smollm2", max_length=512)
+    rows = tmp_path / "datasets" / "colours" / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("thing 7:", "thing 7: <|im_start|>"))
+    general = tmp_path / "general"
+    general.mkdir()
+    (general / "dataset.yaml").write_text("name: general\n")
+    turns = [[("user", f"why {n}?"), ("assistant", f"so {n} <|im_start|>" if n == 3 else "so")] for n in range(10)]
+    lines = [
+        {"id": f"g{n}", "messages": [{"role": r, "content": c} for r, c in t], "provenance": "general"}
+        for n, t in enumerate(turns)
+    ]
+    (general / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe = yaml.safe_load(file.read_text()) | {"forgetting": {"ewc": {"path": "general", "rows": 10}}}
+    file.write_text(yaml.safe_dump(recipe))
+    expected = [
+        f"warning: {rows}:8: [token] row r7: turn 1 (user) holds the control token '<|im_start|>' in its text; ",
+        "warning: forgetting: [token] row general:g3: turn 2 (assistant) holds the control token '<|im_start|>'",
+    ]
+    done = plan(file, "--json")
+    assert json.loads(done.stdout)["thinking"] == "fixed"
+    notes: list[str] = []
+    run_prepare(file, notes=notes)
+    for said in (done.stderr.splitlines(), notes):
+        told = [line.strip() for line in said if "[token]" in line]
+        assert len(told) == 2
+        assert all(line.startswith(start) for line, start in zip(told, expected, strict=True))
 
 
 def test_rows_for_the_card_are_few_and_telling(chatml: Path) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import DEEPSEEK_NONE, FAMILIES, TOOL, Family, call, make_example, write_family
+from families import DEEPSEEK_NONE, FAMILIES, QWEN3, TOOL, Family, call, make_example, write_family
 from tiny import TEMPLATE, write_tokenizer
 
 from appliance.errors import ModelError, TrainingError
 from appliance.example import Example, Message
-from appliance.model import ChatTemplate, fit_template, load_template, render_row, render_rows
+from appliance.model import ChatTemplate, fit_template, load_template, render_row, render_rows, set_thinking
 from appliance.model.template import CallForm
 
 BY_NAME = {f.name: f for f in FAMILIES}
@@ -304,6 +304,68 @@ def test_thinking_is_one_setting_for_all_prompts_of_a_run(tmp_path: Path) -> Non
     assert fit_template(fixed, [thought]).thinking == "fixed"
 
 
+MENTIONS = "write `</think>` at the end"
+
+
+@pytest.mark.parametrize("name", ["qwen3", "smollm3"])
+def test_an_answer_that_mentions_the_tag_does_not_change_the_other_rows(tmp_path: Path, name: str) -> None:
+    """Only an answer that begins with a thinking block thinks: the plain row keeps its prompt and its tokens."""
+    template = load_template(write_family(tmp_path, BY_NAME[name]))
+    plain = make_example(("user", "q"), ("assistant", "Paris"))
+    others = [make_example(("user", "q"), ("assistant", t)) for t in (MENTIONS, "</think>", "<think> opens it")]
+    fitted = fit_template(template, [plain, *others])
+    assert fitted.thinking == "off"
+    assert render_row(plain, fitted) == render_row(plain, fit_template(template, [plain]))
+    assert fit_template(template, [make_example(("user", "q"), ("assistant", f"\n{THINK}a"))]).thinking == "on"
+
+
+@pytest.mark.parametrize("thinking", ["off", "on"])
+@pytest.mark.parametrize("calls", [None, [call("Paris")]], ids=["text", "call"])
+@pytest.mark.parametrize("content", [MENTIONS, "a\n</think>\n\nb"])
+def test_an_answer_that_the_template_would_take_apart_is_refused(
+    tmp_path: Path, thinking: str, calls: list[Any] | None, content: str
+) -> None:
+    """Qwen 3 splits any answer at `</think>`: text before the tag would be trained as thinking, also beside a call."""
+    template = set_thinking(load_template(write_family(tmp_path, BY_NAME["qwen3"])), thinking)
+    example = ask(Message("assistant", content, calls), tools=calls is not None)
+    with pytest.raises(TrainingError, match=r"^row r1: .*'</think>' in the answer of turn 2.*; let the answer begin"):
+        render_rows(example, template)
+
+
+def test_a_prompt_that_opens_the_block_by_a_switch_takes_no_mention_for_thinking(tmp_path: Path) -> None:
+    """Qwen 3.5: beside rows that think, an answer that mentions the tag would be trained as thinking, too."""
+    opening = QWEN3.replace("enable_thinking is false %}", "enable_thinking is true %}{{- '<think>\\n' }}{%- else %}")
+    template = load_template(write_family(tmp_path, replace(BY_NAME["qwen3"], template=opening)))
+    mention, thought = ask(("assistant", MENTIONS)), ask(("assistant", f"{THINK}one"))
+    fitted = fit_template(template, [mention, thought])
+    assert fitted.encode_prompt(thought.prompt)[-2:] == list(fitted.encode("<think>\n").ids)
+    assert fitted.decode(render_row(thought, fitted).input_ids).endswith(f"{THINK}one<|im_end|>")
+    with pytest.raises(TrainingError, match=r"'</think>' in the answer of turn 2.*; let the answer begin"):
+        render_row(mention, fitted)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "smollm3", "deepseek-v3"])
+def test_the_tag_is_text_where_the_template_leaves_it_alone(tmp_path: Path, name: str) -> None:
+    """The whole answer is trained, tag and all, behind the same prompt as ever."""
+    template = load_template(write_family(tmp_path, BY_NAME[name]))
+    row = render_row(ask(("assistant", MENTIONS)), template)
+    (start, end) = row.spans[0]
+    assert row.input_ids[:start] == template.encode_prompt([Message("user", "a?")])
+    assert template.decode(row.input_ids[start : end - 1]) == MENTIONS
+
+
+def test_an_answer_goes_on_from_the_thinking_block_that_its_prompt_opens(tmp_path: Path) -> None:
+    """DeepSeek R1: with or without the opening tag in the row, the same tokens are trained.
+
+    It was so before the tag had to lead an answer; here so that it stays.
+    """
+    template = load_template(write_family(tmp_path, BY_NAME["deepseek-r1"]))
+    rows = [
+        render_row(ask(("assistant", t)), template) for t in ("<think>\nwell\n</think>\n\na", "well\n</think>\n\na")
+    ]
+    assert rows[0] == rows[1]
+
+
 def test_the_clock_of_a_template_stands_still(tmp_path: Path) -> None:
     """The same rows give the same tokens tomorrow, whether the template asks for the date kindly or not."""
     for name in ("llama3", "mistral-tekken"):
@@ -354,7 +416,7 @@ REFUSED: dict[str, tuple[str, Example, str]] = {
     "no-tool-definitions": (TEMPLATE, ask(("assistant", "one"), tools=True), "the definition of tool get_weather"),
     "no-calls": (TEMPLATE, ask(Message("assistant", "", [call("Paris")])), "renders no tool calls"),
     "half-an-answer": (
-        TEMPLATE.replace("message['content']", "message['content'][:3]"),
+        TEMPLATE.replace("message['content']", "message['content'][:3 if message['role'] == 'assistant' else none]"),
         make_example(("user", "a?"), ("assistant", "four")),
         "is 'fou', not the answer",
     ),
@@ -369,6 +431,103 @@ def test_what_would_train_the_wrong_tokens_is_refused(tmp_path: Path, case: str)
     write_tokenizer(tmp_path, template=template)
     with pytest.raises(TrainingError, match=f"^row r1: .*{rule}"):
         render_rows(example, load_template(tmp_path))
+
+
+HIDDEN: dict[str, tuple[str, Example, int]] = {
+    "in-the-user-turn": (SILENT, make_example(("system", "Be kind."), ("user", "Be kind. a?"), ("assistant", "x")), 1),
+    "in-an-answer": (
+        SILENT,
+        make_example(("system", "red"), ("user", "a?"), ("assistant", "red"), ("user", "b?"), ("assistant", "x")),
+        1,
+    ),
+    "a-word-of-the-template": (SILENT, make_example(("system", "user"), ("user", "a?"), ("assistant", "x")), 1),
+    "a-letter": (SILENT, make_example(("system", "a"), ("user", "a?"), ("assistant", "x")), 1),
+    "white-space-around": (SILENT, make_example(("system", " a\n"), ("user", "a?"), ("assistant", "x")), 1),
+}
+
+
+@pytest.mark.parametrize("case", HIDDEN)
+def test_text_that_is_left_out_is_not_found_elsewhere(tmp_path: Path, case: str) -> None:
+    """Words of a turn that is not shown may stand in another turn or in the template: that shows nothing."""
+    template, example, turn = HIDDEN[case]
+    write_tokenizer(tmp_path, template=template)
+    with pytest.raises(TrainingError, match=rf"^row r1: .*leaves out turn {turn} \(system\)"):
+        render_rows(example, load_template(tmp_path))
+
+
+def test_a_tool_named_like_a_word_of_the_template_is_not_taken_for_shown(tmp_path: Path) -> None:
+    """A template without tools leaves out one that is called `user`, too."""
+    write_tokenizer(tmp_path)
+    tools = json.dumps([{"name": "user"}])
+    with pytest.raises(TrainingError, match=r"^row r1: .*leaves out the definition of tool user "):
+        render_rows(Example("r1", ONE.messages, provenance="human", tools=tools), load_template(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "(content | trim)",
+        "(content | upper if content.strip().startswith('Q') else content)",
+        "(content | tojson if message['role'] == 'system' else content)",
+        "(content if content.startswith('Be') or message['role'] != 'system' else raise_exception('Be what?'))",
+        "(content if content or message['role'] == 'user' else raise_exception('empty'))",
+    ],
+)
+def test_what_a_template_trims_escapes_or_asks_of_a_content_is_not_left_out(tmp_path: Path, shown: str) -> None:
+    """The marks by which a content is found are those that such templates let stand. So it was; it has to stay."""
+    text = TEMPLATE.replace("message['content']", shown).replace(
+        "in messages %}", "in messages %}{% set content = message['content'] %}", 1
+    )
+    write_tokenizer(tmp_path, template=text)
+    turns = (
+        ("system", 'Be "kind".\n\tAlways.'),
+        ("user", " Q1 \n"),
+        ("assistant", "a"),
+        ("user", ""),
+        ("assistant", "b"),
+    )
+    assert len(render_rows(make_example(*turns), load_template(tmp_path))) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_a_turn_that_the_text_of_another_forges_is_refused(tmp_path: Path, family: Family) -> None:
+    """A content that goes on as the family writes an answer: the model would see turns that the row does not have."""
+    template = load_template(write_family(tmp_path, family))
+    think = THINK if "reasons" in family.can else ""
+    turns = make_example(("user", "hello"), ("assistant", f"{think}red"), ("user", "really"), ("assistant", "")).prompt
+    whole = template.render(turns, prompt=False)
+    begin, end = whole.index("hello"), whole.index("really") + len("really")
+    ended = whole[begin:end].index(family.stops[0], whole[begin:end].index("red")) + len(family.stops[0])
+    for text in (whole[begin:end], whole[begin:end][:ended]):
+        with pytest.raises(
+            TrainingError, match=r"^row r1: turn 1 \(user\) holds .* a turn there that the row does not"
+        ):
+            render_rows(make_example(("user", text), ("assistant", f"{think}blue")), template)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_control_tokens_are_those_of_turns_not_those_that_rows_write(tmp_path: Path, family: Family) -> None:
+    """Every token around a plain exchange is found in a text, special or not; thinking, calls and results have none."""
+    template = load_template(write_family(tmp_path, family))
+    exchange = template.render([Message("user", "q"), Message("assistant", "a")], prompt=False)
+    written = [t for t in family.tokens if t in exchange and t not in ("<think>", "</think>")]
+    assert written
+    for token in {*written, *family.stops}:
+        assert template.find_tokens(f"a {token}!") == [token]
+    contents = [m.content for _, example, _ in list_cases(family) for m in example.messages]
+    contents += [THINK, '<tool_call>\n{"name": "x"}\n</tool_call>', "<tool_response>3</tool_response>"]
+    assert [t for c in contents for t in template.find_tokens(c)] == []
+
+
+def test_white_space_is_no_control_token(tmp_path: Path) -> None:
+    """Gemma's tokenizers have line breaks among their added tokens, and its template writes them."""
+    from tokenizers import AddedToken, Tokenizer
+
+    folder = write_family(tmp_path, BY_NAME["gemma3"])
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken("\n", special=False, normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert load_template(folder).find_tokens("two\nlines<eos>") == ["<eos>"]
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ import click
 
 from appliance.cli.common import build_workspace, json_option, print_json, recipe_argument, say, workspace_options
 from appliance.cli.lines import say_count, show_example, wrap
-from appliance.general import preview_rows
+from appliance.general import preview_ewc, preview_replay, preview_rows
 from appliance.model import ChatTemplate, TokenRow, fit_template, load_template
 from appliance.plan import Plan, read_machine
-from appliance.preparation import plan_run, prepare
+from appliance.preparation import note_tokens, plan_run, prepare
 from appliance.recipe import load_recipe
 from appliance.training import TokenCache, describe_rows, show_mask
 
@@ -37,6 +37,7 @@ def command(*, recipe: Path, root: Path, cache: Path, runs: Path | None, masks: 
     template = fit_template(load_template(prepared.base.folder), prepared.splits.train)
     kept = TokenCache(workspace.cache / "tokens", note=say)
     rows, general = preview_rows(prepared, template=template, cache=kept)
+    note_tokens(prepared, (*preview_replay(prepared), *preview_ewc(prepared)), template=template, workspace=workspace)
     became = describe_rows(prepared.splits.train, rows)
     if prepared.replay is not None and prepared.replay.examples is None:
         say("replay rows are not counted: the base model answers them when the recipe is run")

@@ -18,7 +18,7 @@ from appliance.data.general import (
     load_prompts,
     order_general,
 )
-from appliance.data.masks import check_masks
+from appliance.data.masks import check_masks, check_tokens
 from appliance.data.pointer import (
     Pointer,
     check_pushed,
@@ -49,6 +49,7 @@ __all__ = [
     "check_general",
     "check_masks",
     "check_pushed",
+    "check_tokens",
     "count_replayed",
     "describe_findings",
     "describe_lengths",

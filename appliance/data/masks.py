@@ -6,11 +6,12 @@ asked for. Nothing is trained and nothing is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from appliance.data.findings import Finding, find_in_fault
 from appliance.data.rows import Row
 from appliance.errors import TrainingError
+from appliance.example import Example
 from appliance.model import ChatTemplate, render_rows
 from appliance.recipe import TrainingSection
 
@@ -20,7 +21,7 @@ _LISTED = 5
 def check_masks(
     sides: Mapping[str, Sequence[Row]], *, template: ChatTemplate, training: TrainingSection
 ) -> tuple[tuple[Finding, ...], tuple[int, ...]]:
-    """A finding for every row that training would refuse, and the tokens of those that it would not.
+    """A finding for every row that training would refuse, doubts about the others, and the tokens of those.
 
     `sides` are the rows that are rendered together, by what for; those of `test` are evaluated, so none
     of them is dropped.
@@ -35,8 +36,19 @@ def check_masks(
             except TrainingError as fault:
                 findings.append(find_in_fault("error", "mask", row.where, fault, id=row.example.id))
         lengths += [length for _, length in kept]
+        findings += check_tokens(((row.where, row.example) for row, _ in kept), template)
         findings += _check_lengths(side, kept, training=training)
     return tuple(findings), tuple(lengths)
+
+
+def check_tokens(rows: Iterable[tuple[str, Example]], template: ChatTemplate) -> Iterator[Finding]:
+    """A warning for each control token in the text of a turn; `rows` are examples with their places."""
+    for where, example in rows:
+        for number, message in enumerate(example.messages, start=1):
+            for token in dict.fromkeys(template.find_tokens(message.content)):
+                said = f"turn {number} ({message.role}) holds the control token {token!r} in its text"
+                fix = "the model reads it as structure, not as text: write it in another way unless that is meant"
+                yield Finding("warning", "token", where, said, fix, id=example.id)
 
 
 def _check_lengths(side: str, rows: Sequence[tuple[Row, int]], *, training: TrainingSection) -> Iterator[Finding]:

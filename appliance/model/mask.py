@@ -16,16 +16,18 @@ import json
 import re
 import unicodedata
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
 from appliance.errors import TrainingError
-from appliance.example import Example
-from appliance.model.template import CLOSED, ChatTemplate, holds_call
+from appliance.example import Example, Message
+from appliance.model.template import CLOSED, OPENED, ChatTemplate, begins_thinking, holds_call, read_tools
 
 _SCAFFOLD = re.compile(r"<think>\s*(</think>\s*)?$")
 _EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
 _THINKING = re.compile(r"\s*(?:<think>)?\s*(.*?</think>\s*)", re.DOTALL)
+_MARK = "7316049258{:04}"
 
 
 class TokenRow(msgspec.Struct, frozen=True):
@@ -59,6 +61,7 @@ def render_rows(example: Example, template: ChatTemplate) -> tuple[TokenRow, ...
     Raises `TrainingError` naming the row and the rule that it breaks.
     """
     try:
+        _check_forged(example, template)
         _check_shown(example, template)
         numbers = [i for i, m in enumerate(example.messages) if m.role == "assistant"]
         left = [_build_turn(example, n, template) for n in numbers]
@@ -86,12 +89,16 @@ def render_row(example: Example, template: ChatTemplate) -> TokenRow:
     return row
 
 
-def split_thinking(content: str) -> tuple[str, str]:
-    """The reasoning and the answer of a content, both trimmed; the reasoning is empty without `</think>`."""
-    before, closed, after = content.partition(CLOSED)
-    if not closed:
+def split_thinking(content: str, *, opened: bool = False) -> tuple[str, str]:
+    """The reasoning and the answer of a content, both trimmed.
+
+    Reasoning is what a content begins with in `<think>...</think>`, or, where the prompt has `opened` the
+    block, what stands before `</think>`. Elsewhere the tags are text like any other.
+    """
+    if not (begins_thinking(content) or (opened and CLOSED in content)):
         return "", content.strip()
-    return before.strip().removeprefix("<think>").strip(), after.strip()
+    before, _, after = content.partition(CLOSED)
+    return before.strip().removeprefix(OPENED).strip(), after.strip()
 
 
 def _build_turn(example: Example, number: int, template: ChatTemplate) -> _Turn:
@@ -107,8 +114,14 @@ def _build_turn(example: Example, number: int, template: ChatTemplate) -> _Turn:
     stop = next((i for i, token in enumerate(answer) if token in template.stop_ids), None)
     if stop is None:
         raise _refuse_ending(example, number, answer, template)
-    _check_said(example, number, answer[:stop], template)
+    _check_said(example, number, answer[:stop], opened=_opens_thinking(before), template=template)
     return _Turn(prompt=prompt, answer=answer[: stop + 1])
+
+
+def _opens_thinking(prompt: str) -> bool:
+    """Whether a prompt ends within a thinking block, so that the answer goes on from it."""
+    scaffold = _SCAFFOLD.search(prompt)
+    return scaffold is not None and scaffold[1] is None
 
 
 def _find_tail(example: Example, number: int, *, prompt: str, template: ChatTemplate) -> str:
@@ -140,7 +153,7 @@ def _continue_thinking(example: Example, number: int, *, prompt: str, own: str, 
     if scaffold is None or not own.startswith(prompt[: scaffold.start()]):
         raise _refuse(example, f"the prompt of {turn} is not a prefix of the rendering of that turn", template)
     rest = own[scaffold.start() :]
-    thinks = bool(split_thinking(content)[0])
+    thinks = bool(split_thinking(content, opened=template.thinking == "fixed" and scaffold[1] is None)[0])
     if scaffold[1] is not None:
         if thinks:
             raise _refuse(example, f"the prompt of {turn} closes the thinking block, but the answer thinks", template)
@@ -177,20 +190,25 @@ def _encode_answer(
     raise _refuse(example, what, template)
 
 
-def _check_said(example: Example, number: int, said: list[int], template: ChatTemplate) -> None:
+def _check_said(example: Example, number: int, said: list[int], *, opened: bool, template: ChatTemplate) -> None:
     """The trained tokens, decoded, are the answer: its thinking, its text and its tool calls."""
     message, text = example.messages[number], template.decode(said)
-    reasoning, answer = (unicodedata.normalize("NFC", t) for t in split_thinking(message.content))
+    goes_on = opened and template.thinking == "fixed"  # with a switch, thinking is what begins with the tag
+    wanted, spoken = (
+        tuple(unicodedata.normalize("NFC", part) for part in split_thinking(t, opened=is_open))
+        for t, is_open in ((message.content, goes_on), (text, opened))
+    )
     if not message.tool_calls:
-        spoken = tuple(unicodedata.normalize("NFC", t) for t in split_thinking(text))
-        if spoken == (reasoning, answer):
+        if spoken == wanted:
             return
-        if answer and spoken[1].startswith(answer) and any(t in template.added_ids for t in said):
+        if wanted[1] and spoken[1].startswith(wanted[1]) and any(t in template.added_ids for t in said):
             raise _refuse_ending(example, number, said, template)
-        raise _refuse(example, f"the trained text of turn {number + 1} is {text[:60]!r}, not the answer", template)
+        what = f"the trained text of turn {number + 1} is {text[:60]!r}, not the answer"
+        raise _refuse(example, _find_tag(message.content, number, opened=goes_on) or what, template)
+    if spoken[0] != wanted[0] or wanted[1] not in spoken[1]:
+        what = f"the text beside the tool calls of turn {number + 1} is not trained"
+        raise _refuse(example, _find_tag(message.content, number, opened=goes_on) or what, template)
     whole = unicodedata.normalize("NFC", text)
-    if reasoning not in whole or answer not in whole:
-        raise _refuse(example, f"the text beside the tool calls of turn {number + 1} is not trained", template)
     for call in message.tool_calls:
         if not holds_call(whole, call):
             what = (
@@ -199,23 +217,69 @@ def _check_said(example: Example, number: int, said: list[int], template: ChatTe
             raise _refuse(example, what, template)
 
 
-def _check_shown(example: Example, template: ChatTemplate) -> None:
-    """Nothing that the row tells the model is left out by the template without a word."""
-    last = max((i for i, m in enumerate(example.messages) if m.role == "assistant"), default=0)
-    text = template.render(example.messages[:last], prompt=True, tools=example.tools)
-    for number, message in enumerate(example.messages[:last], start=1):
-        said = message.content.strip()
-        if message.role != "assistant" and said not in text and json.dumps(said, ensure_ascii=False)[1:-1] not in text:
-            raise _refuse(
-                example, f"the template leaves out turn {number} ({message.role}) at turn {last + 1}", template
+def _find_tag(content: str, number: int, *, opened: bool) -> str | None:
+    """What is wrong with an answer that a template took apart at a tag in its text; `None` without such a tag."""
+    if CLOSED not in content or opened or begins_thinking(content):
+        return None
+    return (
+        f"the template takes what stands before {CLOSED!r} in the answer of turn {number + 1} for thinking; "
+        f"let the answer begin with {OPENED}...{CLOSED}, or write the tag in another way"
+    )
+
+
+def _check_forged(example: Example, template: ChatTemplate) -> None:
+    """No text of the row makes a turn that is none of its own: a turn takes a stop token and another control token."""
+    stops = {template.decode([i]) for i in template.stop_ids}
+    for number, message in enumerate(example.messages, start=1):
+        found = dict.fromkeys(template.find_tokens(message.content))
+        if len(found) > 1 and not stops.isdisjoint(found):
+            what = (
+                f"turn {number} ({message.role}) holds {' and '.join(map(repr, found))} in its text: the model would "
+                "see a turn there that the row does not have; make it one of the row, or write the tokens otherwise"
             )
+            raise _refuse(example, what, template)
+
+
+def _check_shown(example: Example, template: ChatTemplate) -> None:
+    """Nothing that the row tells the model is left out by the template without a word.
+
+    Each content and each name of a tool is rendered with a mark of its own behind it: without one, words that
+    stand in another turn too, or in the template itself, would be found though they were left out. Marks are
+    digits, which no template trims, folds or escapes; they follow, because templates ask how a content begins.
+    """
+    last = max((i for i, m in enumerate(example.messages) if m.role == "assistant"), default=0)
+    turns = [_mark_turn(m, number) for number, m in enumerate(example.messages[:last], start=1)]
+    given = read_tools(example.tools) or []
+    tools = [_mark_tool(t, last + number) for number, t in enumerate(given, start=1)]
+    text = template.render(turns, prompt=True, tools=json.dumps(tools, ensure_ascii=False) if tools else None)
+    for number, turn in enumerate(turns, start=1):
+        said = turn.content.lstrip()
+        if turn.role != "assistant" and said not in text and json.dumps(said, ensure_ascii=False)[1:-1] not in text:
+            raise _refuse(example, f"the template leaves out turn {number} ({turn.role}) at turn {last + 1}", template)
     if any(m.tool_calls for m in example.messages) and template.calls is None:
         raise _refuse(example, "the template renders no tool calls", template)
-    for tool in json.loads(example.tools) if example.tools else ():
-        function = tool.get("function", tool)
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(name, str) or name not in text:
-            raise _refuse(example, f"the template leaves out the definition of tool {name}", template)
+    for tool, marked in zip(given, tools, strict=True):
+        if (name := _read_name(marked)) is None or name not in text:
+            raise _refuse(example, f"the template leaves out the definition of tool {_read_name(tool)}", template)
+
+
+def _mark_turn(message: Message, number: int) -> Message:
+    """The turn with a mark at its end; an empty one says nothing, and answers have a check of their own."""
+    if message.role == "assistant" or not message.content.strip():
+        return message
+    return msgspec.structs.replace(message, content=message.content + _MARK.format(number))
+
+
+def _mark_tool(tool: dict[str, Any], number: int) -> dict[str, Any]:
+    """The definition with a mark at the end of its name, if it has one."""
+    name = _read_name(tool)
+    return tool if name is None else {**tool, "function": {**tool["function"], "name": name + _MARK.format(number)}}
+
+
+def _read_name(tool: dict[str, Any]) -> str | None:
+    function = tool["function"]
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _check_row(example: Example, row: TokenRow, template: ChatTemplate) -> None:

@@ -23,8 +23,9 @@ from appliance.model.environment import compile_template
 Thinking = Literal["fixed", "off", "on"]
 """Whether the template has a switch for thinking, and how it is set for every prompt of a run."""
 
-CLOSED = "</think>"
+OPENED, CLOSED = "<think>", "</think>"
 _SPACE = re.compile(r"\s+")
+_NEVER = re.compile(r"(?!)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,8 @@ _PROBE = (
 class ChatTemplate:
     """The compiled templates (with and without tools) and the tokenizer of one base model.
 
-    `digest` is the SHA-256 of the bytes that templates and tokenizer were made from.
+    `digest` is the SHA-256 of the bytes that templates and tokenizer were made from; `control` matches the
+    control tokens.
     """
 
     compiled: Any
@@ -64,12 +66,13 @@ class ChatTemplate:
     digest: str
     calls: CallForm | None = None
     thinking: Thinking = "fixed"
+    control: re.Pattern[str] = _NEVER
 
     def render(self, messages: Sequence[Message], *, prompt: bool, tools: str | None = None) -> str:
         """The conversation as text; with `prompt`, ending where the assistant begins to speak."""
         from jinja2 import TemplateError
 
-        definitions = _read_tools(tools)
+        definitions = read_tools(tools)
         turns = _build_turns(messages, form=self.calls or _FORMS[0])
         switch = (
             {} if self.thinking == "fixed" else dict.fromkeys(("enable_thinking", "thinking"), self.thinking == "on")
@@ -92,6 +95,10 @@ class ChatTemplate:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special tokens included."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def find_tokens(self, text: str) -> list[str]:
+        """The control tokens in a text of a row, in order: the model reads them as structure, not as text."""
+        return self.control.findall(text)
 
     def encode_prompt(self, messages: Sequence[Message], *, tools: str | None = None) -> list[int]:
         """The token ids that generation starts from."""
@@ -125,16 +132,26 @@ def load_template(folder: Path) -> ChatTemplate:
         source=str(folder),
         digest=digest_json([digest_bytes(written), plain, with_tools]),
     )
-    return replace(template, calls=_find_call_form(template), thinking="off" if _can_switch(template) else "fixed")
+    return replace(
+        template,
+        calls=_find_call_form(template),
+        thinking="off" if _can_switch(template) else "fixed",
+        control=_find_control(template),
+    )
 
 
 def fit_template(template: ChatTemplate, examples: Sequence[Example]) -> ChatTemplate:
-    """Thinking on when an answer of the rows thinks, else off; a template without the switch stays as it is.
+    """Thinking on when an answer of the rows begins with a thinking block, else off; without the switch no change.
 
     Decided once for all prompts of a run, because a prompt must not depend on the answer to come.
     """
-    thinks = any(CLOSED in m.content for e in examples for m in e.messages if m.role == "assistant")
+    thinks = any(begins_thinking(m.content) for e in examples for m in e.messages if m.role == "assistant")
     return set_thinking(template, "on" if thinks else "off")
+
+
+def begins_thinking(content: str) -> bool:
+    """Whether a content begins with a whole thinking block; one that mentions the tags elsewhere does not think."""
+    return content.lstrip().startswith(OPENED) and CLOSED in content
 
 
 def set_thinking(template: ChatTemplate, thinking: str | None) -> ChatTemplate:
@@ -163,7 +180,8 @@ def _list_leaves(value: Any) -> list[str]:
     return [value if isinstance(value, str) else json.dumps(value)]
 
 
-def _read_tools(tools: str | None) -> list[Any] | None:
+def read_tools(tools: str | None) -> list[Any] | None:
+    """The definitions as templates expect them, `None` without any. Raises `TrainingError` for another form."""
     try:
         value = json.loads(tools) if tools else None
     except ValueError as fault:
@@ -243,6 +261,24 @@ def _can_switch(template: ChatTemplate) -> bool:
     except TrainingError:
         return False
     return off != on
+
+
+def _find_control(template: ChatTemplate) -> re.Pattern[str]:
+    """Special tokens, stop tokens, and the added tokens that the template writes around a plain exchange.
+
+    The last, because not all turn tokens are marked special (DeepSeek's are not). The tags of thinking are
+    what a row writes itself, as those of tools are; white space is text (Gemma has added tokens of it).
+    """
+    added = template.tokenizer.get_added_tokens_decoder()
+    try:
+        exchange = template.render((_PROBE[0], _PROBE[-1]), prompt=False) + template.render(_PROBE[:1], prompt=True)
+    except TrainingError:
+        exchange = ""
+    written = set(template.encode(exchange).ids)
+    texts = {t.content for i, t in added.items() if t.special or i in written}
+    texts |= {template.decode([i]) for i in template.stop_ids}
+    found = sorted((t for t in texts - {OPENED, CLOSED} if t.strip()), key=lambda t: (-len(t), t))
+    return re.compile("|".join(map(re.escape, found))) if found else _NEVER
 
 
 def _read_templates(folder: Path, config: dict[str, Any]) -> tuple[str, str]:
