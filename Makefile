@@ -27,6 +27,10 @@ test: .venv/ready  ## The fast tests, two at a time
 test-slow: .venv/ready .cache/act/bin/act  ## The tests that train the real base model
 	@$(PYTHON) -m pytest -m 'slow and not image' --timeout 1800 $(ARGS)
 
+.PHONY: gpu-test
+gpu-test: .venv/ready  ## The tests that need a GPU: kernels, kills, want of memory, the plan's peak, doctor
+	@$(PYTHON) -m pytest -m gpu --timeout 900 -rs $(ARGS)
+
 .PHONY: e2e
 e2e: .venv/ready .cache/act/bin/act  ## The loop for real: git push, act runs the workflows, a consumer pulls the adapter
 	@$(PYTHON) -m pytest -m 'e2e and not slow and not image' --timeout 3000 tests/test_e2e.py $(ARGS)

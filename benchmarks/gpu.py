@@ -1,13 +1,19 @@
 """Training speed and memory on a GPU: TRL as it comes, TRL as an expert sets it, and the appliance.
 
 One command, no network and no weights: models of the Llama 3 family's shapes with random weights,
-rows of random tokens with lengths as chats have them. Each contender runs in a process of its own.
-It prints and writes JSON (`benchmarks/results/gpu-<device>.json`): real tokens a second, MFU, peak
-memory, the loss after equal tokens, and the plan's predicted peak beside the measured one.
+rows of a small Markov chain with lengths as chats have them. Each contender runs in a process of its
+own. It prints and writes JSON (`benchmarks/results/gpu-<device>.json`): real tokens a second, MFU, peak
+memory, the plan's predicted peak beside the measured one, and the loss on rows that nobody trained on.
+
+Every contender of a job starts from the same weights, base and adapter, drawn in bf16 from one seed, and
+trains the same rows once in the same order (packing makes its own). `loss_parity` is `ok`, or says what is
+wrong with the loss on the unseen rows: it did not begin where the appliance's did, it did not fall by `FALL`
+nats, or after equal real tokens it is further from the appliance's than `PARITY` of what that one fell. Then
+the command ends with exit code 1.
 
     python benchmarks/gpu.py                       # everything, about 25 minutes on one 80 GB GPU
     python benchmarks/gpu.py --only 8b-lora        # one job
-    python benchmarks/gpu.py --tiny                # the same code on a CPU in a minute: a test of this file
+    python benchmarks/gpu.py --tiny                # the same code on a CPU in a few minutes: a test of this file
 
 MFU is the product's own (`appliance.training.utilisation`): 6 FLOPs a parameter of matrix products and
 token for full training, 4 for LoRA, over the device's dense bf16 peak: from its table, else the rate
@@ -26,10 +32,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+from zlib import crc32
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs from a bare checkout, nothing installed
 
@@ -41,6 +50,10 @@ from appliance.training.utilisation import PEAK_FLOPS, count_flops, count_matric
 RESULTS = Path(__file__).parent / "results"
 SEQUENCE, WARM_UP = 4096, 3
 VOCABULARY = 128_256
+BATCH, SEED = 8, 17
+STATES, LIKELY = 32, 0.8  # of the chain: each state has two that may follow, one of them this likely
+UNSEEN = 16
+FALL, PARITY, SAME_START = 0.5, 0.1, 0.02  # nats; a share of the appliance's fall; nats
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 64,
@@ -84,13 +97,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 JOBS: dict[str, dict[str, Any]] = {
-    "1b-lora": {"shape": "1b", "method": "lora", "steps": 20},
-    "3b-lora": {"shape": "3b", "method": "lora", "steps": 16},
-    "8b-lora": {"shape": "8b", "method": "lora", "steps": 12},
-    "8b-qlora": {"shape": "8b", "method": "qlora", "steps": 10},
-    "1b-full": {"shape": "1b", "method": "full", "steps": 14},
-    "70b-qlora": {"shape": "70b", "method": "qlora", "steps": 4, "contenders": ("appliance",), "tokens": 1024},
+    "1b-lora": {"shape": "1b", "method": "lora", "steps": 24},
+    "3b-lora": {"shape": "3b", "method": "lora", "steps": 24},
+    "8b-lora": {"shape": "8b", "method": "lora", "steps": 24},
+    "8b-qlora": {"shape": "8b", "method": "qlora", "steps": 24},
+    "1b-full": {"shape": "1b", "method": "full", "steps": 24},
+    "70b-qlora": {"shape": "70b", "method": "qlora", "steps": 10, "contenders": ("appliance",), "tokens": 1024},
 }
+RATES = {"lora": 1e-3, "qlora": 1e-3, "full": 2e-4}
+TINY = {"shape": "tiny", "steps": 40, "tokens": 256, "rate": 1e-2}
 CONTENDERS = {
     "trl": "SFTTrainer with its defaults: padded, fp32 weights under bf16 autocast, checkpointing",
     "trl-best": "SFTTrainer, bf16 weights, best-fit packing, no checkpointing, fused AdamW",
@@ -117,8 +132,11 @@ def main() -> None:
             figure = run_contender(job, contender, is_tiny=options.tiny)
             results["jobs"].setdefault(job, {})[contender] = figure
             print(describe_figure(job, contender, figure), flush=True)
+        results["jobs"][job] = judge_parity(results["jobs"][job])
         write_results(results, out=options.out, is_tiny=options.tiny)
     print_ratios(results["jobs"])
+    if faults := list_parity_faults(results["jobs"]):
+        raise SystemExit("\n".join(faults))
 
 
 def run_contender(job: str, contender: str, *, is_tiny: bool) -> dict[str, Any]:
@@ -148,8 +166,35 @@ def describe_figure(job: str, contender: str, figure: dict[str, Any]) -> str:
     predicted = f", predicted {figure['predicted_gib']:.1f}" if figure.get("predicted_gib") else ""
     return (
         f"{job:<10} {contender:<10} {figure['tokens_per_second']:9.0f} tokens/s  MFU {mfu}  "
-        f"peak {figure['peak_gib']:6.2f} GiB{predicted}  loss {figure['loss']:.3f}"
+        f"peak {figure['peak_gib']:6.2f} GiB{predicted}  "
+        f"unseen loss {figure['unseen_loss_before']:.3f} to {figure['unseen_loss']:.3f}"
     )
+
+
+def judge_parity(figures: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The figures of one job, each with its `loss_parity`; what failed has no loss to judge."""
+    ours = figures.get("appliance", {"failed": "not run"})
+    return {n: f if "failed" in f else {**f, "loss_parity": compare_losses(f, ours)} for n, f in figures.items()}
+
+
+def compare_losses(figure: dict[str, Any], ours: dict[str, Any]) -> str:
+    """`ok`, or in words how a contender's loss on the unseen rows is not what it has to be, beside the appliance's."""
+    before, after = figure["unseen_loss_before"], figure["unseen_loss"]
+    if not before - after >= FALL:
+        return f"learned nothing: {before:.3f} before and {after:.3f} after, {FALL} less wanted"
+    if "failed" in ours:
+        return "ok"
+    if not abs(before - ours["unseen_loss_before"]) <= SAME_START:
+        return f"begins at {before:.3f}, the appliance at {ours['unseen_loss_before']:.3f}: not the same weights"
+    allowed = PARITY * (ours["unseen_loss_before"] - ours["unseen_loss"])
+    off = after - ours["unseen_loss"]
+    return "ok" if abs(off) <= allowed else f"off the appliance's by {off:+.3f}, {allowed:.3f} allowed"
+
+
+def list_parity_faults(jobs: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each contender whose loss is not what it has to be."""
+    found = [(j, n, f.get("loss_parity", "ok")) for j, figures in jobs.items() for n, f in figures.items()]
+    return [f"{job}: {name}: loss on unseen rows: {words}" for job, name, words in found if words != "ok"]
 
 
 def print_ratios(jobs: dict[str, dict[str, Any]]) -> None:
@@ -185,30 +230,68 @@ def describe_machine() -> dict[str, Any]:
 # --- what every contender trains ---------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A contender after its run: when each step ended and its training loss, the model, the loss before the run."""
+
+    steps: list[tuple[float, float]]
+    model: Any
+    unseen_loss_before: float
+    predicted_gib: float | None = None
+
+
 def measure(job: str, contender: str, *, is_tiny: bool) -> dict[str, Any]:
-    """Train a few steps in this process and measure."""
-    spec = dict(JOBS[job])
-    if is_tiny:
-        spec |= {"shape": "tiny", "steps": 6, "tokens": 256}
-    tokens = spec.get("tokens", SEQUENCE)
+    """Train the rows once in this process and measure."""
+    spec = {"tokens": SEQUENCE, "rate": RATES[JOBS[job]["method"]], **JOBS[job], **(TINY if is_tiny else {})}
     vocabulary = 512 if is_tiny else VOCABULARY
-    rows = build_rows(tokens * spec["steps"], longest=tokens // 4, vocabulary=vocabulary)
+    longest = 2 * spec["tokens"] // 9  # so that a batch of rows has as many tokens as a packed one
+    rows = build_rows(spec["tokens"] * spec["steps"], longest=longest, vocabulary=vocabulary, seed=SEED)
+    unseen = build_rows(UNSEEN * longest // 2, longest=longest, vocabulary=vocabulary, seed=SEED + 1)
     with tempfile.TemporaryDirectory() as folder:
         home = write_base(Path(folder) / "base", SHAPES[spec["shape"]], vocabulary=vocabulary)
         run = measure_appliance if contender == "appliance" else measure_trl
-        steps, predicted = run(contender, spec, rows, home)
+        trained = run(contender, spec, rows, unseen, home)
+        peak = peak_bytes()
         matrices = count_matrices(read_shapes(home), read_sizes(home))
-    return summarise(steps, spec, rows, matrices=matrices, predicted=predicted)
+    losses = {"unseen_loss_before": trained.unseen_loss_before, "unseen_loss": score(trained.model, unseen)}
+    return {
+        **summarise(trained, spec, rows, matrices=matrices),
+        **{name: round(loss, 4) for name, loss in losses.items()},
+        "peak_gib": round(peak / 2**30, 3),
+    }
 
 
-def build_rows(tokens: int, *, longest: int, vocabulary: int) -> list[list[int]]:
-    """Rows of random tokens whose lengths vary eightfold; the second half of each row is trained."""
-    source, rows, total = random.Random(11), [], 0
+def build_rows(tokens: int, *, longest: int, vocabulary: int, seed: int) -> list[list[int]]:
+    """Rows of one Markov chain, whatever the seed; lengths vary eightfold and half of each row is trained.
+
+    The chain's entropy is half a nat a token. Who has learned which tokens there are, and not which
+    follows which, is at ln 32; who has learned nothing, above ln V.
+    """
+    states = random.Random(SEED).sample(range(3, vocabulary), STATES)
+    after = [random.Random(f"{SEED} {s}").sample(states, 2) for s in range(STATES)]
+    follow = dict(zip(states, after, strict=True))
+    source, rows, total = random.Random(seed), [], 0
     while total < tokens:
-        length = source.randint(longest // 8, longest)
-        rows.append([source.randrange(3, vocabulary) for _ in range(length)])
-        total += length
+        row = [source.choice(states)]
+        for _ in range(source.randint(longest // 8, longest) - 1):
+            likely, other = follow[row[-1]]
+            row.append(likely if source.random() < LIKELY else other)
+        rows.append(row)
+        total += len(row)
     return rows
+
+
+def score(model: Any, rows: list[list[int]]) -> float:
+    """The mean loss of a trained token over `rows`, one row at a time, in the same arithmetic for every contender."""
+    device, was_training, losses = model.device, model.training, []
+    model.eval()
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, cache_enabled=False):  # no second copy
+        for row in rows:
+            half, ids = len(row) // 2, torch.tensor([row], device=device)
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(row) - half + 1).logits[0, :-1]
+            losses.append(torch.nn.functional.cross_entropy(logits.float(), ids[0, half:], reduction="none"))
+    model.train(was_training)
+    return float(torch.cat(losses).mean())
 
 
 def write_base(folder: Path, shape: dict[str, Any], *, vocabulary: int) -> Path:
@@ -243,23 +326,53 @@ def build_config(shape: dict[str, Any], *, vocabulary: int) -> Any:
     )
 
 
+def start_model(
+    home: Path, unseen: list[list[int]], *, dtype: torch.dtype, four_bit: bool, attention: str
+) -> tuple[Any, float]:
+    """The model before its run, and its loss on the unseen rows; what that took is not counted into the peak."""
+    model = build_weights(home, dtype=dtype, four_bit=four_bit, attention=attention)
+    before = score(model, unseen)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return model, before
+
+
 def build_weights(folder: Path, *, dtype: torch.dtype, four_bit: bool, attention: str) -> Any:
-    """The model of `folder`'s config with random weights, made on the device; 4-bit layer by layer."""
+    """The model of `folder`'s config on the device, its weights drawn one by one: none exists there twice.
+
+    Drawn in bf16, which every `dtype` holds exactly; rounded to 4 bits where that is asked for, so that 70B never
+    exists in more.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    torch.manual_seed(5)
-    if not four_bit:
-        with device:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    return fill_four_bit(model, dtype=dtype, device=device)
+    if four_bit:
+        fill_four_bit(model, dtype=dtype, device=device)
+    model.tie_weights()
+    names = dict(model.named_parameters(remove_duplicate=True))
+    for name in [n for n, p in names.items() if p.is_meta]:
+        parent, _, child = name.rpartition(".")
+        values = draw(name, names[name].shape, device=device).to(dtype)
+        setattr(model.get_submodule(parent), child, torch.nn.Parameter(values))
+    model.tie_weights()
+    with device:  # what is no weight was made on "meta" too; the argument for it came and went with versions
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    return model
 
 
-def fill_four_bit(model: Any, *, dtype: torch.dtype, device: torch.device) -> Any:
-    """Every linear layer but the head as random NF4, doubly quantised, one at a time: 70B never exists in bf16."""
+def draw(name: str, shape: torch.Size, *, device: torch.device) -> torch.Tensor:
+    """A weight's first values in bf16, a function of its name: norms about one, matrices that keep a unit's size."""
+    source = torch.Generator(device).manual_seed(crc32(f"{SEED} {name}".encode()))
+    noise = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(generator=source)
+    return 1.0 + 0.02 * noise if len(shape) == 1 else noise * shape[-1] ** -0.5
+
+
+def fill_four_bit(model: Any, *, dtype: torch.dtype, device: torch.device) -> None:
+    """Every linear layer but the head as NF4, doubly quantised, one at a time."""
     import bitsandbytes as bnb
     from transformers import BitsAndBytesConfig
     from transformers.quantizers import AutoHfQuantizer
@@ -277,21 +390,14 @@ def fill_four_bit(model: Any, *, dtype: torch.dtype, device: torch.device) -> An
             quant_storage=dtype,
             device="meta",
         )
-        values = torch.randn(module.out_features, module.in_features, dtype=dtype, device=device) * 0.02
+        values = draw(f"{name}.weight", module.weight.shape, device=device).to(dtype)
         layer.weight = bnb.nn.Params4bit(
             values.cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4", quant_storage=dtype
         ).to(device)
+        layer.support_avx512bf16_for_cpu = False  # repacked at the first score, it would have no gradient
         del values
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
-    for module in model.modules():
-        for name, weight in list(module.named_parameters(recurse=False)):
-            if weight.is_meta:
-                filled = torch.randn(weight.shape, dtype=dtype, device=device) * 0.02
-                setattr(module, name, torch.nn.Parameter(filled + (1.0 if weight.dim() == 1 else 0.0)))
-    model.tie_weights()
-    with device:  # what is no weight was made on "meta" too; the argument for it came and went with versions
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     settings = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
@@ -299,13 +405,23 @@ def fill_four_bit(model: Any, *, dtype: torch.dtype, device: torch.device) -> An
     model.is_quantized = True  # the trainer asks then whether this kind of quantisation can be trained
     model.hf_quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
     model.quantization_method = settings.quant_method
+
+
+@torch.no_grad()
+def start_adapter(model: Any) -> Any:
+    """The same first adapter for everyone: PEFT draws it from a generator that each contender leaves elsewhere."""
+    for name, weight in model.named_parameters():
+        if ".lora_A." in name:
+            weight.copy_(draw(name, weight.shape, device=weight.device))
     return model
 
 
 # --- the contenders ----------------------------------------------------------------------------
 
 
-def measure_trl(contender: str, spec: dict[str, Any], rows: list[list[int]], home: Path) -> tuple[list[Any], None]:
+def measure_trl(
+    contender: str, spec: dict[str, Any], rows: list[list[int]], unseen: list[list[int]], home: Path
+) -> Trained:
     """TRL on pre-tokenised rows with a completion mask."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -313,22 +429,24 @@ def measure_trl(contender: str, spec: dict[str, Any], rows: list[list[int]], hom
     from trl import SFTConfig, SFTTrainer
 
     is_best, method = contender == "trl-best", spec["method"]
-    tokens = spec.get("tokens", SEQUENCE)
     dtype = torch.bfloat16 if is_best and method != "full" else torch.float32
-    model = build_weights(
-        home, dtype=torch.bfloat16 if method == "qlora" else dtype, four_bit=method == "qlora", attention="sdpa"
+    model, before = start_model(
+        home,
+        unseen,
+        dtype=torch.bfloat16 if method == "qlora" else dtype,
+        four_bit=method == "qlora",
+        attention="sdpa",
     )
-    steps: list[Any] = []
+    steps: list[tuple[float, float]] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_arguments: Any, **_rest: Any) -> None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            steps.append([time.monotonic(), None])
+            wait_for_device()
+            steps.append((time.monotonic(), float("nan")))
 
         def on_log(self, _args: Any, _state: Any, _control: Any, logs: dict[str, float], **_rest: Any) -> None:
             if "loss" in logs and steps:
-                steps[-1][1] = logs["loss"]
+                steps[-1] = (steps[-1][0], logs["loss"])
 
     best: dict[str, Any] = {
         "packing": True,
@@ -338,7 +456,7 @@ def measure_trl(contender: str, spec: dict[str, Any], rows: list[list[int]], hom
     }
     if method == "qlora" and is_best:
         best |= {"optim": "paged_adamw_8bit", "gradient_checkpointing": True}
-    options = best if is_best else {"per_device_train_batch_size": 8}
+    options = best if is_best else {"per_device_train_batch_size": BATCH}
     half = [len(r) // 2 for r in rows]
     data = {
         "input_ids": rows,
@@ -349,8 +467,11 @@ def measure_trl(contender: str, spec: dict[str, Any], rows: list[list[int]], hom
         args=SFTConfig(
             output_dir=str(home.parent / "out"),
             num_train_epochs=1,
-            max_length=tokens,
-            learning_rate=2e-4,
+            completion_only_loss=True,  # else a completion mask is ignored without a word
+            max_length=spec["tokens"],
+            learning_rate=spec["rate"],
+            seed=SEED,
+            data_seed=SEED,
             logging_steps=1,
             save_strategy="no",
             report_to=[],
@@ -365,14 +486,15 @@ def measure_trl(contender: str, spec: dict[str, Any], rows: list[list[int]], hom
         else LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[Clock()],
     )
+    start_adapter(trainer.model)
     trainer.train()
-    return steps, None
+    return Trained(steps, trainer.model, before)
 
 
 def measure_appliance(
-    _contender: str, spec: dict[str, Any], rows: list[list[int]], home: Path
-) -> tuple[list[Any], float]:
-    """The product's own training child in this process; only the reading of weights is replaced."""
+    _contender: str, spec: dict[str, Any], rows: list[list[int]], unseen: list[list[int]], home: Path
+) -> Trained:
+    """The product's own training child in this process; only where the first weights come from is replaced."""
     from types import SimpleNamespace
 
     import msgspec
@@ -392,9 +514,12 @@ def measure_appliance(
         method |= {"rank": 16, "alpha": 32}
     training = {
         "epochs": 1,
-        "effective_batch": 8,
-        "max_length": spec.get("tokens", SEQUENCE),
-        "learning_rate": 2e-4,
+        "effective_batch": BATCH,
+        "max_length": spec["tokens"],
+        "learning_rate": spec["rate"],
+        "schedule": "linear",
+        "warmup_ratio": 0.0,
+        "seed": SEED,
         "checkpoints": 1,
     }
     values = {
@@ -409,11 +534,19 @@ def measure_appliance(
     machine = read_machine()
     plan = plan_bench(recipe, token_rows, home, shapes=shapes, machine=machine)
 
+    started: list[tuple[Any, float]] = []
+
     def load_model(base: Path, *, precision: str, four_bit: bool = False, attention: str = "sdpa", **_: Any) -> Any:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        return build_weights(base, dtype=dtype, four_bit=four_bit, attention=attention)
+        model, before = start_model(base, unseen, dtype=dtype, four_bit=four_bit, attention=attention)
+        started.append((model, before))
+        return model
 
-    methods.load_model = load_model
+    def build_model(*arguments: Any, **options: Any) -> Any:
+        model = start_adapter(methods.build_model(*arguments, **options))
+        started[0] = (model, started[0][1])
+        return model
+
     job = TrainingJob(
         folder=folder,
         adapter=folder / "adapter",
@@ -426,31 +559,38 @@ def measure_appliance(
         threads=machine.cores,
         fingerprint={},
     )
-    steps: list[Any] = []
+    steps: list[tuple[float, float]] = []
 
     def emit(**event: Any) -> None:
         if "step" in event:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            steps.append([time.monotonic(), event["loss"]])
+            wait_for_device()
+            steps.append((time.monotonic(), event["loss"]))
 
-    trainer.run_job(job, stop=SimpleNamespace(is_set=False), emit=emit)
-    return steps, plan.peak_bytes / 2**30
+    with patch.object(methods, "load_model", load_model), patch.object(trainer, "build_model", build_model):
+        trainer.run_job(job, stop=SimpleNamespace(is_set=False), emit=emit)
+    ((model, before),) = started
+    return Trained(steps, model, before, plan.peak_bytes / 2**30)
+
+
+def wait_for_device() -> None:
+    """Until what was asked of a GPU is done: before a look at the clock."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def plan_bench(recipe: Any, rows: list[Any], home: Path, *, shapes: dict[str, tuple[int, ...]], machine: Any) -> Any:
     """The product's plan over shapes that no file holds."""
     from appliance.plan import plan as planning
 
-    planning.read_weight_shapes = lambda _base: shapes
-    return planning.build_plan(
-        recipe,
-        lengths=[len(r.input_ids) for r in rows],
-        trained_tokens=sum(r.trained for r in rows),
-        validation_rows=0,
-        base=home,
-        machine=machine,
-    )
+    with patch.object(planning, "read_weight_shapes", lambda _base: shapes):
+        return planning.build_plan(
+            recipe,
+            lengths=[len(r.input_ids) for r in rows],
+            trained_tokens=sum(r.trained for r in rows),
+            validation_rows=0,
+            base=home,
+            machine=machine,
+        )
 
 
 def read_shapes(home: Path) -> dict[str, tuple[int, ...]]:
@@ -465,15 +605,9 @@ def read_shapes(home: Path) -> dict[str, tuple[int, ...]]:
 # --- figures -----------------------------------------------------------------------------------
 
 
-def summarise(
-    steps: list[Any],
-    spec: dict[str, Any],
-    rows: list[list[int]],
-    *,
-    matrices: int | None,
-    predicted: float | None,
-) -> dict[str, Any]:
-    """Rate over the steps after the warm-up, every step weighing the same share of the tokens."""
+def summarise(trained: Trained, spec: dict[str, Any], rows: list[list[int]], *, matrices: int | None) -> dict[str, Any]:
+    """Rate over the steps after the warm-up, every step weighing the same share of the tokens; training losses."""
+    steps, predicted = trained.steps, trained.predicted_gib
     tokens = sum(len(r) for r in rows)
     first = min(WARM_UP, len(steps) - 2)
     seconds = steps[-1][0] - steps[first][0]
@@ -485,9 +619,9 @@ def summarise(
         "mfu": None if peak is None or cost is None else round(rate * cost / peak, 4),
         "peak_flops": peak,
         "peak_flops_source": source,
-        "peak_gib": round(peak_bytes() / 2**30, 3),
         "predicted_gib": None if predicted is None else round(predicted, 3),
-        "loss": round(statistics.mean(loss for _, loss in steps[-3:]), 4),
+        "first_loss": round(steps[0][1], 4),
+        "last_loss": round(statistics.mean(loss for _, loss in steps[-3:]), 4),
         "steps": len(steps),
         "real_tokens": tokens,
     }

@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from appliance.training import loop
 
 ROOT = Path(__file__).parent.parent
+FELL = {"unseen_loss_before": 6.5, "unseen_loss": 1.5}
+
+
+def load_benchmark(name: str) -> Any:
+    """A benchmark's module: scripts of a folder that is no package."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu = load_benchmark("gpu")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("job", ["8b-lora", "8b-qlora", "1b-full", "70b-qlora"])
-def test_the_gpu_benchmark_has_a_figure_for_every_contender(tmp_path: Path, job: str) -> None:
-    """A contender that fails is a line of the table on a GPU; on a tiny shape none may."""
+def test_the_gpu_benchmark_has_a_figure_for_every_contender_and_they_learn_alike(tmp_path: Path, job: str) -> None:
+    """A contender that fails is a line of the table on a GPU; on a tiny shape none may.
+
+    All begin where the appliance does, learn far more than which tokens there are (ln 32), and end in parity.
+    """
     out = tmp_path / "figures.json"
     argv = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--tiny", "--only", job, "--out", str(out)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=800, check=False)
@@ -24,5 +48,75 @@ def test_the_gpu_benchmark_has_a_figure_for_every_contender(tmp_path: Path, job:
     figures = json.loads(out.read_bytes())["jobs"][job]
     assert "appliance" in figures
     assert not [f["failed"] for f in figures.values() if "failed" in f]
-    assert all(f["tokens_per_second"] > 0 and 5.0 < f["loss"] < 8.0 for f in figures.values())
+    assert {f["loss_parity"] for f in figures.values()} == {"ok"}
+    assert all(f["tokens_per_second"] > 0 and f["unseen_loss"] < 2.5 for f in figures.values())
     assert figures["appliance"]["predicted_gib"] > 0
+    if "trl" in figures:  # the same rows, the same labels: a mask that is ignored shows here
+        assert figures["trl"]["first_loss"] == pytest.approx(figures["appliance"]["first_loss"], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "ok"),
+        ({"unseen_loss": 1.95}, "ok"),
+        ({"unseen_loss": 2.1}, r"off the appliance's by \+0.600, 0.500 allowed"),
+        ({"unseen_loss": 0.9}, r"off the appliance's by -0.600, 0.500 allowed"),
+        ({"unseen_loss": float("nan")}, "learned nothing"),
+        ({"unseen_loss": 6.2}, "learned nothing: 6.500 before and 6.200 after"),
+        ({"unseen_loss_before": 6.6}, "begins at 6.600, the appliance at 6.500: not the same weights"),
+    ],
+)
+def test_a_loss_that_is_not_the_appliances_is_told_in_words(changes: dict[str, float], words: str) -> None:
+    """Too high, too low, no number, nothing learned, or another start."""
+    judged = gpu.judge_parity({"appliance": FELL, "trl": FELL | changes})
+    assert judged["appliance"]["loss_parity"] == "ok"
+    assert re.match(words, judged["trl"]["loss_parity"])
+    assert len(gpu.list_parity_faults({"8b-lora": judged})) == (words != "ok")
+
+
+def test_parity_without_the_appliance_still_wants_a_fall() -> None:
+    """What failed has no loss to judge; the others must have learned something."""
+    judged = gpu.judge_parity({"appliance": {"failed": "out of memory"}, "trl": FELL, "trl-best": FELL})
+    assert "loss_parity" not in judged["appliance"]
+    assert judged["trl"]["loss_parity"] == "ok"
+
+
+def test_contenders_start_from_the_same_weights_in_every_precision(tmp_path: Path) -> None:
+    """Drawn once: fp32 holds exactly what bf16 does."""
+    home = gpu.write_base(tmp_path / "base", gpu.SHAPES["tiny"], vocabulary=512)
+    wide, narrow = (
+        gpu.build_weights(home, dtype=dtype, four_bit=False, attention="sdpa").state_dict()
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert wide.keys() == narrow.keys()
+    assert all(w.dtype == torch.float32 and torch.equal(w, narrow[n].float()) for n, w in wide.items())
+    assert len({w.float().sum().item() for w in wide.values()}) > 10, "each weight is a draw of its own"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_contender_whose_labels_are_off_by_one_fails_the_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own training loss falls all the same; the loss on unseen rows gives it away: exit code 1, and in the JSON."""
+    collate = loop.collate_packed
+
+    def shift(*arguments: Any, **options: Any) -> dict[str, Any]:
+        batch = collate(*arguments, **options)
+        return {**batch, **{k: batch[k].roll(-1, -1) for k in ("labels", "shift_labels")}}
+
+    def run_here(job: str, contender: str, *, is_tiny: bool) -> dict[str, Any]:
+        return gpu.measure(job, contender, is_tiny=is_tiny)
+
+    out = tmp_path / "figures.json"
+    monkeypatch.setattr(loop, "collate_packed", shift)
+    monkeypatch.setattr(gpu, "run_contender", run_here)
+    monkeypatch.setitem(gpu.JOBS["8b-lora"], "contenders", ("trl", "appliance"))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--only", "8b-lora", "--out", str(out)])
+    with pytest.raises(SystemExit) as caught:
+        gpu.main()
+    assert "8b-lora: trl: loss on unseen rows: off the appliance's by" in str(caught.value)
+    figures = json.loads(out.read_bytes())["jobs"]["8b-lora"]
+    assert figures["trl"]["loss_parity"] != "ok"
+    assert figures["appliance"]["last_loss"] < figures["appliance"]["first_loss"] - 1.0
