@@ -199,7 +199,7 @@ def test_data_that_others_cannot_pull_is_not_trained_on(project: Project) -> Non
     (cut,) = project.reconcile()
     assert "not whole there" in cut.reason
     remote.put(key, content)
-    write_dataset(project.root / "datasets" / "colours", rows=124)
+    write_dataset(project.root / "datasets" / "colours", rows=131)  # that no other test pushes
     project.run(sys.executable, "-m", "dvc", "add", "--quiet", "datasets")
     project.commit("never pushed")
     shutil.rmtree(project.root / "datasets")  # DVC's cache has it, so that a pull asks no remote
@@ -442,7 +442,7 @@ def push(project: Project) -> None:
 
 def test_a_review_is_red_where_the_remote_lacks_the_data(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never pushed is a fault of the change, on this disk or not; no credentials or network are the runner's."""
-    write_dataset(project.root / "datasets" / "colours", rows=124)
+    write_dataset(project.root / "datasets" / "colours", rows=132)  # that no other test pushes
     project.run(sys.executable, "-m", "dvc", "add", "--quiet", "datasets")
     project.commit("never pushed")
     workspace = Workspace(
@@ -452,7 +452,7 @@ def test_a_review_is_red_where_the_remote_lacks_the_data(project: Project, monke
     told = {s.title: s for s in sections}
     assert faults == 1
     assert "run `dvc push`" in told["Data"].lines[0]
-    assert "4 added" in told["Data: colours"].lines[0], "what is here is reported all the same"
+    assert "12 added" in told["Data: colours"].lines[0], "what is here is reported all the same"
     assert review(workspace, since="HEAD", store=None)[1] == 0, "nothing would be trained, so nothing is asked"
     shutil.rmtree(project.root / "datasets")
     shutil.rmtree(project.root / ".dvc" / "cache")
