@@ -183,6 +183,22 @@ def test_a_signal_before_there_is_a_program_is_not_lost(folder: Path) -> None:
     assert job.wait(timeout=30) == 128 + signal.SIGTERM
 
 
+@pytest.mark.parametrize("is_contained", [False, True])
+def test_what_dvc_pulled_outlives_the_checkout(folder: Path, is_contained: bool) -> None:
+    """Its cache is among the runner's, not in the work tree, which every checkout cleans; a team's own word stays."""
+    (folder / ".dvc").mkdir()
+    write_program(folder, "appliance", "cat .dvc/config.local")
+    write_program(folder, "docker", "case $1 in run) cat .dvc/config.local ;; esac")
+    variables = {"APPLIANCE_IMAGE": IMAGE} if is_contained else {}
+    place = "/cache/dvc" if is_contained else str(folder / "home" / "dvc")
+    assert (
+        call(folder, "list", APPLIANCE_CACHE=str(folder / "home"), **variables).stdout
+        == f"[cache]\n    dir = {place}\n"
+    )
+    (folder / ".dvc" / "config.local").write_text("[core]\n")
+    assert call(folder, "list", APPLIANCE_CACHE=str(folder / "home"), **variables).stdout == "[core]\n"
+
+
 @pytest.mark.parametrize("path", sorted((GITHUB / "workflows").glob("*.yml")), ids=lambda p: p.stem)
 def test_the_script_is_the_process_of_its_step(path: Path) -> None:
     """`exec`, in the last line: a shell before it would keep the signals; by bash: Git may have lost the mode."""
