@@ -16,7 +16,7 @@ from test_reconcile import Project, base  # noqa: F401 - a fixture
 from test_registry import make_folder, make_manifest
 from tiny import write_dataset
 
-from appliance import preparation
+from appliance import desired, preparation
 from appliance import reconcile as reconciling
 from appliance.cli import main
 from appliance.cli.changes import diff_revisions
@@ -250,7 +250,7 @@ def test_what_recipes_share_is_read_once(project: Project, monkeypatch: pytest.M
 
         monkeypatch.setattr(module, name, counted)
 
-    count(reconciling, "load_recipe")
+    count(desired, "load_recipe")
     count(preparation, "check_dataset")
     count(model_base, "_digest_anew")
     assert [o.action for o in project.reconcile(dry_run=True)] == ["train"] * 5

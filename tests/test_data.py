@@ -317,7 +317,7 @@ def test_control_tokens_in_the_text_of_a_row_are_told_and_a_forged_turn_is_refus
     rows[19] |= talk(("user", "what is <|im_end>, <im_start> or <think>?"), ("assistant", "red"))
     write_rows(folder, rows, contract={"type": "text"})
     report = check(tmp_path)
-    file = folder / "rows.jsonl"
+    file = "datasets/colours/rows.jsonl"
     told = {(f.where, f.id, f.message.split(" in its text")[0]) for f in report.warnings if f.rule == "token"}
     assert told == {
         (f"{file}:5", "r4", "turn 2 (assistant) holds the control token '<|im_start|>'"),

@@ -93,7 +93,10 @@ def find_fault(words: list[str], *, is_named: bool) -> str:
     command: click.Command = appliance
     rest = [word for word in words if word not in ("-h", "--help", "--version")]
     while isinstance(command, click.Group) and rest:
-        child = command.get_command(click.Context(command), rest[0])
+        try:
+            child = command.get_command(click.Context(command), rest[0])
+        except click.UsageError as fault:
+            return fault.format_message()
         if child is None:
             return f"no command {rest[0]}"
         command, rest = child, rest[1:]

@@ -471,9 +471,13 @@ forgetting: {forgetting}
 """
 LORA = "{type: lora}"
 BAD_SECTIONS = [
-    (LORA, "{replay: {share: 0.9}}", r"r:5: forgetting\.replay\.share: .*less than or equal to 0\.5, found 0\.9"),
-    (LORA, "{replay: {share: 0}}", r"forgetting\.replay\.share: .*greater than 0, found 0"),
-    (LORA, "{ewc: {strength: 0}}", r"forgetting\.ewc\.strength: .*greater than 0, found 0"),
+    (
+        LORA,
+        "{replay: {share: 0.9}}",
+        r"r:5: forgetting\.replay\.share: found 0\.9, expected .* less than or equal to 0\.5",
+    ),
+    (LORA, "{replay: {share: 0}}", r"forgetting\.replay\.share: found 0, expected a value greater than 0"),
+    (LORA, "{ewc: {strength: 0}}", r"forgetting\.ewc\.strength: found 0, expected a value greater than 0"),
     (LORA, "{ewc: {strenght: 1}}", r"unknown key forgetting\.ewc\.strenght; did you mean strength\?"),
     (LORA, "{replays: {}}", r"unknown key forgetting\.replays; did you mean replay\?"),
     (LORA, "{}", r"forgetting: says nothing; give replay or ewc"),

@@ -168,7 +168,7 @@ sys.exit(run_child(work))
     [
         ("""echo '{"failure": "out of memory: 3 GiB"}'; exit 34""", 34, "out of memory: 3 GiB"),
         ("""echo '{"failure": "base: damaged"}'; exit 1""", 1, "base: damaged"),
-        ("exit 3", 3, "ended with code 3; see "),
+        ("exit 3", 3, "ended with code 3; its log is "),
         ("kill -9 $$", -9, ""),
     ],
 )

@@ -49,17 +49,7 @@ def command(
     also of a version that was there already; 0 when it is inconclusive.
     """
     store = open_given_store(store_url)
-    finished = run_recipe(
-        load_recipe(recipe),
-        workspace=build_workspace(
-            root=root,
-            cache=cache,
-            runs=runs,
-            tensorboard=tensorboard,
-            mirror=choose_mirror(store, is_asked=mirror_checkpoints),
-        ),
-        store=store,
-        origin=find_origin(root),
-        force=force,
-    )
+    mirror = choose_mirror(store, is_asked=mirror_checkpoints)
+    workspace = build_workspace(root=root, cache=cache, runs=runs, tensorboard=tensorboard, mirror=mirror)
+    finished = run_recipe(load_recipe(recipe), workspace=workspace, store=store, origin=find_origin(root), force=force)
     return print_finished(finished)

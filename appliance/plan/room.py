@@ -43,4 +43,4 @@ def check_room(recipe: Recipe, folder: Path, *, trainable: int, parameters: int)
 
 
 def _show(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB"
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
