@@ -271,7 +271,7 @@ FULL = [
 def test_a_full_disk_is_one_message_and_the_same_command_finishes(
     project: Path, tmp_path: Path, size: str, words: str
 ) -> None:
-    """No room for the checkpoints, or just none for what comes beside them: exit 1, nothing published; then all of it."""
+    """No room for checkpoints, or none for what comes beside them: exit 1, nothing published; then all of it."""
     out, store = tmp_path / "out", tmp_path / "store"
     out.mkdir()
     run = f"{sys.executable} -m appliance run recipes/colours.yaml"
