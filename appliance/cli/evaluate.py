@@ -45,17 +45,9 @@ def command(
     is inconclusive.
     """
     store = open_given_store(store_url)
+    mirror = choose_mirror(store, is_asked=mirror_checkpoints)
+    workspace = build_workspace(root=root, cache=cache, runs=runs, tensorboard=tensorboard, mirror=mirror)
     finished = run_recipe(
-        load_recipe(recipe),
-        workspace=build_workspace(
-            root=root,
-            cache=cache,
-            runs=runs,
-            tensorboard=tensorboard,
-            mirror=choose_mirror(store, is_asked=mirror_checkpoints),
-        ),
-        store=store,
-        origin=find_origin(root),
-        until="evaluate",
+        load_recipe(recipe), workspace=workspace, store=store, origin=find_origin(root), until="evaluate"
     )
     return print_finished(finished)
