@@ -1,10 +1,12 @@
 """Forgetting on a real model: plain LoRA, with replay, and with elastic weight consolidation.
 
-SmolLM2-135M learns the demo's task from the same number of task rows in each arm; replayed rows come on
-top, in further steps. Measured on rows that no arm trains on: exact match and NLL on held-out requests,
-and on general text the NLL of reference answers and KL(base || tuned), all in nats per token. General text is the
-project's own: chats written for this benchmark, and answers of the base model to the package's
-prompts, every second of which is kept from training and from the Fisher.
+SmolLM2-135M learns the demo's task from the same task rows, each once, in every arm; replayed rows come on
+top, in further steps. A seed draws the rows, their order and the adapter's start anew, for all arms alike. Measured on
+rows that no arm trains on: exact match and NLL on held-out requests, and on general text the NLL of
+reference answers and KL(base || tuned), all in nats per token. What an arm gains or loses on the task
+against plain LoRA is the paired difference over all seeds' requests with its 95 % interval (Newcombe 1998).
+General text is the project's own: chats written for this benchmark, and answers of the base model to the
+package's prompts, every second of which is kept from training and from the Fisher.
 
 Run it with `python benchmarks/forgetting.py`; what is finished is kept in `--work` and not done
 again. Prints a table and writes `benchmarks/results/forgetting.json`.
@@ -19,9 +21,11 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from appliance.data import load_prompts, order_general
@@ -36,11 +40,12 @@ from appliance.plan import read_machine
 from appliance.preparation import Workspace, read_versions
 from appliance.recipe import EwcSection, load_recipe
 from appliance.run import Run
+from appliance.statistics import paired_gain_interval
 from appliance.training import TrainingJob, prepare_rows, train
 
 ROOT = Path(__file__).parent.parent
 CHATS = Path(__file__).with_name("general_chats.jsonl")
-TASK_ROWS, TEST_ROWS, BATCH, FISHER_ROWS = 400, 60, 8, 32
+TEST_ROWS, BATCH, FISHER_ROWS = 200, 8, 32
 PROMPTS, ANSWER_TOKENS = 96, 64
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "0")) or read_machine().cores
 RECIPE = load_recipe(ROOT / "recipes" / "demo.yaml")
@@ -56,15 +61,35 @@ class Contender:
     rate: float = 1e-3
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What the arms of one seed share; `steps` of task rows, replayed ones not counted."""
+
+    seed: int
+    steps: int
+    base: Base
+    pool: tuple[Example, ...]
+    kept: tuple[Example, ...]
+    work: Path
+
+    @property
+    def requests(self) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+        """The rows to train on and those to test on."""
+        rows = build_requests(self.steps * BATCH + TEST_ROWS, seed=self.seed)
+        return rows[: self.steps * BATCH], rows[self.steps * BATCH :]
+
+
 def main() -> None:
     """Run what is not done yet, print the table, write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "forgetting")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "appliance")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--share", type=float, nargs="*", default=[0.2])
-    parser.add_argument("--strength", type=float, nargs="*", default=[1000.0])
+    parser.add_argument("--strength", type=float, nargs="*", default=[100.0, 300.0])
+    parser.add_argument("--lower-rate", type=float, nargs="*", default=[3e-4], help="of plain LoRA, to compare")
     parser.add_argument("--pieces", type=int, default=99, help="stop after so many pieces; the next call goes on")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -75,18 +100,19 @@ def main() -> None:
         Contender("lora", rate=options.rate),
         *(Contender(f"replay {s:g}", share=s, rate=options.rate) for s in options.share),
         *(Contender(f"ewc {s:g}", strength=s, rate=options.rate) for s in options.strength),
+        *(Contender(f"lora at {r:g}", rate=r) for r in options.lower_rate),
     ]
     workspace = Workspace(ROOT, options.cache, options.work, note=lambda text: print(f"  {text}", flush=True))
     base = resolve_base(RECIPE.base, root=ROOT, cache=options.cache, note=workspace.note)
     pool, kept = split_general(base, workspace)
-    found: dict[str, dict[str, Any]] = {}
-    for number, contender in enumerate(contenders):
-        if number >= options.pieces:
-            return
-        steps = round(options.steps / (1 - contender.share))  # as many task rows in each arm
-        found[contender.name] = run_contender(contender, base, pool, kept, work=options.work, steps=steps)
-        print(json.dumps({contender.name: found[contender.name]}), flush=True)
-    report(found, options=options)
+    found: dict[str, list[dict[str, Any]]] = {c.name: [] for c in contenders}
+    pieces = [(seed, contender) for seed in options.seeds for contender in contenders]
+    for seed, contender in pieces[: options.pieces]:
+        setting = Setting(seed, options.steps, base, pool, kept, options.work)
+        found[contender.name].append(run_contender(contender, setting))
+        print(json.dumps({contender.name: found[contender.name][-1]}), flush=True)
+    if options.pieces >= len(pieces):
+        report(found, options=options)
 
 
 def split_general(base: Base, workspace: Workspace) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
@@ -105,38 +131,29 @@ def split_general(base: Base, workspace: Workspace) -> tuple[tuple[Example, ...]
     return tuple(ordered[::2]), tuple(ordered[1::2])
 
 
-def run_contender(
-    contender: Contender,
-    base: Base,
-    pool: tuple[Example, ...],
-    kept: tuple[Example, ...],
-    *,
-    work: Path,
-    steps: int,
-) -> dict[str, Any]:
+def run_contender(contender: Contender, setting: Setting) -> dict[str, Any]:
     """Train, answer the held-out requests, and measure general text; each part once."""
-    folder = work / f"{contender.name.replace(' ', '-')}-{contender.rate:g}-{steps}"
-    result = folder / "result.json"
+    name = f"{contender.name.replace(' ', '-')}-{contender.rate:g}-{setting.steps}-{setting.seed}"
+    folder, result = setting.work / name, setting.work / name / "result.json"
     if result.is_file():
         done: dict[str, Any] = json.loads(result.read_bytes())
         return done
-    requests = build_requests(TASK_ROWS + TEST_ROWS)
-    job = build_job(contender, base, folder, requests[:TASK_ROWS], pool, steps=steps)
-    borrow_fisher(folder, work)
+    job = build_job(contender, setting, folder)
+    borrow_fisher(folder, setting.work)
     if not (folder / "summary.json").is_file():
         train(job, note=lambda text: print(f"  {text}", flush=True), env={"OMP_NUM_THREADS": str(job.threads)})
     summary = json.loads((folder / "summary.json").read_bytes())
-    score = score_task(requests[TASK_ROWS:], base, job)
-    chats = decode_examples(CHATS.read_bytes())
-    template = load_template(base.folder)
-    prepare_rows(requests[TASK_ROWS:], template=template, max_length=512, file=folder / "task.rows.jsonl")
-    prepare_rows(chats, template=template, max_length=512, file=folder / "chats.rows.jsonl")
-    prepare_rows(kept, template=template, max_length=512, file=folder / "answers.rows.jsonl")
+    tests = setting.requests[1]
+    right = answer_task(tests, setting.base, job)
+    template = load_template(setting.base.folder)
+    texts = {"task": tests, "chats": decode_examples(CHATS.read_bytes()), "answers": setting.kept}
+    for kind, rows in texts.items():
+        prepare_rows(rows, template=template, max_length=512, file=folder / f"{kind}.rows.jsonl")
     measured = subprocess.run(
         [sys.executable, __file__, "--measure", str(folder)], check=True, capture_output=True, text=True
     )
     figures = {
-        "exact_match": score,
+        "right": right,
         **json.loads(measured.stdout.splitlines()[-1]),
         **{k: summary[k] for k in ("last_loss", "seconds", "steps", "device", "dtype", "threads")},
     }
@@ -144,34 +161,28 @@ def run_contender(
     return figures
 
 
-def build_job(
-    contender: Contender,
-    base: Base,
-    folder: Path,
-    requests: tuple[Example, ...],
-    pool: tuple[Example, ...],
-    *,
-    steps: int,
-) -> TrainingJob:
+def build_job(contender: Contender, setting: Setting, folder: Path) -> TrainingJob:
     """Task rows and, on top, the share of replayed ones."""
-    template = load_template(base.folder)
-    count = round(TASK_ROWS * contender.share / (1 - contender.share))
-    rows = (*requests, *(select_replay(pool, count=count) if count else ()))
+    template = load_template(setting.base.folder)
+    requests = setting.requests[0]
+    count = round(len(requests) * contender.share / (1 - contender.share))
+    rows = (*requests, *(select_replay(setting.pool, count=count) if count else ()))
     prepare_rows(rows, template=template, max_length=512, file=folder / "train.rows.jsonl")
     (folder / "validation.rows.jsonl").write_bytes(b"")
     if contender.strength:
-        fisher_rows = tuple(order_general(pool)[:FISHER_ROWS])
+        fisher_rows = tuple(order_general(setting.pool)[:FISHER_ROWS])
         prepare_rows(fisher_rows, template=template, max_length=512, file=folder / "general.rows.jsonl")
     section = {
-        "epochs": steps / -(-len(rows) // BATCH) - 1e-9,
+        "epochs": 1,
         "learning_rate": contender.rate,
         "effective_batch": BATCH,
         "checkpoints": 3,
+        "seed": setting.seed,
     }
     return TrainingJob(
         folder=folder,
         adapter=folder / "adapter",
-        base=base.folder,
+        base=setting.base.folder,
         base_name="base",
         method=RECIPE.method,
         training=RECIPE.training.model_copy(update=section),
@@ -191,8 +202,8 @@ def borrow_fisher(folder: Path, work: Path) -> None:
             shutil.copyfile(file, folder / "fisher.json")
 
 
-def score_task(requests: tuple[Example, ...], base: Base, job: TrainingJob) -> float:
-    """The share of held-out requests that are answered exactly."""
+def answer_task(requests: tuple[Example, ...], base: Base, job: TrainingJob) -> list[bool]:
+    """Whether each held-out request is answered exactly."""
     template = load_template(base.folder)
     generation = GenerationJob(
         folder=job.folder / "task",
@@ -205,7 +216,7 @@ def score_task(requests: tuple[Example, ...], base: Base, job: TrainingJob) -> f
     )
     prompts = [Prompt(r.id, "candidate", template.encode_prompt(r.prompt)) for r in requests]
     said = {o.id: o.output.strip() for o in generate(generation, prompts, note=lambda _: None)}
-    return sum(said[r.id] == r.answer for r in requests) / len(requests)
+    return [said[r.id] == r.answer for r in requests]
 
 
 def measure_general(folder: Path) -> dict[str, float]:
@@ -239,26 +250,60 @@ def measure_general(folder: Path) -> dict[str, float]:
     return {k: round(v, 4) for k, v in figures.items()}
 
 
-def report(found: dict[str, dict[str, Any]], *, options: argparse.Namespace) -> None:
-    """The table on standard output and the JSON beside it."""
-    first = next(iter(found.values()))
-    columns = ("exact", "task NLL", "chats NLL", "answers NLL", "chats KL", "answers KL", "s")
-    print(f"\n{'':12} " + " ".join(f"{c:>11}" for c in columns))
+def report(found: dict[str, list[dict[str, Any]]], *, options: argparse.Namespace) -> None:
+    """The table on standard output and the JSON beside it: means over the seeds."""
+    plain = next(iter(found.values()))
+    rows = {name: summarise(seeds, plain) for name, seeds in found.items()}
+    columns = ("exact", "against lora", "task NLL", "chats NLL", "answers NLL", "chats KL", "answers KL", "s")
+    print(f"\n{'':14} " + " ".join(f"{c:>16}" for c in columns))
+    first = next(iter(rows.values()))
     bases = [first[f"{name}_base_nll"] for name in ("task", "chats", "answers")]
-    print(f"{'base':12} {'-':>11} " + " ".join(f"{value:11.3f}" for value in bases))
-    for name, f in found.items():
+    print(f"{'base':14} {'-':>16} {'-':>16} " + " ".join(f"{value:16.3f}" for value in bases))
+    for name, f in rows.items():
         values = [f[key] for key in ("task_nll", "chats_nll", "answers_nll", "chats_kl", "answers_kl")]
-        row = " ".join(f"{value:11.3f}" for value in values)
-        print(f"{name:12} {f['exact_match']:11.1%} {row} {f['seconds']:11.0f}")
+        gain = "{:+.1%} to {:+.1%}".format(*f["gain_interval"])
+        row = " ".join(f"{value:16.3f}" for value in values)
+        print(f"{name:14} {f['exact_match']:16.1%} {gain:>16} {row} {f['seconds']:16.0f}")
+    setting = {k: vars(options)[k] for k in ("steps", "seeds", "rate")}
     document = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "hardware": f"{read_machine().cores} CPU cores, {_read_processor()}",
         "versions": read_versions(),
-        "setting": {"steps": options.steps, "rows_a_step": BATCH, "rate": options.rate, "test_rows": TEST_ROWS},
-        "contenders": found,
+        "setting": {**setting, "rows_a_step": BATCH, "test_rows_a_seed": TEST_ROWS},
+        "contenders": rows,
     }
     file = ROOT / "benchmarks" / "results" / "forgetting.json"
     write_atomic(file, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
+
+
+def summarise(seeds: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the seeds, each seed's exact match and general NLLs, and the paired gain over `plain`."""
+    pairs = Counter(
+        pair
+        for ours, theirs in zip(seeds, plain, strict=True)
+        for pair in zip(ours["right"], theirs["right"], strict=True)
+    )
+    counts = {
+        "both": pairs[True, True],
+        "wins": pairs[True, False],
+        "losses": pairs[False, True],
+        "neither": pairs[False, False],
+    }
+    exact = [fmean(seed["right"]) for seed in seeds]
+    means = {
+        key: round(fmean(seed[key] for seed in seeds), 4) for key, value in seeds[0].items() if isinstance(value, float)
+    }
+    return {
+        **means,
+        "exact_match": round(fmean(exact), 4),
+        "gain_interval": [round(end, 4) for end in paired_gain_interval(**counts)],
+        "pairs": counts,
+        "by_seed": [
+            {"exact_match": e, **{k: s[k] for k in ("chats_nll", "answers_nll", "chats_kl", "answers_kl")}}
+            for e, s in zip(exact, seeds, strict=True)
+        ],
+        **{key: seeds[0][key] for key in ("steps", "device", "dtype", "threads")},
+    }
 
 
 def _read_processor() -> str:
