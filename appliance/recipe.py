@@ -256,7 +256,7 @@ class Recipe(Section):
                 f"training.packing: {self.method.type} puts virtual tokens before every row, so rows cannot share one "
                 "flat batch; write auto or false"
             )
-        if isinstance(self.method, PrefixTuningMethod) and self.training.gradient_checkpointing == "on":
+        if self.training.gradient_checkpointing == "on" and not can_checkpoint(self.method):
             raise ValueError(
                 "training.gradient_checkpointing: prefix-tuning trains keys and values, which checkpointing would "
                 "drop; write auto or off"
@@ -308,6 +308,11 @@ class Recipe(Section):
 def is_packed(section: TrainingSection, method: Method) -> bool:
     """Whether rows share flat batches: as the recipe says, else wherever the method has no virtual tokens."""
     return not isinstance(method, VIRTUAL_TOKENS) if section.packing == "auto" else section.packing
+
+
+def can_checkpoint(method: Method) -> bool:
+    """Whether activations can be computed again instead of kept; prefix tuning would lose its keys and values."""
+    return not isinstance(method, PrefixTuningMethod)
 
 
 def count_steps(section: TrainingSection, *, rows: int) -> int:

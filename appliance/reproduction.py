@@ -40,6 +40,7 @@ _COMPARED = (
     "micro_batches",
     "devices",
     "checkpointing",
+    "checkpointing_since",
     "attention",
 )
 
@@ -171,13 +172,16 @@ def _check_inputs(manifest: Manifest, prepared: Prepared, version: str) -> None:
 
 
 def _read_choices(manifest: Manifest) -> dict[str, Any]:
-    """What the plan chose on the machine of that time; the first micro-batch where it was halved later."""
+    """What the plan chose on the machine of that time; what it began with where memory ran out later."""
     training = manifest.training
     history = training.get("micro_batches") or [[0, training.get("micro_batch")]]
+    checkpointing = training.get("checkpointing")
+    if "checkpointing_since" in training:
+        checkpointing = training["checkpointing_since"] == 0
     chosen = {
         "micro_batch": history[0][1],
         "devices": training.get("devices"),
-        "checkpointing": training.get("checkpointing"),
+        "checkpointing": checkpointing,
         "threads": training.get("threads"),
         "precision": training.get("dtype"),
     }

@@ -481,7 +481,9 @@ def build_hungry_job(base: Path, folder: Path) -> TrainingJob:
     return job
 
 
-def train_warm(warm: Warm, job: TrainingJob, patch: pytest.MonkeyPatch, *, address_space: int) -> tuple[Any, list[str]]:
+def train_warm(
+    warm: Warm, job: TrainingJob, patch: pytest.MonkeyPatch, *, address_space: int | None = None
+) -> tuple[Any, list[str]]:
     """`train` with children forked from the warm process, under a limit of the allocator; summary and notes."""
     said: list[str] = []
 
@@ -533,3 +535,21 @@ def test_out_of_memory_goes_on_with_half_the_micro_batch(
     assert said == [], "what fitted last time is taken from the checkpoint, not what the plan says"
     assert summary["micro_batches"] == [[0, 16], [step, 8]]
     assert summary["adapter_sha256"] == expected
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_goes_on_with_activations_computed_again(
+    warm: Warm, uninterrupted: Callable[..., str], base: Path, tmp_path: Path, method: str
+) -> None:
+    """Gradient checkpointing that began within a run stays, is recorded, and ends in the bytes of a run without it."""
+    job = build_job(base, tmp_path, method, **SHORT)
+    kill(warm, job, after_a_seal)
+    step = max(count_steps_done(f.parent) for f in job.checkpoints.glob(f"*/{SEAL}"))
+    write_job(job.model_copy(update={"checkpointing": True}))
+    kill(warm, job, after_a_seal)
+    facts = read_facts(job.checkpoints)
+    assert facts == Facts(threads=1, micro_batches=FACTS.micro_batches, checkpointing_since=step)
+    with pytest.MonkeyPatch.context() as patch:
+        summary, _ = train_warm(warm, job, patch)
+    assert (summary["checkpointing"], summary["checkpointing_since"]) == (True, step)
+    assert summary["adapter_sha256"] == uninterrupted(method, **SHORT)

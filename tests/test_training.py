@@ -230,22 +230,43 @@ def test_half_a_micro_batch_still_divides_the_effective_batch(micro: int, effect
     assert _halve(micro, effective) == half
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        ({}, [(1, True)], "use a shorter max_length"),
+        ({"training": {"gradient_checkpointing": "off"}}, [], "use training.gradient_checkpointing: auto, a shorter"),
+        ({"method": {"type": "prefix-tuning", "tokens": 4}}, [], "use a shorter max_length"),
+    ],
+    ids=["auto", "ruled out", "a method that cannot"],
+)
 def test_out_of_memory_is_answered_with_half_the_micro_batch(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    case: tuple[dict[str, Any], list[tuple[int, bool]], str],
 ) -> None:
-    """The child's exit 34 restarts it smaller; with nothing left to halve it is a device error."""
+    """The child's exit 34 restarts it smaller, at last with gradient checkpointing; then it is a device error."""
+    overrides, last, advice = case
     from appliance.training import launch
 
-    tried: list[int] = []
+    tried: list[tuple[int, bool]] = []
+    said: list[str] = []
 
     def fail(job: TrainingJob, **_rest: object) -> WorkerEnd:
-        tried.append(job.micro_batch)
+        tried.append((job.micro_batch, job.checkpointing))
         return WorkerEnd(DeviceError.exit_code, "out of memory")
 
     monkeypatch.setattr(launch, "_run_child", fail)
-    with pytest.raises(DeviceError, match="micro-batch 1"):
-        train(make_job(base, tmp_path), note=quiet)
-    assert tried == [8, 4, 2, 1]
+    with pytest.raises(DeviceError, match=f"micro-batch 1: out of memory; {advice}"):
+        train(make_job(base, tmp_path, make_recipe(**overrides)), note=said.append)
+    assert tried == [(8, False), (4, False), (2, False), (1, False), *last]
+    again = "out of memory; again with micro-batch 1"
+    assert (
+        said[2:]
+        == [f"{again}, the effective batch stays", f"{again} and gradient checkpointing, the effective batch stays"][
+            : 1 + len(last)
+        ]
+    )
 
 
 def test_arguments_are_what_the_recipe_says(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from appliance.model.shapes import (
 )
 from appliance.plan.machine import Machine
 from appliance.plan.penalty import PenaltyMemory, measure_penalty
-from appliance.recipe import Recipe, count_steps, is_packed, select_learning_rate
+from appliance.recipe import Recipe, can_checkpoint, count_steps, is_packed, select_learning_rate
 
 _OVERHEAD = 1 << 30
 _EPOCHS = (2, 5)
@@ -170,12 +170,11 @@ def build_plan(
 
 def _fit(recipe: Recipe, memory: _Memory, machine: Machine) -> tuple[int, bool]:
     """The micro-batch of one device, and whether it needs gradient checkpointing."""
-    is_prefix = isinstance(recipe.method, PrefixTuningMethod)  # checkpointing would drop its keys and values
     return select_micro_batch(
         recipe.training.effective_batch // recipe.needs.devices,
         longest=memory.longest + _count_virtual(recipe.method),
         most=_MICRO_TOKENS["gpu" if machine.gpu else "cpu"],
-        wanted="off" if is_prefix else recipe.training.gradient_checkpointing,
+        wanted=recipe.training.gradient_checkpointing if can_checkpoint(recipe.method) else "off",
         fits=lambda m, c: memory.estimate(m, checkpointing=c) <= _FITS * machine.budget_bytes,
     )
 

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +37,31 @@ class Facts:
     """What a resumed run has to take over, or its sums are taken in another order.
 
     `threads` is torch's number of threads; `micro_batches` has (first step, micro-batch) pairs: more
-    than one after an out-of-memory restart.
+    than one after an out-of-memory restart. `checkpointing_since` is the first step whose activations are
+    computed again instead of kept (gradient checkpointing), `None` where they all are kept.
     """
 
     threads: int
     micro_batches: tuple[tuple[int, int], ...]
+    checkpointing_since: int | None = None
 
     @property
     def micro_batch(self) -> int:
         """The one in force."""
         return self.micro_batches[-1][1]
 
-    def continue_with(self, micro_batch: int, *, step: int) -> Facts:
-        """These facts for a run that goes on after `step` with `micro_batch`."""
-        if micro_batch == self.micro_batch:
-            return self
-        return Facts(self.threads, (*self.micro_batches, (step, micro_batch)))
+    @property
+    def checkpointing(self) -> bool:
+        """Whether activations are computed again."""
+        return self.checkpointing_since is not None
+
+    def continue_with(self, micro_batch: int, *, checkpointing: bool, step: int) -> Facts:
+        """These facts for a run that goes on after `step` with `micro_batch`, and perhaps with checkpointing."""
+        since = self.checkpointing_since
+        if checkpointing and since is None:
+            since = step
+        change = () if micro_batch == self.micro_batch else ((step, micro_batch),)
+        return Facts(self.threads, (*self.micro_batches, *change), since)
 
 
 def seal_checkpoint(folder: Path, *, fingerprint: Mapping[str, str], facts: Facts) -> None:
@@ -70,7 +79,7 @@ def seal_checkpoint(folder: Path, *, fingerprint: Mapping[str, str], facts: Fact
     seal = {
         "files": files,
         "fingerprint": dict(fingerprint),
-        "facts": {"threads": facts.threads, "micro_batches": facts.micro_batches},
+        "facts": asdict(facts),
     }
     write_atomic(folder / SEAL, canonical_json(seal))
     fsync_folder(folder.parent)
@@ -123,7 +132,8 @@ def read_facts(folder: Path) -> Facts | None:
 def decode_facts(seal: Mapping[str, Any]) -> Facts:
     """The facts in a seal."""
     pairs = tuple((int(step), int(micro)) for step, micro in seal["facts"]["micro_batches"])
-    return Facts(threads=int(seal["facts"]["threads"]), micro_batches=pairs)
+    since = seal["facts"]["checkpointing_since"]
+    return Facts(int(seal["facts"]["threads"]), pairs, None if since is None else int(since))
 
 
 def read_seal(checkpoint: Path) -> dict[str, Any] | None:

@@ -29,7 +29,6 @@ def build_fingerprint(job: TrainingJob, *, precision: Precision, device: torch.d
         **_flatten("training", job.training.model_dump(mode="json")),
         "base": job.base_name,
         "precision": precision,
-        "gradient checkpointing": "on" if job.checkpointing else "off",
         "device": describe_device(device),
         "devices": str(torch.distributed.get_world_size() if is_spread else 1),
         "torch build": torch.__version__,  # CPU or which CUDA; the package's version does not always say

@@ -20,7 +20,7 @@ from appliance.digest import write_atomic
 from appliance.errors import DeviceError, InterruptedRunError, LostDeviceError, TrainingError
 from appliance.method import Method
 from appliance.model.faults import name_end
-from appliance.recipe import EwcSection, TrainingSection
+from appliance.recipe import EwcSection, TrainingSection, can_checkpoint
 from appliance.training.board import open_board
 from appliance.training.checkpoints import read_facts
 from appliance.training.mirror import Mirror, fetch_checkpoints, follow_checkpoints
@@ -71,8 +71,9 @@ def train(
     With a `mirror`, checkpoints go to the store as they are sealed, and come from there when the
     folder has none.
 
-    Out of memory: again with half the micro-batch. Raises `TrainingError` (refused or worthless),
-    `InterruptedRunError` (a signal; the same call resumes) or `DeviceError`.
+    Out of memory: again with half the micro-batch, and where that is 1 already, with gradient checkpointing
+    unless the recipe rules it out. Raises `TrainingError` (refused or worthless), `InterruptedRunError`
+    (a signal; the same call resumes) or `DeviceError`.
     """
     if mirror is None:
         return _train(_adopt_facts(job), note=note, env=env, board=board)
@@ -89,21 +90,23 @@ def _train(
         if end.code == 0:
             summary: dict[str, Any] = json.loads((job.folder / "summary.json").read_bytes())
             return summary
-        if end.code == DeviceError.exit_code and job.micro_batch > 1:
-            job = job.model_copy(update={"micro_batch": _halve(job.micro_batch, job.share)})
-            note(f"out of memory; again with micro-batch {job.micro_batch}, the effective batch stays")
-            continue
-        raise _explain(end, job)
+        leaner = _shrink(job) if end.code == DeviceError.exit_code else None
+        if leaner is None:
+            raise _explain(end, job)
+        job = leaner
+        how = f"micro-batch {job.micro_batch}{' and gradient checkpointing' if job.checkpointing else ''}"
+        note(f"out of memory; again with {how}, the effective batch stays")
 
 
 def _adopt_facts(job: TrainingJob) -> TrainingJob:
-    """The job with the threads and the micro-batch that its newest checkpoint was made with."""
+    """The job with the threads, micro-batch and gradient checkpointing that its newest checkpoint was made with."""
     facts = read_facts(job.checkpoints)
     if facts is None:
         return job
     fits = job.share % facts.micro_batch == 0
     micro_batch = facts.micro_batch if fits else job.micro_batch
-    return job.model_copy(update={"threads": facts.threads, "micro_batch": micro_batch})
+    found = {"threads": facts.threads, "micro_batch": micro_batch, "checkpointing": facts.checkpointing}
+    return job.model_copy(update=found)
 
 
 def _run_child(
@@ -131,6 +134,15 @@ def _run_child(
         )
 
 
+def _shrink(job: TrainingJob) -> TrainingJob | None:
+    """The same steps in less memory: half the micro-batch, at last gradient checkpointing; `None` after that."""
+    if job.micro_batch > 1:
+        return job.model_copy(update={"micro_batch": _halve(job.micro_batch, job.share)})
+    if job.checkpointing or job.training.gradient_checkpointing == "off" or not can_checkpoint(job.method):
+        return None
+    return job.model_copy(update={"checkpointing": True})
+
+
 def _halve(micro_batch: int, share: int) -> int:
     """The largest divisor of a device's rows that is at most half the micro-batch."""
     return next(m for m in range(max(1, micro_batch // 2), 0, -1) if share % m == 0)
@@ -141,7 +153,8 @@ def _explain(end: WorkerEnd, job: TrainingJob) -> TrainingError | InterruptedRun
         return InterruptedRunError(f"training stopped by a signal {end.failure}; run the same command to go on")
     if end.code == DeviceError.exit_code:
         ways = "a shorter max_length, qlora or a larger device"
-        ways = ways if job.checkpointing else f"training.gradient_checkpointing: on, {ways}"
+        is_off = job.training.gradient_checkpointing == "off"
+        ways = f"training.gradient_checkpointing: auto, {ways}" if is_off else ways
         return DeviceError(f"out of memory with micro-batch 1: {end.failure}; use {ways}")
     if end.code == LostDeviceError.exit_code:
         return DeviceError(

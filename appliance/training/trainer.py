@@ -144,6 +144,7 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit, rank: int = 0, meet
             "micro_batches": facts.micro_batches,
             "devices": ranks.size,
             "checkpointing": job.checkpointing,
+            "checkpointing_since": facts.checkpointing_since,
             "device_kind": describe_device(device),
             "checkpoints": {"count": trainer.saves, "seconds": round(trainer.save_seconds + watch.seal_seconds, 3)},
             "child_seconds": round(time.monotonic() - began, 1),
@@ -187,5 +188,7 @@ def _find_start(job: TrainingJob, rules: Rules, *, fingerprint: dict[str, str], 
 def _state_facts(job: TrainingJob, resume: Path | None) -> Facts:
     seal = read_seal(resume) if resume else None
     if resume is None or seal is None:
-        return Facts(threads=torch.get_num_threads(), micro_batches=((0, job.micro_batch),))
-    return decode_facts(seal).continue_with(job.micro_batch, step=count_steps_done(resume))
+        since = 0 if job.checkpointing else None
+        return Facts(torch.get_num_threads(), ((0, job.micro_batch),), checkpointing_since=since)
+    done = count_steps_done(resume)
+    return decode_facts(seal).continue_with(job.micro_batch, checkpointing=job.checkpointing, step=done)
