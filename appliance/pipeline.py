@@ -187,7 +187,7 @@ def _train_stage(run: Run, prepared: Prepared, *, workspace: Workspace, precisio
     check_room(prepared.recipe, run.training, trainable=trainable, parameters=parameters)
     devices = plan.get("devices", 1)  # a run that an earlier release prepared
     workspace.note(
-        f"training {trainable / 1e6:.1f}M of {parameters / 1e6:.0f}M parameters: "
+        f"training {trainable:,} of {parameters:,} parameters: "
         f"{plan['steps']} steps of {plan['effective_batch']} rows, {plan['tokens']:,} tokens"
         f"{f', on {devices} devices' if devices > 1 else ''}"
     )
@@ -202,6 +202,7 @@ def _train_stage(run: Run, prepared: Prepared, *, workspace: Workspace, precisio
         ewc=prepared.recipe.forgetting.ewc if prepared.recipe.forgetting else None,
         micro_batch=plan["micro_batch"],
         devices=devices,
+        sharded=plan.get("sharded", False),
         checkpointing=plan["checkpointing"],
         threads=threads,
         fingerprint={

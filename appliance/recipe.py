@@ -36,6 +36,10 @@ def _check_path(path: str) -> str:
 
 FilePath = Annotated[str, AfterValidator(_check_path)]
 _EWC_METHODS = ("full", "lora", "qlora")
+_WHOLE = {
+    "full": "full trains the base's weights, and only frozen ones are shared out",
+    "qlora": "4-bit weights are not shared out",
+}
 _LISTED = 8
 
 
@@ -230,6 +234,11 @@ class NeedsSection(Section):
 
     gpu: Literal["required", "optional"] = Field("optional", description="required: refuse a machine without one")
     devices: int = Field(1, ge=1, le=64, description="GPUs of one host that share out the rows of every step")
+    weights: Literal["auto", "whole", "sharded"] = Field(
+        "auto",
+        description="of a frozen base on several devices: whole on each, or each its part of every layer; "
+        "auto: sharded where whole ones do not fit",
+    )
 
 
 class Recipe(Section):
@@ -274,6 +283,13 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_weights(self) -> Recipe:
+        obstacle = name_sharding_obstacle(self)
+        if self.needs.weights == "sharded" and obstacle:
+            raise ValueError(f"needs.weights: {obstacle}; write auto or whole")
+        return self
+
+    @model_validator(mode="after")
     def _check_ewc(self) -> Recipe:
         if self.forgetting is None or self.forgetting.ewc is None:
             return self
@@ -303,6 +319,19 @@ class Recipe(Section):
         if self.training.speed.prefix == "auto":
             del values["training"]["speed"]["prefix"]
         return digest_json(values)
+
+
+def name_sharding_obstacle(recipe: Recipe) -> str:
+    """Why every device of a run must hold the base whole; empty where each can keep a part of it."""
+    if recipe.needs.devices == 1:
+        return "there is one device, which has to hold the base whole"
+    if recipe.method.type in _WHOLE:
+        return _WHOLE[recipe.method.type]
+    if recipe.forgetting is not None and recipe.forgetting.ewc is not None:
+        return "forgetting.ewc looks at whole weights"
+    if recipe.training.speed.compile == "on":
+        return "training.speed.compile compiles layers whose weights are whole"
+    return ""
 
 
 def is_packed(section: TrainingSection, method: Method) -> bool:

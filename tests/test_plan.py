@@ -18,6 +18,12 @@ from appliance.recipe import Recipe, count_steps
 from appliance.training.arguments import build_adapter_arguments
 
 SMALL = Machine(cores=2, memory_bytes=8 << 30)
+TRAINING_8B = {"effective_batch": 16, "max_length": 1024, "learning_rate": 2e-4}
+
+
+def make_gpus(gib: int) -> Machine:
+    """A host with GPUs of so much memory."""
+    return Machine(cores=8, memory_bytes=64 << 30, gpu="a GPU", gpu_memory_bytes=gib << 30, gpus=4)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +110,63 @@ def test_of_several_devices_each_has_its_rows_and_its_memory(base: Path) -> None
     assert (one.steps, one.tokens, one.budget_bytes) == (four.steps, four.tokens, four.budget_bytes)
     assert (four.devices, gpus.share(4).cores) == (4, 2)
     assert Machine(cores=2, memory_bytes=64 << 30).share(4).budget_bytes == 16 << 30
+
+
+@pytest.fixture(scope="module")
+def base_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Headers and sizes of an 8B model, its weights a hole in the file."""
+    folder = tmp_path_factory.mktemp("8b")
+    hidden, inner, keys, vocabulary = 4096, 14336, 1024, 128256
+    shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "lm_head.weight": (vocabulary, hidden)}
+    for i in range(32):
+        layer = {"q": (hidden, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, hidden)}
+        layer |= {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+        shapes |= {f"model.layers.{i}.{name}_proj.weight": shape for name, shape in layer.items()}
+    at, header = 0, {}
+    for name, (rows, columns) in shapes.items():
+        size = 2 * rows * columns
+        header[name] = {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [at, at + size]}
+        at += size
+    lead = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as stream:
+        stream.write(len(lead).to_bytes(8, "little") + lead)
+        stream.truncate(8 + len(lead) + at)
+    sizes = {"hidden_size": hidden, "num_hidden_layers": 32, "vocab_size": vocabulary, "num_attention_heads": 32}
+    (folder / "config.json").write_text(json.dumps(sizes | {"num_key_value_heads": 8, "model_type": "llama"}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("gib", "wanted", "sharded", "warned"),
+    [
+        (80, "auto", False, ""),
+        (80, "sharded", True, ""),
+        (24, "auto", False, ""),
+        (20, "auto", True, ""),
+        (20, "whole", False, ""),
+        (16, "whole", False, "exceeds the 16.0 GiB here"),
+        (16, "auto", True, "evaluation holds the base whole on one device, about 17.0 of 16.0 GiB"),
+    ],
+)
+def test_a_base_that_does_not_fit_is_shared_out(
+    base_8b: Path, gib: int, wanted: str, sharded: bool, warned: str
+) -> None:
+    """8B on two GPUs: whole where it fits, in parts where it does not or the recipe says so; with what will not fit."""
+    recipe = make_recipe(training=TRAINING_8B, needs={"devices": 2, "weights": wanted})
+    found = plan(recipe, base_8b, length=1024, machine=make_gpus(gib))
+    assert found.sharded == sharded
+    assert (warned in "\n".join(found.warnings)) if warned else not found.warnings
+
+
+def test_a_device_holds_its_part_and_two_layers(base_8b: Path) -> None:
+    """What sharing the base out saves: the other devices' part of the layers, less the two that are in use."""
+    whole, parts = (
+        plan(make_recipe(training=TRAINING_8B, needs={"devices": 4, "weights": w}), base_8b, machine=make_gpus(80))
+        for w in ("whole", "sharded")
+    )
+    layers = 2 * 6_979_321_856
+    assert whole.micro_batch == parts.micro_batch
+    assert whole.peak_bytes - parts.peak_bytes == pytest.approx(1.07 * layers * (3 / 4 - 2 / 32), rel=1e-6)
 
 
 def test_checkpointing_is_off_where_it_fits_and_on_where_it_does_not(base: Path) -> None:

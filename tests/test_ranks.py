@@ -199,6 +199,138 @@ def whole(base: Path, warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> s
     return finish(warm, make_job(base, tmp_path_factory.mktemp("whole"), devices=2))
 
 
+LORA = {"type": "lora", "rank": 4, "dropout": 0.1}
+SHARDED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "lora": (LORA, {}),
+    "checkpointing": (LORA, {"gradient_checkpointing": "on"}),
+    "padded": (LORA, {"packing": False}),
+    "kept": (LORA, {"keep": "best_loss", "learning_rate": 0.05, "checkpoints": 5}),
+    "dora": ({**LORA, "variant": "dora"}, {}),
+    "pissa": ({**LORA, "variant": "pissa", "dropout": 0.0}, {}),
+    "ia3": ({"type": "ia3"}, {}),
+    "prompt-tuning": ({"type": "prompt-tuning", "tokens": 4}, {}),
+}
+
+
+def make_sharded(base: Path, folder: Path, kind: str) -> TrainingJob:
+    """The job of a kind on two devices that share out the base's layers."""
+    method, training = SHARDED[kind]
+    recipe = make_recipe(
+        method=method,
+        training={"epochs": 3, "effective_batch": BATCH, **training},
+        needs={"devices": 2, "weights": "sharded"},
+    )
+    job = test_training.make_job(base, folder, recipe, micro_batch=1, rows=ROWS)
+    job = job.model_copy(update={"sharded": True, "checkpointing": kind == "checkpointing"})
+    write_job(job)
+    return job
+
+
+@pytest.mark.parametrize("kind", ["lora", *(pytest.param(k, marks=pytest.mark.slow) for k in SHARDED if k != "lora")])
+def test_a_base_that_is_shared_out_changes_no_byte(base: Path, warm: Warm, tmp_path: Path, kind: str) -> None:
+    """Journal and adapter of devices that hold the base whole, the steps that have rows for one of them included."""
+    job = make_sharded(base, tmp_path / "sharded", kind)
+    shared_out = finish(warm, job)
+    whole = make_sharded(base, tmp_path / "whole", kind).model_copy(update={"sharded": False})
+    write_job(whole)
+    assert finish(warm, whole) == shared_out
+    measured = ("memory_bytes", "tokens_per_second", "seconds")
+    journals = [[{k: v for k, v in r.items() if k not in measured} for r in read_records(j)] for j in (job, whole)]
+    assert journals[0] == journals[1]
+    assert any("validation_loss" in r for r in journals[0])
+
+
+PARTS = """
+import json, os, sys
+from pathlib import Path
+import torch
+from peft import LoraConfig, get_peft_model
+from appliance.errors import TrainingError
+from appliance.model.weights import load_model
+from appliance.training.ranks import join_ranks
+from appliance.training.sharding import shard_base
+
+base, meeting, size = Path(sys.argv[1]), Path(sys.argv[2]), 3
+rank = next((r for r in range(1, size) if os.fork() == 0), 0)
+torch.set_num_threads(1)
+ranks = join_ranks(meeting, rank, size, torch.device("cpu"))
+mesh = ranks.build_mesh()
+loading = Path(f"{meeting}.loading")
+
+def load():
+    loading.open("x").close()
+    model = load_model(base, precision="bf16", device=torch.device("cpu"))
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    before = {n: p.numel() for n, p in model.named_parameters()}
+    names, model.get_base_model()._no_split_modules = model.get_base_model()._no_split_modules, None
+    try:
+        shard_base(model, mesh, device=torch.device("cpu"))
+    except TrainingError as fault:
+        refused = str(fault)
+    model.get_base_model()._no_split_modules = names
+    shard_base(model, mesh, device=torch.device("cpu"))
+    loading.unlink()
+    return before, model, refused
+
+before, model, refused = ranks.one_by_one(load)
+held = {n: getattr(p, "_local_tensor", p).numel() for n, p in model.named_parameters()}
+answers = ranks.gather([{"held": held, "before": before, "refused": refused}])
+if rank == 0:
+    print(json.dumps(answers))
+"""
+
+
+def test_each_rank_holds_its_part_of_the_layers_and_one_at_a_time_the_whole(base: Path, tmp_path: Path) -> None:
+    """The parts of a frozen matrix are the matrix; what is trained, and what is beside the layers, is whole on each."""
+    done = subprocess.run(
+        [sys.executable, "-c", PARTS, str(base), str(tmp_path / "meeting")],
+        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout.splitlines()[-1])
+    before = answers[0]["before"]
+    for name, size in before.items():
+        held = [a["held"][name] for a in answers]
+        if ".layers." in name and "lora" not in name:
+            assert sum(held) == size, name
+        else:
+            assert held == [size] * 3, name
+    total = sum(n for name, n in before.items() if ".layers." in name and "lora" not in name)
+    for answer in answers:
+        assert sum(n for name, n in answer["held"].items() if ".layers." in name and "lora" not in name) < 0.4 * total
+        assert answer["refused"].startswith("needs.weights: LlamaForCausalLM does not say what its layers are")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [after_a_seal, inside_a_save(0.002)])
+def test_a_kill_of_a_run_with_a_shared_base_changes_no_byte(
+    moment: Callable[..., None], base: Path, warm: Warm, tmp_path: Path
+) -> None:
+    """It goes on as it was, or with the base whole: a checkpoint is the same either way."""
+    expected = finish(warm, make_sharded(base, tmp_path / "expected", "lora"))
+    for then_sharded in (True, False):
+        job = make_sharded(base, tmp_path / str(then_sharded), "lora")
+        assert kill(warm, job, moment) == -signal.SIGKILL
+        write_job(job.model_copy(update={"sharded": then_sharded}))
+        assert finish(warm, job) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"needs": {"weights": "sharded"}}, "there is one device"),
+        ({"method": {"type": "full"}}, "full trains the base's weights"),
+        ({"method": {"type": "qlora"}}, "4-bit weights are not shared out"),
+        ({"forgetting": {"ewc": {"strength": 1.0}}}, r"forgetting\.ewc looks at whole weights"),
+        ({"training": {"speed": {"compile": "on"}}}, r"training\.speed\.compile compiles layers"),
+    ],
+)
+def test_a_base_that_cannot_be_shared_out_is_refused(overrides: dict[str, Any], words: str) -> None:
+    """By the recipe's key and the reason, before any device is asked."""
+    with pytest.raises(ValidationError, match=rf"needs\.weights: {words}.*; write auto or whole"):
+        make_recipe(**{"needs": {"devices": 2, "weights": "sharded"}, **overrides})
+
+
 def find_peer(job: TrainingJob) -> int:
     """The process of the second device."""
     for entry in Path("/proc").glob("[0-9]*/cmdline"):

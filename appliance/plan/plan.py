@@ -8,7 +8,7 @@ answered with half the micro-batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +36,14 @@ from appliance.model.shapes import (
 )
 from appliance.plan.machine import Machine
 from appliance.plan.penalty import PenaltyMemory, measure_penalty
-from appliance.recipe import Recipe, can_checkpoint, count_steps, is_packed, select_learning_rate
+from appliance.recipe import (
+    Recipe,
+    can_checkpoint,
+    count_steps,
+    is_packed,
+    name_sharding_obstacle,
+    select_learning_rate,
+)
 
 _OVERHEAD = 1 << 30
 _EPOCHS = (2, 5)
@@ -61,6 +68,7 @@ class Plan:
     micro_batch: int
     effective_batch: int
     devices: int
+    sharded: bool
     checkpointing: bool
     parameters: int
     trainable_parameters: int
@@ -97,6 +105,10 @@ class _Memory:
             width=self.width,
         )
         return _add_overhead(self.static + self.penalty.kept + max(moving, self.penalty.passing))
+
+    def fits(self, micro_batch: int, checkpointing: bool, machine: Machine) -> bool:
+        """Whether a step's peak leaves the device some room."""
+        return self.estimate(micro_batch, checkpointing=checkpointing) <= _FITS * machine.budget_bytes
 
     def estimate_fisher(self, trainable: int, *, longest: int) -> int:
         """Bytes at the peak of estimating the Fisher, one row at a time, before there is an optimizer; else 0."""
@@ -143,6 +155,10 @@ def build_plan(
         penalty=_measure_penalty(recipe, weights=weights, base=base),
     )
     micro, checkpointing = _fit(recipe, memory, machine)
+    sharded = _is_sharded(recipe, fits=memory.fits(micro, checkpointing, machine))
+    if sharded:
+        memory = replace(memory, static=memory.static - _count_given_up(recipe, weights, sizes, width=width))
+        micro, checkpointing = _fit(recipe, memory, machine)
     peak = max(
         memory.estimate(micro, checkpointing=checkpointing),
         memory.estimate_fisher(trainable, longest=longest_general or section.max_length),
@@ -159,12 +175,16 @@ def build_plan(
         micro_batch=micro,
         effective_batch=section.effective_batch,
         devices=recipe.needs.devices,
+        sharded=sharded,
         checkpointing=checkpointing,
         parameters=count_values(weights),
         trainable_parameters=trainable,
         peak_bytes=peak,
         budget_bytes=machine.budget_bytes,
-        warnings=tuple(_warn(recipe, rows=len(lengths), peak=peak, machine=machine, penalty=memory.penalty)),
+        warnings=(
+            *_warn(recipe, rows=len(lengths), peak=peak, machine=machine, penalty=memory.penalty),
+            *(_warn_of_evaluation(width * count_values(weights), machine) if sharded else ()),
+        ),
     )
 
 
@@ -175,8 +195,20 @@ def _fit(recipe: Recipe, memory: _Memory, machine: Machine) -> tuple[int, bool]:
         longest=memory.longest + _count_virtual(recipe.method),
         most=_MICRO_TOKENS["gpu" if machine.gpu else "cpu"],
         wanted=recipe.training.gradient_checkpointing if can_checkpoint(recipe.method) else "off",
-        fits=lambda m, c: memory.estimate(m, checkpointing=c) <= _FITS * machine.budget_bytes,
+        fits=lambda m, c: memory.fits(m, c, machine),
     )
+
+
+def _is_sharded(recipe: Recipe, *, fits: bool) -> bool:
+    """Whether each device holds a part of the base's layers only; by itself where whole ones do not fit."""
+    wanted = recipe.needs.weights
+    return wanted == "sharded" or (wanted == "auto" and not fits and not name_sharding_obstacle(recipe))
+
+
+def _count_given_up(recipe: Recipe, weights: Mapping[str, Shape], sizes: ModelSizes, *, width: float) -> float:
+    """Bytes of layers that the other devices hold, less two layers that are whole: in use, and fetched ahead."""
+    layers = width * count_values(list_linears(weights))
+    return max(0.0, layers - layers / recipe.needs.devices - 2 * layers / sizes.layers)
 
 
 def select_micro_batch(
@@ -326,6 +358,16 @@ def _warn(recipe: Recipe, *, rows: int, peak: int, machine: Machine, penalty: Pe
             f"use qlora, a shorter max_length or a larger device{_advise(penalty)}"
         )
     return found
+
+
+def _warn_of_evaluation(base_bytes: float, machine: Machine) -> list[str]:
+    """What comes after a training that shared the base out: it is not shared out for that."""
+    needed = _add_overhead(base_bytes)
+    if needed <= machine.budget_bytes:
+        return []
+    sizes = f"{needed / 2**30:.1f} of {machine.budget_bytes / 2**30:.1f} GiB"
+    held = f"evaluation holds the base whole on one device, about {sizes}: it will not fit"
+    return [f"{held}; use `appliance train` here, and `appliance evaluate` with the same --runs on a larger device"]
 
 
 def _advise(penalty: PenaltyMemory) -> str:

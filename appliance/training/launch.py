@@ -30,7 +30,7 @@ from appliance.training.view import TrainingView
 class TrainingJob(BaseModel):
     """What the training child needs to know; `folder` holds its inputs and all it writes.
 
-    `micro_batch` rows and `threads` are of each of the `devices`.
+    `micro_batch` rows and `threads` are of each of the `devices`; `sharded` where each holds a part of the base.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,6 +43,7 @@ class TrainingJob(BaseModel):
     ewc: EwcSection | None = None
     micro_batch: int
     devices: int = 1
+    sharded: bool = False
     checkpointing: bool
     threads: int | None = None
     fingerprint: dict[str, str]

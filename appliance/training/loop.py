@@ -84,7 +84,8 @@ def build_trainer(
         )
     align_special_tokens(model, tokenizer)  # as `train` does: it is in the saved configuration, steps or not
     trainer.remove_callback(PrinterCallback)  # standard output is the parent's channel
-    trainer.head, trainer.penalty, trainer.ranks = levers.head, penalty, ranks
+    trainer.head, trainer.penalty, trainer.ranks, trainer.is_sharded = levers.head, penalty, ranks, job.sharded
+    trainer.shortest = build_records([min(train_rows, key=lambda r: len(r.input_ids))])[0]
     trainer.collate_apart = collate_apart  # the most that rows can take: nothing shared
     trainer.tokens_seen, trainer.tokens_computed, trainer.saves, trainer.save_seconds = 0, 0, 0, 0.0
     trainer.own_loss, trainer.parts = 0.0, 0
@@ -145,12 +146,15 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         """The data's loss; with the last micro-batch of a step the ranks' gradients are added up, then the penalty's.
 
-        A rank without rows in this micro-batch has nothing to do. The step's loss is given with its last part.
+        A rank without rows in this micro-batch has nothing to do, unless others wait for its part of the layers.
+        The step's loss is given with its last part.
         """
         self.parts: int = self.parts + 1
         if inputs:
             with self.ranks.draw_own(self.args.seed, self.state.global_step, self.parts):
                 self.own_loss: Any = self.own_loss + super().training_step(model, inputs, num_items_in_batch)
+        elif self.is_sharded:
+            self._accompany(model)
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         self.data_collator.require_same_rows()
@@ -161,6 +165,14 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
         if penalty is not None:
             self._metrics["train"]["penalty"].append(penalty.add_gradients())
         return loss
+
+    def _accompany(self, model: Any) -> None:
+        """Compute the shortest row for nothing, as the other ranks compute theirs: they need this one's layers."""
+        seen, computed = self.tokens_seen, self.tokens_computed
+        inputs = self._prepare_inputs(self.data_collator.collate([self.shortest]))
+        with self.compute_loss_context_manager(), self.ranks.draw_own(self.args.seed, self.state.global_step):
+            self.accelerator.backward(0.0 * self.compute_loss(model, inputs))
+        self.tokens_seen, self.tokens_computed = seen, computed
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
         """Trained positions of the whole step, over all ranks: what its loss is divided by."""
@@ -173,9 +185,10 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
         """One pass over the validation rows, see `validation`; TRL's averages over batches."""
         size = self.args.per_device_eval_batch_size
         with self.compute_loss_context_manager():
-            rows = self.ranks.take_share(self.eval_dataset.to_list())
-            scores = score_rows(self.model, rows, collate=self.data_collator.collate, size=size)
-        metrics = summarise_scores(self.ranks.gather(scores))
+            rows = self.eval_dataset.to_list()
+            share = self.ranks.take_filled_share(rows)
+            scores = score_rows(self.model, share, collate=self.data_collator.collate, size=size)
+        metrics = summarise_scores(self.ranks.gather(scores)[: len(rows)])
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

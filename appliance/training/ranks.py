@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from appliance.errors import TrainingError
 
@@ -42,6 +43,11 @@ class Ranks:
     def take_share(self, rows: Sequence[Any]) -> list[Any]:
         """The rows that this rank computes; none where there are fewer rows than ranks."""
         return list(rows[self.rank :: self.size])
+
+    def take_filled_share(self, rows: Sequence[Any]) -> list[Any]:
+        """As `take_share`, filled up with the first row to what the first rank has: all compute as many batches."""
+        share = self.take_share(rows)
+        return [*share, *rows[: -(-len(rows) // self.size) - len(share)]]
 
     def take_even_share(self, rows: Sequence[Any], *, length: Callable[[Any], int]) -> list[Any]:
         """As `take_share`, no more rows, but each rank about as many tokens: a step waits for its longest share.
@@ -112,6 +118,19 @@ class Ranks:
         if self.is_lead:
             self.add_up(0)
         return done
+
+    def one_by_one(self, work: Callable[[], Any]) -> Any:
+        """Do the same work on every rank, never on two at a time: what it takes of the host, one takes."""
+        done = None
+        for rank in range(self.size):
+            if rank == self.rank:
+                done = work()
+            self.add_up(0)
+        return done
+
+    def build_mesh(self) -> DeviceMesh:
+        """All ranks in a row, as torch's sharding wants to know them."""
+        return init_device_mesh(self.device.type, (self.size,))
 
     def name_file(self, name: str) -> str:
         """The first rank's files have their own names; the others' are told apart, and read by nobody but people."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import set_seed
@@ -19,7 +20,7 @@ from appliance.child import Emit, StopFlag
 from appliance.digest import canonical_json, write_atomic
 from appliance.errors import InterruptedRunError
 from appliance.model.faults import device_faults_as_errors
-from appliance.model.weights import select_device, select_precision
+from appliance.model.weights import Precision, select_device, select_precision
 from appliance.recipe import count_steps, is_packed
 from appliance.training.artifact import build_summary, load_kept_weights, name_device, save_artifact
 from appliance.training.checkpoints import (
@@ -41,13 +42,14 @@ from appliance.training.fingerprint import (
 from appliance.training.guards import check_base, check_packing, check_trained
 from appliance.training.journal import Journal, read_records
 from appliance.training.launch import TrainingJob
-from appliance.training.levers import select_levers, settle_levers
+from appliance.training.levers import Levers, select_levers, settle_levers
 from appliance.training.loop import build_trainer, run_steps
 from appliance.training.methods import Weights, build_model, copy_start, digest_start
 from appliance.training.monitor import Rules, build_rules, select_kept_step, watch_records
 from appliance.training.proof import prove_worst_step
-from appliance.training.ranks import join_ranks
+from appliance.training.ranks import Ranks, join_ranks
 from appliance.training.rows import load_rows
+from appliance.training.sharding import shard_base
 from appliance.training.utilisation import find_yardstick
 from appliance.training.watch import Watch
 
@@ -68,9 +70,10 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit, rank: int = 0, meet
         validation_rows = load_rows(job.folder / "validation.rows.jsonl")
 
         # 3. The model, with the method's trainable weights on it.
-        emit(note=f"loading {job.base_name} in {precision} on {device.type}")
+        shared_out = f", shared out among {ranks.size} devices" if job.sharded else ""
+        emit(note=f"loading {job.base_name} in {precision} on {device.type}{shared_out}")
         wanted = select_levers(job.training, method=job.method, on_cuda=device.type == "cuda")
-        model = build_model(job, levers=wanted, precision=precision, device=device)
+        model = _load(job, ranks, levers=wanted, precision=precision, device=device)
         levers = settle_levers(wanted, model)
         make_repeatable(model, train_rows[0], precision=precision, emit=emit)
         check_base(model, train_rows[0], precision=precision, device=device)
@@ -118,16 +121,15 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit, rank: int = 0, meet
         if trainer.state.global_step < rules.max_steps and not watch.seen.is_stopped:
             raise InterruptedRunError(f"at step {trainer.state.global_step} of {rules.max_steps}, checkpoint saved")
 
-        ranks.part()
-        if not ranks.is_lead:
-            return
-
         # 6. The artifact: the weights of the step that is kept, refused when not finite or without effect.
         last = max(r["step"] for r in journal.records)
         kept_step = select_kept_step(watch.seen, rules, last=last)
         if kept_step != trainer.state.global_step:
             load_kept_weights(model, job.checkpoints, step=kept_step)
         check_trained(model, job, train_rows[0], start=start, device=device)
+        ranks.part()
+        if not ranks.is_lead:
+            return
         save_artifact(model, job, start=start, precision=precision)
         summary = build_summary(
             job,
@@ -143,6 +145,7 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit, rank: int = 0, meet
         summary |= {
             "micro_batches": facts.micro_batches,
             "devices": ranks.size,
+            "sharded": job.sharded,
             "checkpointing": job.checkpointing,
             "checkpointing_since": facts.checkpointing_since,
             "device_kind": describe_device(device),
@@ -163,6 +166,20 @@ def _set_up_machine(job: TrainingJob) -> torch.device:
     make_deterministic(device)
     set_seed(job.training.seed)
     return device
+
+
+def _load(job: TrainingJob, ranks: Ranks, *, levers: Levers, precision: Precision, device: torch.device) -> Any:
+    """The model on the device, or this rank's part of it: then one rank after the other has all of it in memory."""
+    if not job.sharded:
+        return build_model(job, levers=levers, precision=precision, device=device)
+    mesh = ranks.build_mesh()
+
+    def load() -> Any:
+        model = build_model(job, levers=levers, precision=precision, device=torch.device("cpu"))
+        shard_base(model, mesh, device=device)
+        return model
+
+    return ranks.one_by_one(load)
 
 
 def _name_parts(start: Weights, penalty: Penalty | None) -> dict[str, str]:
