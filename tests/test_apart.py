@@ -18,8 +18,8 @@ from tiny import write_dataset
 
 from appliance import desired, preparation
 from appliance import reconcile as reconciling
+from appliance.changes import diff_revisions
 from appliance.cli import main
-from appliance.cli.changes import diff_revisions
 from appliance.cli.prices import load_prices
 from appliance.cli.review import review
 from appliance.data import digest_dvc_folder, load_pointer

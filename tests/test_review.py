@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 from tiny import make_recipe, write_base, write_dataset
 
-from appliance.cli.changes import describe_diff, diff_revisions
+from appliance.changes import diff_revisions
+from appliance.cli.changes import describe_diff
 from appliance.cli.prices import Prices, describe_cost, guess_hours, load_prices
 from appliance.cli.sections import Section, render_sections
 from appliance.data import diff_folders, select_side

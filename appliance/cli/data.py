@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from appliance.cli.changes import describe_diff, diff_revisions
+from appliance.changes import diff_revisions
+from appliance.cli.changes import describe_diff
 from appliance.cli.common import build_workspace, cache_option, json_option, print_json, root_option
 from appliance.cli.lines import say_count, show_example, wrap
 from appliance.cli.sections import print_section

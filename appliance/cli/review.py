@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from appliance import registry
-from appliance.cli.changes import describe_diff, diff_revisions
+from appliance.changes import diff_revisions
+from appliance.cli.changes import describe_diff
 from appliance.cli.common import build_workspace, json_option, print_json, say, store_option, workspace_options
 from appliance.cli.lines import show_example
 from appliance.cli.prices import Prices, describe_cost, guess_hours, load_prices

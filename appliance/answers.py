@@ -1,0 +1,121 @@
+"""Answers of a pulled version: prompts as it was trained to see them, and the prompted base beside it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from appliance.errors import ModelError, RegistryError
+from appliance.evaluation import Arm, GenerationJob, Output, build_prompts, generate
+from appliance.example import Example, Message
+from appliance.manifest import Manifest, decode_manifest
+from appliance.model import Base, load_template, resolve_base, set_thinking
+from appliance.recipe import EvaluationSection, Recipe
+
+_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """A version in a folder, with what all its training rows shared: the system prompt, and whether answers think."""
+
+    folder: Path
+    manifest: Manifest
+    recipe: Recipe
+    system_prompt: str | None
+    thinking: str | None
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it needs its base."""
+        return self.manifest.kind == "adapter"
+
+
+def load_pulled(folder: Path) -> Pulled:
+    """The version that `appliance pull` put into `folder`. Raises `RegistryError` where there is none."""
+    file = folder / "manifest.json"
+    try:
+        manifest = decode_manifest(file.read_bytes(), source=str(file))
+    except OSError as fault:
+        raise RegistryError(
+            f"{folder}: no manifest.json here; fetch a version with `appliance pull NAME@ALIAS {folder}`"
+        ) from fault
+    card = _read_card(folder)
+    prompt = card.get("data", {}).get("system_prompt")
+    return Pulled(
+        folder=folder.resolve(),
+        manifest=manifest,
+        recipe=Recipe.model_validate(manifest.recipe),
+        system_prompt=prompt if isinstance(prompt, str) else None,
+        thinking=card.get("training", {}).get("thinking"),
+    )
+
+
+def find_base(pulled: Pulled, *, root: Path, cache: Path, note: Callable[[str], None]) -> Base:
+    """The base model, which must be the one that the version was trained on. Raises `ModelError`."""
+    base = resolve_base(pulled.recipe.base, root=root.resolve(), cache=cache.expanduser().resolve(), note=note)
+    manifest = pulled.manifest
+    if base.revision != manifest.base["revision"]:
+        raise ModelError(
+            f"base model {base.model}: its revision is {base.revision}, {manifest.version} was trained on "
+            f"{manifest.base['revision']}; give --root or restore the base it was trained on"
+        )
+    return base
+
+
+def answer(
+    pulled: Pulled,
+    asked: Sequence[str],
+    *,
+    base: Base | None,
+    system: str | None,
+    compare: bool,
+    limit: int,
+    note: Callable[[str], None],
+) -> list[Output]:
+    """Greedy answers of at most `limit` tokens to user turns, named by their number, the version's before the base's.
+
+    `system` replaces the prompt that the version was trained with; to `compare`, the base has the recipe's best one
+    unless there is a `system`. A full model without comparison needs no `base`.
+    """
+    arms = _build_arms(pulled, base=base, compare=compare)
+    lead = system if system is not None else pulled.system_prompt
+    begin = (Message("system", lead),) if lead else ()
+    examples = [
+        Example(str(i), (*begin, Message("user", t), Message("assistant", "")), provenance="human")
+        for i, t in enumerate(asked)
+    ]
+    template = set_thinking(load_template(arms[0].model), pulled.thinking)
+    best = pulled.recipe.evaluation.system_prompt if system is None else None
+    section = EvaluationSection(few_shot=0, system_prompt=best)
+    prompts = [p for a in arms for p in build_prompts(a, examples, section=section, train=(), template=template)]
+    with tempfile.TemporaryDirectory(prefix="appliance-") as scratch:
+        job = GenerationJob(
+            folder=Path(scratch),
+            arms=arms,
+            stop_ids=tuple(sorted(template.stop_ids)),
+            max_new_tokens=limit,
+            batch=_BATCH,
+            precision="auto",
+        )
+        return sorted(generate(job, prompts, note=note), key=lambda o: (int(o.id), o.arm))
+
+
+def _read_card(folder: Path) -> dict[str, Any]:
+    try:
+        card = json.loads((folder / "card" / "card.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return card if isinstance(card, dict) else {}
+
+
+def _build_arms(pulled: Pulled, *, base: Base | None, compare: bool) -> tuple[Arm, ...]:
+    """The version, and the prompted base to compare with; `base` may be missing for a full model."""
+    prompted = [Arm("zero_shot", base.folder, None, is_prompted=True)] if base and compare else []
+    if base and pulled.is_adapter:
+        return (*prompted, Arm("candidate", base.folder, pulled.folder, is_prompted=False))
+    return (*prompted, Arm("candidate", pulled.folder, None, is_prompted=False))
