@@ -21,14 +21,15 @@ from appliance.command import name_gpus
 
 @dataclass
 class Cold:
-    """Workers that see the first GPU (`cuda`) or none (`cpu`); the calls are those of `Warm`."""
+    """Workers that see the first GPUs (`cuda`) or none (`cpu`); the calls are those of `Warm`."""
 
     device: str
+    devices: int = 1
     started: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self, folder: Path, *, address_space: int | None = None) -> int:
         """Start a worker on the job in `folder`, with a limit in bytes on its allocator if given; its pid."""
-        seen = name_gpus(os.environ) if self.device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
+        seen = name_gpus(os.environ, self.devices) if self.device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
         with (folder / "worker.log").open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "cold", str(folder), str(address_space or 0)],

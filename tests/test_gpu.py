@@ -156,6 +156,32 @@ def test_a_killed_run_resumes_to_the_same_bytes(workers: Cold, base: Path, tmp_p
     assert finish(workers, job) == expected  # type: ignore[arg-type]
 
 
+TWO = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")],
+    id="cuda",
+)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", [CPU_IN_CHILDREN, TWO])
+def test_two_devices_end_in_the_same_bytes_killed_or_with_the_base_shared_out(
+    base: Path, tmp_path: Path, kind: str
+) -> None:
+    """Sums over the ranks come in one order, and gathered layers have the bits of whole ones."""
+    workers = Cold(kind, devices=2)
+    job = build_job(base, tmp_path / "whole", "lora", **SHORT).model_copy(update={"devices": 2, "micro_batch": 4})
+    write_job(job)
+    expected = finish(workers, job)  # type: ignore[arg-type]
+    for sharded in (False, True):
+        other = tmp_path / str(sharded)
+        build_job(base, other, "lora", **SHORT)
+        again = job.model_copy(update={"folder": other, "adapter": other / "adapter", "sharded": sharded})
+        write_job(again)
+        assert kill(workers, again, after_steps(4, 0.0)) == -signal.SIGKILL  # type: ignore[arg-type]
+        assert finish(workers, again) == expected  # type: ignore[arg-type]
+
+
 @pytest.mark.timeout(900)
 def test_real_want_of_memory_halves_the_micro_batch(
     workers: Cold, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
