@@ -21,13 +21,17 @@ _BATCH = 16
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """A version in a folder, with what all its training rows shared: the system prompt, and whether answers think."""
+    """A version in a folder, with what all its training rows shared: the system prompt, and whether answers think.
+
+    `four_bit` where it was judged on a base in 4 bits.
+    """
 
     folder: Path
     manifest: Manifest
     recipe: Recipe
     system_prompt: str | None
     thinking: str | None
+    four_bit: bool
 
     @property
     def is_adapter(self) -> bool:
@@ -52,6 +56,7 @@ def load_pulled(folder: Path) -> Pulled:
         recipe=Recipe.model_validate(manifest.recipe),
         system_prompt=prompt if isinstance(prompt, str) else None,
         thinking=card.get("training", {}).get("thinking"),
+        four_bit=card.get("evaluation", {}).get("four_bit", False),
     )
 
 
@@ -101,6 +106,7 @@ def answer(
             max_new_tokens=limit,
             batch=_BATCH,
             precision="auto",
+            four_bit=pulled.four_bit,
         )
         return sorted(generate(job, prompts, note=note), key=lambda o: (int(o.id), o.arm))
 

@@ -36,10 +36,7 @@ def _check_path(path: str) -> str:
 
 FilePath = Annotated[str, AfterValidator(_check_path)]
 _EWC_METHODS = ("full", "lora", "qlora")
-_WHOLE = {
-    "full": "full trains the base's weights, and only frozen ones are shared out",
-    "qlora": "4-bit weights are not shared out",
-}
+
 _LISTED = 8
 
 
@@ -325,8 +322,8 @@ def name_sharding_obstacle(recipe: Recipe) -> str:
     """Why every device of a run must hold the base whole; empty where each can keep a part of it."""
     if recipe.needs.devices == 1:
         return "there is one device, which has to hold the base whole"
-    if recipe.method.type in _WHOLE:
-        return _WHOLE[recipe.method.type]
+    if recipe.method.type == "full":
+        return "full trains the base's weights, and only frozen ones are shared out"
     if recipe.forgetting is not None and recipe.forgetting.ewc is not None:
         return "forgetting.ewc looks at whole weights"
     if recipe.training.speed.compile == "on":

@@ -6,6 +6,7 @@ whatever is made on another device by oversight, raises.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -293,7 +294,9 @@ def test_a_lost_device_is_not_answered_with_a_smaller_micro_batch(
     assert (tried, caught.value.exit_code) == ([8], 34)
 
 
-@pytest.mark.parametrize(("code", "words"), [(34, "out of memory: few"), (35, "the device failed: few")])
+@pytest.mark.parametrize(
+    ("code", "words"), [(34, "out of memory with one row at a time: few"), (35, "the device failed: few")]
+)
 def test_an_evaluation_without_its_device_is_a_device_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, words: str
 ) -> None:
@@ -305,6 +308,36 @@ def test_an_evaluation_without_its_device_is_a_device_fault(
     with pytest.raises(DeviceError, match=words) as caught:
         generate(job, (), note=quiet)
     assert caught.value.exit_code == 34
+
+
+def test_an_evaluation_out_of_memory_goes_on_in_smaller_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half the rows at a time, for every arm from its first row; the next start begins with what fitted."""
+    module, said = sys.modules[generate.__module__], []
+    tried: list[int] = []
+
+    def run(*_arguments: object, **_options: object) -> WorkerEnd:
+        tried.append(json.loads((tmp_path / "job.json").read_bytes())["batch"])
+        assert not (tmp_path / "outputs.jsonl").exists(), "answers in larger batches are not mixed in"
+        (tmp_path / "outputs.jsonl").touch()
+        return WorkerEnd(DeviceError.exit_code if tried[-1] > least else 0, "few")
+
+    monkeypatch.setattr(module, "run_worker", run)
+    job = GenerationJob(folder=tmp_path, arms=(), stop_ids=(0,), max_new_tokens=1, batch=32, precision="fp32")
+    least = 8
+    assert generate(job, (), note=said.append) == ()
+    assert tried == [32, 16, 8]
+    assert said == [f"out of memory; every arm answers again, in batches of {n}" for n in (16, 8)]
+    tried.clear()
+    (tmp_path / "outputs.jsonl").unlink()
+    generate(job, (), note=quiet)
+    assert tried == [8]
+    least, changed = 0, job.model_copy(update={"max_new_tokens": 2})
+    tried.clear()
+    with pytest.raises(DeviceError, match="out of memory with one row at a time: few"):
+        generate(changed, (), note=quiet)
+    assert tried == [32, 16, 8, 4, 2, 1]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from appliance.model import load_template
 from appliance.model.shapes import count_values, read_sizes, read_weight_shapes
 from appliance.plan import Machine, build_plan
 from appliance.plan.plan import count_trainable
+from appliance.preparation import Origin, Workspace
 from appliance.recipe import is_packed, parse_recipe
 from appliance.training import TrainingJob
 from appliance.training.arguments import CHANGING_THE_BASE, build_adapter_arguments
@@ -328,9 +329,10 @@ def test_a_batch_of_prompts_is_answered_as_each_alone(base: Path, adapters: dict
 
     template = load_template(base)
     prompts = [Prompt(e.id, "candidate", template.encode_prompt(e.prompt)) for e in make_examples(13)]
-    for kind, adapter in adapters.items():
+    for kind, adapter in [*adapters.items(), ("lora in 4 bits", adapters["lora"])]:
         arm = Arm("candidate", base, adapter, is_prompted=False)
-        model = load_arms([arm], folder=base, precision="fp32")
+        model = load_arms([arm], folder=base, precision="fp32", four_bit="4 bits" in kind)
+        assert ("4 bits" in kind) == any(type(m).__name__ == "Linear4bit" for m in model.modules())
         with use_arm(model, arm):
             batches = cut_batches(prompts, 4, padding=select_padding(arm))
             assert sum(map(len, batches)) == len(prompts)
@@ -343,6 +345,33 @@ def test_a_batch_of_prompts_is_answered_as_each_alone(base: Path, adapters: dict
                             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
                     answer = ids[-4:]
                     assert output.output == template.decode(answer[: [*answer, 257].index(257)]), kind
+
+
+@pytest.mark.slow
+def test_what_was_trained_in_4_bits_is_judged_in_4_bits_where_16_do_not_fit(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All arms on the same rounded base, told in the notes and on the card; on a larger machine in 16 bits."""
+    from appliance import pipeline
+
+    write_dataset(tmp_path / "datasets" / "colours", rows=60)
+    (tmp_path / "base").symlink_to(base)
+    recipe = make_recipe(method={"type": "qlora", "rank": 4}, training={"epochs": 1})
+    for gib in (1, 8):
+        said: list[str] = []
+        monkeypatch.setattr(pipeline, "read_machine", lambda g=gib: Machine(cores=1, memory_bytes=g << 30))
+        workspace = Workspace(tmp_path, tmp_path / "cache", tmp_path / f"runs-{gib}", note=said.append)
+        origin = Origin(commit=None, time="2026-01-31T12:00:00Z", actor="tester")
+        done = pipeline.run_recipe(recipe, workspace=workspace, store=None, origin=origin, until="evaluate")
+        assert done.folder is not None
+        card = json.loads((done.folder / "card" / "card.json").read_bytes())
+        words = (done.folder / "card" / "card.md").read_text()
+        assert card["evaluation"] == {"four_bit": gib == 1}
+        assert ("4 bits (NF4), as trained" in words) == (gib == 1)
+        assert any("the base in 4 bits, as trained" in line for line in said) == (gib == 1)
+        assert any("in 16 bits it takes about 1.0 of 1.0 GiB" in line for line in said) == (gib == 1)
+        job = json.loads((done.folder / "evaluation" / "job.json").read_bytes())
+        assert job["four_bit"] == (gib == 1)
 
 
 def test_adapters_of_different_kinds_are_compared_in_one_evaluation(

@@ -11,7 +11,7 @@ from tiny import make_recipe, write_base
 from appliance.errors import ModelError
 from appliance.method import LoraMethod
 from appliance.model.shapes import read_sizes, read_weight_shapes
-from appliance.plan import Machine, Plan, build_plan, read_machine
+from appliance.plan import Machine, Plan, answers_in_four_bits, build_plan, read_machine
 from appliance.plan.machine import parse_gpu
 from appliance.plan.plan import count_trainable, select_micro_batch
 from appliance.recipe import Recipe, count_steps
@@ -156,6 +156,21 @@ def test_a_base_that_does_not_fit_is_shared_out(
     found = plan(recipe, base_8b, length=1024, machine=make_gpus(gib))
     assert found.sharded == sharded
     assert (warned in "\n".join(found.warnings)) if warned else not found.warnings
+
+
+@pytest.mark.parametrize(
+    ("method", "gib", "four_bit"),
+    [("qlora", 16, True), ("qlora", 20, True), ("qlora", 24, False), ("lora", 16, False)],
+)
+def test_what_is_trained_in_4_bits_is_judged_so_where_16_do_not_fit(
+    base_8b: Path, method: str, gib: int, four_bit: bool
+) -> None:
+    """8B takes 16 GB in 16 bits: a GPU that trains it in 4 bits and cannot hold that is told of before."""
+    recipe = make_recipe(method={"type": method}, training=TRAINING_8B)
+    assert answers_in_four_bits(recipe, base=base_8b, machine=make_gpus(gib)) == four_bit
+    said = [w for w in plan(recipe, base_8b, length=1024, machine=make_gpus(gib)).warnings if "evaluation" in w]
+    words = f"evaluation answers with the base in 4 bits, as it is trained: in 16 bits it takes about 17.0 of {gib}.0"
+    assert [w.startswith(words) for w in said] == [True] * four_bit
 
 
 def test_a_device_holds_its_part_and_two_layers(base_8b: Path) -> None:

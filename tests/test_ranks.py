@@ -207,6 +207,7 @@ SHARDED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "kept": (LORA, {"keep": "best_loss", "learning_rate": 0.05, "checkpoints": 5}),
     "dora": ({**LORA, "variant": "dora"}, {}),
     "pissa": ({**LORA, "variant": "pissa", "dropout": 0.0}, {}),
+    "qlora": ({"type": "qlora", "rank": 4}, {}),
     "ia3": ({"type": "ia3"}, {}),
     "prompt-tuning": ({"type": "prompt-tuning", "tokens": 4}, {}),
 }
@@ -320,7 +321,6 @@ def test_a_kill_of_a_run_with_a_shared_base_changes_no_byte(
     [
         ({"needs": {"weights": "sharded"}}, "there is one device"),
         ({"method": {"type": "full"}}, "full trains the base's weights"),
-        ({"method": {"type": "qlora"}}, "4-bit weights are not shared out"),
         ({"forgetting": {"ewc": {"strength": 1.0}}}, r"forgetting\.ewc looks at whole weights"),
         ({"training": {"speed": {"compile": "on"}}}, r"training\.speed\.compile compiles layers"),
     ],

@@ -81,6 +81,7 @@ def make_card(*, champion: bool = False, **changes: Any) -> dict[str, Any]:
             {"step": 2, "epoch": 1.0, "validation_loss": 0.25, "validation_exact_match": 0.75},
             {"step": 4, "epoch": 2.0, "validation_loss": 0.5, "validation_exact_match": 0.5},
         ],
+        "evaluation": {"four_bit": False},
         "verdict": verdict.to_json(),
         "versions": {"appliance": "0.1.0", "torch": "2.13.0"},
     }  # fmt: skip

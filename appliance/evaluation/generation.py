@@ -27,10 +27,10 @@ from appliance.model.weights import load_model, select_device, select_precision
 def cut_batches(
     prompts: Sequence[Prompt], size: int, *, padding: Literal["left", "none"] = "left"
 ) -> list[list[Prompt]]:
-    """Prompts by length, then id, in batches of `size`; without padding, each batch has one length."""
+    """Prompts by length, then id, in batches of `size`, the longest first; without padding, each has one length."""
     ordered = sorted(prompts, key=lambda p: (len(p.input_ids), p.id))
     alike = [ordered] if padding == "left" else [list(g) for _, g in groupby(ordered, key=lambda p: len(p.input_ids))]
-    return [group[i : i + size] for group in alike for i in range(0, len(group), size)]
+    return [group[i : i + size] for group in alike for i in range(0, len(group), size)][::-1]
 
 
 def select_padding(arm: Arm) -> Literal["left", "none"]:
@@ -54,10 +54,11 @@ def read_kind(arm: Arm) -> str:
         ) from fault
 
 
-def load_arms(arms: Sequence[Arm], *, folder: Path, precision: str) -> Any:
-    """The model of `folder` with the adapters of the arms that share it."""
+def load_arms(arms: Sequence[Arm], *, folder: Path, precision: str, four_bit: bool) -> Any:
+    """The model of `folder`, in 4 bits if asked, with the adapters of the arms that share it."""
     device = select_device()
-    model = load_model(folder, precision=select_precision(precision, device=device), device=device)  # type: ignore[arg-type]
+    computed = select_precision(precision, device=device)  # type: ignore[arg-type]
+    model = load_model(folder, precision=computed, device=device, four_bit=four_bit)
     for arm in arms:
         if arm.adapter is None:
             continue
@@ -68,6 +69,12 @@ def load_arms(arms: Sequence[Arm], *, folder: Path, precision: str) -> Any:
                 model, str(arm.adapter), adapter_name=arm.name, autocast_adapter_dtype=False
             )
     return model.eval()
+
+
+def order_arms(arms: Sequence[Arm], prompts: Sequence[Prompt]) -> list[tuple[Arm, list[Prompt]]]:
+    """The arms with what each is asked, the one with the longest prompt first: want of memory is met early."""
+    asked = [(arm, [p for p in prompts if p.arm == arm.name]) for arm in arms]
+    return sorted(asked, key=lambda pair: max((len(p.input_ids) for p in pair[1]), default=0), reverse=True)
 
 
 def use_arm(model: Any, arm: Arm) -> AbstractContextManager[Any]:

@@ -50,6 +50,7 @@ def _run_arms(
         cut_batches,
         generate_batch,
         load_arms,
+        order_arms,
         select_padding,
         use_arm,
     )
@@ -59,10 +60,9 @@ def _run_arms(
 
         torch.set_num_threads(job.threads)
     template = load_template(folder)
-    model = load_arms(arms, folder=folder, precision=job.precision)
+    model = load_arms(arms, folder=folder, precision=job.precision, four_bit=job.four_bit)
     with (job.folder / "outputs.jsonl").open("ab") as sink:
-        for arm in arms:
-            asked = [p for p in prompts if p.arm == arm.name]
+        for arm, asked in order_arms(arms, prompts):
             with use_arm(model, arm):
                 if arm.adapter is not None and asked:
                     check_effect(model, arm, asked[0])

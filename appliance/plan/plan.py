@@ -183,7 +183,7 @@ def build_plan(
         budget_bytes=machine.budget_bytes,
         warnings=(
             *_warn(recipe, rows=len(lengths), peak=peak, machine=machine, penalty=memory.penalty),
-            *(_warn_of_evaluation(width * count_values(weights), machine) if sharded else ()),
+            *_warn_of_evaluation(recipe, weights, machine, sharded=sharded),
         ),
     )
 
@@ -207,6 +207,7 @@ def _is_sharded(recipe: Recipe, *, fits: bool) -> bool:
 
 def _count_given_up(recipe: Recipe, weights: Mapping[str, Shape], sizes: ModelSizes, *, width: float) -> float:
     """Bytes of layers that the other devices hold, less two layers that are whole: in use, and fetched ahead."""
+    width = 0.5 if isinstance(recipe.method, QloraMethod) else width  # its scales stay whole
     layers = width * count_values(list_linears(weights))
     return max(0.0, layers - layers / recipe.needs.devices - 2 * layers / sizes.layers)
 
@@ -360,14 +361,31 @@ def _warn(recipe: Recipe, *, rows: int, peak: int, machine: Machine, penalty: Pe
     return found
 
 
-def _warn_of_evaluation(base_bytes: float, machine: Machine) -> list[str]:
-    """What comes after a training that shared the base out: it is not shared out for that."""
-    needed = _add_overhead(base_bytes)
-    if needed <= machine.budget_bytes:
-        return []
-    sizes = f"{needed / 2**30:.1f} of {machine.budget_bytes / 2**30:.1f} GiB"
-    held = f"evaluation holds the base whole on one device, about {sizes}: it will not fit"
-    return [f"{held}; use `appliance train` here, and `appliance evaluate` with the same --runs on a larger device"]
+def answers_in_four_bits(recipe: Recipe, *, base: Path, machine: Machine) -> bool:
+    """Whether evaluation holds a base that was trained in 4 bits in 4 bits too: in 16 it does not fit on the device."""
+    needed = _estimate_answering(recipe, read_weight_shapes(base), machine)
+    return isinstance(recipe.method, QloraMethod) and needed > _FITS * machine.budget_bytes
+
+
+def _estimate_answering(recipe: Recipe, weights: Mapping[str, Shape], machine: Machine) -> int:
+    """Bytes of a base that answers one row at a time; it is never shared out."""
+    return _add_overhead(_measure_width(recipe, machine) * count_values(weights))
+
+
+def _warn_of_evaluation(
+    recipe: Recipe, weights: Mapping[str, Shape], machine: Machine, *, sharded: bool
+) -> tuple[str, ...]:
+    """What comes after a training that needed less of the device: the base is not shared out there, nor rounded."""
+    needed = _estimate_answering(recipe, weights, machine)
+    sizes = f"about {needed / 2**30:.1f} of {machine.budget_bytes / 2**30:.1f} GiB"
+    if isinstance(recipe.method, QloraMethod) and needed > _FITS * machine.budget_bytes:
+        return (f"evaluation answers with the base in 4 bits, as it is trained: in 16 bits it takes {sizes} here",)
+    if sharded and needed > machine.budget_bytes:
+        held = f"evaluation holds the base whole on one device, {sizes}: it will not fit"
+        return (
+            f"{held}; use `appliance train` here, and `appliance evaluate` with the same --runs on a larger device",
+        )
+    return ()
 
 
 def _advise(penalty: PenaltyMemory) -> str:

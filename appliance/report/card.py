@@ -39,6 +39,7 @@ def build_card(
     data: dict[str, Any],
     training: dict[str, Any],
     metrics: list[dict[str, Any]],
+    evaluation: dict[str, Any],
     verdict: dict[str, Any],
     versions: dict[str, str],
 ) -> dict[str, Any]:
@@ -55,6 +56,7 @@ def build_card(
         "data": data,
         "training": training,
         "curves": [{k: m[k] for k in _CURVES if m.get(k) is not None} for m in metrics],
+        "evaluation": evaluation,
         "verdict": verdict,
         "versions": versions,
     }

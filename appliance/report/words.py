@@ -150,6 +150,7 @@ def list_facts(card: dict[str, Any]) -> dict[str, dict[str, str]]:
         "Origin": {
             "base model": card["base"].get("model", DASH),
             "base revision": card["base"].get("revision", DASH)[:24],
+            **_list_rounding(card),
             "commit": str(card["git_commit"] or DASH)[:12],
             "commit time": card["created_at"],
             "run key": card["run_key"][:16],
@@ -162,6 +163,13 @@ def _fill_alpha(method: dict[str, Any]) -> dict[str, Any]:
     """The method with the scale that training takes where the recipe leaves it out."""
     is_left_out = "rank" in method and method.get("alpha") is None
     return method | {"alpha": 2 * method["rank"]} if is_left_out else method
+
+
+def _list_rounding(card: dict[str, Any]) -> dict[str, str]:
+    """That every arm answered on the rounded base, where one did."""
+    if not card.get("evaluation", {}).get("four_bit"):
+        return {}
+    return {"base in evaluation": "4 bits (NF4), as trained; in 16 bits it did not fit on the device"}
 
 
 def _list_mask(training: dict[str, Any]) -> dict[str, dict[str, str]]:

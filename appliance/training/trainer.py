@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from appliance.child import Emit, StopFlag
 from appliance.digest import canonical_json, write_atomic
 from appliance.errors import InterruptedRunError
+from appliance.method import QloraMethod
 from appliance.model.faults import device_faults_as_errors
 from appliance.model.weights import Precision, select_device, select_precision
 from appliance.recipe import count_steps, is_packed
@@ -169,13 +170,17 @@ def _set_up_machine(job: TrainingJob) -> torch.device:
 
 
 def _load(job: TrainingJob, ranks: Ranks, *, levers: Levers, precision: Precision, device: torch.device) -> Any:
-    """The model on the device, or this rank's part of it: then one rank after the other has all of it in memory."""
+    """The model on the device, or this rank's part of it: then one rank after the other has all of it in memory.
+
+    4-bit weights are made on the device that computes with them, so it has room for them whole.
+    """
     if not job.sharded:
         return build_model(job, levers=levers, precision=precision, device=device)
     mesh = ranks.build_mesh()
+    place = device if isinstance(job.method, QloraMethod) else torch.device("cpu")
 
     def load() -> Any:
-        model = build_model(job, levers=levers, precision=precision, device=torch.device("cpu"))
+        model = build_model(job, levers=levers, precision=precision, device=place)
         shard_base(model, mesh, device=device)
         return model
 
