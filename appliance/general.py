@@ -26,7 +26,8 @@ from appliance.digest import digest_json, write_atomic
 from appliance.errors import DatasetError, TrainingError
 from appliance.example import Example, Message, decode_examples, encode_examples
 from appliance.model import Base, ChatTemplate, TokenRow, load_template, render_row
-from appliance.plan import answers_in_four_bits, read_machine
+from appliance.model.shapes import read_weight_shapes
+from appliance.plan import Answering, plan_answering, read_machine
 from appliance.preparation import Prepared, Workspace, read_versions
 from appliance.run import Run
 from appliance.training import TokenCache, build_rows
@@ -130,7 +131,7 @@ def _load_pool(
         run=run,
         workspace=workspace,
         precision=prepared.recipe.training.precision,
-        four_bit=answers_in_four_bits(prepared.recipe, base=prepared.base.folder, machine=read_machine()),
+        how=plan_answering(prepared.recipe, weights=read_weight_shapes(prepared.base.folder), machine=read_machine()),
         threads=threads,
     )
     shared = find_shared(answered, prepared.splits)
@@ -162,14 +163,14 @@ def answer_prompts(
     workspace: Workspace,
     precision: str,
     threads: int | None,
-    four_bit: bool = False,
+    how: Answering | None = None,
 ) -> tuple[Example, ...]:
     """The base model's own finished answers of at most `limit` tokens; kept in the cache for other runs.
 
     Raises `EvaluationError`, or `InterruptedRunError` on a signal; the same call goes on.
     """
     identity = {"base": base.digest, "prompts": prompts, "tokens": limit, "precision": precision}
-    identity |= {"four_bit": True} if four_bit else {}
+    identity |= {"four_bit": True} if how and how.four_bit else {}
     file = workspace.cache / "general" / f"{digest_json({**identity, **read_versions()})[:16]}.jsonl"
     if (kept := _read_answers(file)) is not None:
         return kept
@@ -185,7 +186,8 @@ def answer_prompts(
         max_new_tokens=limit,
         batch=_BATCH,
         precision=precision,
-        four_bit=four_bit,
+        four_bit=how.four_bit if how else False,
+        devices=how.devices if how else 1,
         threads=threads,
     )
     tokens = [evaluation.Prompt(e.id, arm.name, template.encode_prompt(e.prompt)) for e in asked]

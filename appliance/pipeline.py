@@ -22,7 +22,8 @@ from appliance.example import decode_examples, encode_examples
 from appliance.general import choose_general
 from appliance.method import FullMethod
 from appliance.model import TokenRow, fit_template, load_template
-from appliance.plan import answers_in_four_bits, check_device, check_room, read_machine
+from appliance.model.shapes import read_weight_shapes
+from appliance.plan import check_device, check_room, plan_answering, read_machine
 from appliance.preparation import Origin, Prepared, Workspace, note_tokens, plan_run, prepare, read_versions
 from appliance.recipe import Recipe
 from appliance.release import build_manifest, collect_files, promote_by_verdict
@@ -252,8 +253,8 @@ def _evaluate_stage(run: Run, prepared: Prepared, *, workspace: Workspace, store
     prompts = [
         p for arm in arms for p in evaluation.build_prompts(arm, test, section=section, train=train, template=template)
     ]
-    four_bit = answers_in_four_bits(recipe, base=prepared.base.folder, machine=read_machine())
-    held = "; the base in 4 bits, as trained" if four_bit else ""
+    how = plan_answering(recipe, weights=read_weight_shapes(prepared.base.folder), machine=read_machine())
+    held = "; the base in 4 bits, as trained" if how.four_bit else ""
     workspace.note(f"evaluating {', '.join(a.name for a in arms)} on {len(test)} held-out rows{held}")
     job = evaluation.GenerationJob(
         folder=run.evaluation,
@@ -262,13 +263,14 @@ def _evaluate_stage(run: Run, prepared: Prepared, *, workspace: Workspace, store
         max_new_tokens=section.max_new_tokens,
         batch=_BATCH,
         precision=recipe.training.precision,
-        four_bit=four_bit,
+        four_bit=how.four_bit,
+        devices=how.devices,
         threads=run.read("prepare")["cores"],
     )
     outputs = evaluation.generate(job, prompts, note=workspace.note)
     results = evaluation.score_outputs(outputs, test, prepared.dataset.card.contract)
     write_atomic(run.evaluation / "results.jsonl", evaluation.encode_results(results))
-    run.finish("evaluate", champion=champion, four_bit=four_bit)
+    run.finish("evaluate", champion=champion, four_bit=how.four_bit)
 
 
 def _fetch_champion(run: Run, prepared: Prepared, *, workspace: Workspace, store: Store | None) -> str | None:

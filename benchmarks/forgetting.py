@@ -53,12 +53,13 @@ RECIPE = load_recipe(ROOT / "recipes" / "demo.yaml")
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to train: a share of replayed rows, or a strength of the penalty, or neither."""
+    """One way to train: a share of replayed rows, a strength of the penalty, or neither; `longer` is more task rows."""
 
     name: str
     share: float = 0.0
     strength: float = 0.0
     rate: float = 1e-3
+    longer: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,11 @@ class Setting:
     kept: tuple[Example, ...]
     work: Path
 
-    @property
-    def requests(self) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-        """The rows to train on and those to test on."""
-        rows = build_requests(self.steps * BATCH + TEST_ROWS, seed=self.seed)
-        return rows[: self.steps * BATCH], rows[self.steps * BATCH :]
+    def draw_requests(self, longer: float) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+        """The rows to train on and those to test on, the same for all arms; who trains longer has more behind them."""
+        count, more = self.steps * BATCH, round((longer - 1.0) * self.steps) * BATCH
+        rows = build_requests(count + TEST_ROWS + more, seed=self.seed)
+        return (*rows[:count], *rows[count + TEST_ROWS :]), rows[count : count + TEST_ROWS]
 
 
 def main() -> None:
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--share", type=float, nargs="*", default=[0.2])
     parser.add_argument("--strength", type=float, nargs="*", default=[100.0, 300.0])
+    parser.add_argument("--longer", type=float, default=1.5, help="task rows of a longer arm of the first strength")
     parser.add_argument("--lower-rate", type=float, nargs="*", default=[3e-4], help="of plain LoRA, to compare")
     parser.add_argument("--pieces", type=int, default=99, help="stop after so many pieces; the next call goes on")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
@@ -96,10 +98,12 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure_general(options.measure)))
         return
+    strengths = options.strength
     contenders = [
         Contender("lora", rate=options.rate),
         *(Contender(f"replay {s:g}", share=s, rate=options.rate) for s in options.share),
-        *(Contender(f"ewc {s:g}", strength=s, rate=options.rate) for s in options.strength),
+        *(Contender(f"ewc {s:g}", strength=s, rate=options.rate) for s in strengths),
+        *(Contender(f"ewc {s:g} longer", strength=s, rate=options.rate, longer=options.longer) for s in strengths[:1]),
         *(Contender(f"lora at {r:g}", rate=r) for r in options.lower_rate),
     ]
     workspace = Workspace(ROOT, options.cache, options.work, note=lambda text: print(f"  {text}", flush=True))
@@ -143,7 +147,7 @@ def run_contender(contender: Contender, setting: Setting) -> dict[str, Any]:
     if not (folder / "summary.json").is_file():
         train(job, note=lambda text: print(f"  {text}", flush=True), env={"OMP_NUM_THREADS": str(job.threads)})
     summary = json.loads((folder / "summary.json").read_bytes())
-    tests = setting.requests[1]
+    tests = setting.draw_requests(contender.longer)[1]
     right = answer_task(tests, setting.base, job)
     template = load_template(setting.base.folder)
     texts = {"task": tests, "chats": decode_examples(CHATS.read_bytes()), "answers": setting.kept}
@@ -164,7 +168,7 @@ def run_contender(contender: Contender, setting: Setting) -> dict[str, Any]:
 def build_job(contender: Contender, setting: Setting, folder: Path) -> TrainingJob:
     """Task rows and, on top, the share of replayed ones."""
     template = load_template(setting.base.folder)
-    requests = setting.requests[0]
+    requests = setting.draw_requests(contender.longer)[0]
     count = round(len(requests) * contender.share / (1 - contender.share))
     rows = (*requests, *(select_replay(setting.pool, count=count) if count else ()))
     prepare_rows(rows, template=template, max_length=512, file=folder / "train.rows.jsonl")

@@ -24,6 +24,8 @@ from torch.nn import functional
 from transformers import AutoConfig, LlamaForCausalLM
 
 from appliance.cli.doctor import command
+from appliance.evaluation.arms import Arm, Prompt
+from appliance.evaluation.generation import generate_batch, load_arms
 from appliance.model import load_template, render_row
 from appliance.model.weights import Precision, compute_as_trained
 from appliance.plan import build_plan, read_machine
@@ -180,6 +182,22 @@ def test_two_devices_end_in_the_same_bytes_killed_or_with_the_base_shared_out(
         write_job(again)
         assert kill(workers, again, after_steps(4, 0.0)) == -signal.SIGKILL  # type: ignore[arg-type]
         assert finish(workers, again) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["cpu", TWO])
+def test_a_base_that_is_spread_answers_as_on_one_device(base: Path, kind: str) -> None:
+    """Its layers lie on all that torch sees, and greedy answers do not change."""
+    template = load_template(base)
+    arm = Arm("zero_shot", base, None, is_prompted=False)
+    prompts = [Prompt(e.id, arm.name, template.encode_prompt(e.prompt)) for e in make_examples(5)]
+    answers = []
+    for spread in (False, True):
+        model = load_arms([arm], folder=base, precision="fp32", spread=spread)
+        devices = {p.device for p in model.parameters()}
+        assert len(devices) == (2 if spread and kind == "cuda" else 1)
+        given = generate_batch(model, prompts, template=template, stop_ids=[257], max_new_tokens=6)
+        answers.append([o.output for o in given])
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.timeout(900)

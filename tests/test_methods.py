@@ -329,9 +329,10 @@ def test_a_batch_of_prompts_is_answered_as_each_alone(base: Path, adapters: dict
 
     template = load_template(base)
     prompts = [Prompt(e.id, "candidate", template.encode_prompt(e.prompt)) for e in make_examples(13)]
-    for kind, adapter in [*adapters.items(), ("lora in 4 bits", adapters["lora"])]:
+    again = {"lora in 4 bits": adapters["lora"], "lora, spread": adapters["lora"]}
+    for kind, adapter in (adapters | again).items():
         arm = Arm("candidate", base, adapter, is_prompted=False)
-        model = load_arms([arm], folder=base, precision="fp32", four_bit="4 bits" in kind)
+        model = load_arms([arm], folder=base, precision="fp32", four_bit="4 bits" in kind, spread="spread" in kind)
         assert ("4 bits" in kind) == any(type(m).__name__ == "Linear4bit" for m in model.modules())
         with use_arm(model, arm):
             batches = cut_batches(prompts, 4, padding=select_padding(arm))

@@ -25,7 +25,10 @@ from appliance.progress import Progress
 
 
 class GenerationJob(BaseModel):
-    """What the generation child needs; prompts are in `prompts.jsonl`, outputs in `outputs.jsonl`."""
+    """What the generation child needs; prompts are in `prompts.jsonl`, outputs in `outputs.jsonl`.
+
+    The base lies in 4 bits if `four_bit`, over so many `devices`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     folder: Path
@@ -35,6 +38,7 @@ class GenerationJob(BaseModel):
     batch: int
     precision: str
     four_bit: bool = False
+    devices: int = 1
     threads: int | None = None
 
 
@@ -89,6 +93,7 @@ def _run_child(
             log=job.folder / "worker.log",
             on_event=follow,
             env=env,
+            devices=job.devices,
         )
 
 

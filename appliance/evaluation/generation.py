@@ -54,11 +54,13 @@ def read_kind(arm: Arm) -> str:
         ) from fault
 
 
-def load_arms(arms: Sequence[Arm], *, folder: Path, precision: str, four_bit: bool) -> Any:
-    """The model of `folder`, in 4 bits if asked, with the adapters of the arms that share it."""
+def load_arms(
+    arms: Sequence[Arm], *, folder: Path, precision: str, four_bit: bool = False, spread: bool = False
+) -> Any:
+    """The model of `folder`, in 4 bits or over all devices if asked, with the adapters of the arms that share it."""
     device = select_device()
     computed = select_precision(precision, device=device)  # type: ignore[arg-type]
-    model = load_model(folder, precision=computed, device=device, four_bit=four_bit)
+    model = load_model(folder, precision=computed, device=device, four_bit=four_bit, spread=spread)
     for arm in arms:
         if arm.adapter is None:
             continue

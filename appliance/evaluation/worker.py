@@ -60,7 +60,7 @@ def _run_arms(
 
         torch.set_num_threads(job.threads)
     template = load_template(folder)
-    model = load_arms(arms, folder=folder, precision=job.precision, four_bit=job.four_bit)
+    model = load_arms(arms, folder=folder, precision=job.precision, four_bit=job.four_bit, spread=job.devices > 1)
     with (job.folder / "outputs.jsonl").open("ab") as sink:
         for arm, asked in order_arms(arms, prompts):
             with use_arm(model, arm):

@@ -68,9 +68,18 @@ def compute_as_trained(precision: Precision, *, device: torch.device) -> torch.a
 
 
 def load_model(
-    folder: Path, *, precision: Precision, device: torch.device, four_bit: bool = False, attention: str = "sdpa"
+    folder: Path,
+    *,
+    precision: Precision,
+    device: torch.device,
+    four_bit: bool = False,
+    spread: bool = False,
+    attention: str = "sdpa",
 ) -> Any:
-    """The causal language model of `folder`, on `device`. Raises `ModelError` when it is damaged."""
+    """The causal language model of `folder`, on `device`, or layer by layer over all that torch sees if `spread`.
+
+    Raises `ModelError` when it is damaged.
+    """
     transformers_logging.disable_progress_bar()
     dtype = _DTYPES[precision]
     quantisation = _build_nf4(dtype) if four_bit else None
@@ -80,7 +89,7 @@ def load_model(
             dtype=dtype,
             attn_implementation=attention,
             quantization_config=quantisation,
-            device_map={"": device} if four_bit else None,
+            device_map="balanced" if spread else {"": device} if four_bit else None,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
@@ -100,8 +109,7 @@ def load_model(
         )
     if four_bit:
         _keep_layout(model)
-        return model
-    return model.to(device)
+    return model if four_bit or spread else model.to(device)
 
 
 def _keep_layout(model: Any) -> None:

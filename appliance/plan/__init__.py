@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from appliance.plan.answering import Answering, plan_answering
 from appliance.plan.machine import Machine, check_device, read_machine
-from appliance.plan.plan import Plan, answers_in_four_bits, build_plan
+from appliance.plan.plan import Plan, build_plan
 from appliance.plan.preflight import Check, examine_machine
 from appliance.plan.room import check_room
 
 __all__ = [
+    "Answering",
     "Check",
     "Machine",
     "Plan",
-    "answers_in_four_bits",
     "build_plan",
     "check_device",
     "check_room",
     "examine_machine",
+    "plan_answering",
     "read_machine",
 ]

@@ -1,9 +1,4 @@
-"""Steps, tokens, micro-batch and memory of a run, from the recipe, the rows and the weights' headers.
-
-Memory follows the usual account: weights, gradients, optimizer, activations and LM head, and what
-elastic weight consolidation holds. It is an estimate; the first step proves it, and out of memory is
-answered with half the micro-batch.
-"""
+"""Steps, tokens, micro-batch and memory of a run, from the recipe, the rows and the weights' headers."""
 
 from __future__ import annotations
 
@@ -19,9 +14,7 @@ from appliance.method import (
     LoraMethod,
     Method,
     PrefixTuningMethod,
-    PromptTuningMethod,
     PTuningMethod,
-    QloraMethod,
 )
 from appliance.model.shapes import (
     ModelSizes,
@@ -34,23 +27,29 @@ from appliance.model.shapes import (
     read_weight_shapes,
     select_targets,
 )
+from appliance.plan.answering import plan_answering
 from appliance.plan.machine import Machine
+from appliance.plan.memory import (
+    Memory,
+    count_given_up,
+    count_virtual,
+    estimate_static,
+    is_head_fused,
+    measure_width,
+)
 from appliance.plan.penalty import PenaltyMemory, measure_penalty
 from appliance.recipe import (
     Recipe,
     can_checkpoint,
     count_steps,
-    is_packed,
     name_sharding_obstacle,
     select_learning_rate,
 )
 
-_OVERHEAD = 1 << 30
 _EPOCHS = (2, 5)
 _EPOCHS_OF_PROMPTS = (2, 50)
 _MICRO_TOKENS = {"cpu": 4096, "gpu": 16384}  # more does not make a step faster a token
 _FEW_TOKENS = 1024  # fewer leave the device idle: recomputing activations is cheaper
-_FITS = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,51 +80,6 @@ class Plan:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    """What a run holds on one device: what stays, what a micro-batch adds, what elastic weight consolidation takes."""
-
-    method: Method
-    sizes: ModelSizes
-    longest: int
-    width: float
-    static: float
-    keeps_logits: bool
-    penalty: PenaltyMemory
-
-    def estimate(self, micro_batch: int, *, checkpointing: bool) -> int:
-        """Bytes at the peak of a step."""
-        moving = _estimate_moving(
-            self.method,
-            sizes=self.sizes,
-            rows=micro_batch,
-            longest=self.longest,
-            checkpointing=checkpointing,
-            keeps_logits=self.keeps_logits,
-            width=self.width,
-        )
-        return _add_overhead(self.static + self.penalty.kept + max(moving, self.penalty.passing))
-
-    def fits(self, micro_batch: int, checkpointing: bool, machine: Machine) -> bool:
-        """Whether a step's peak leaves the device some room."""
-        return self.estimate(micro_batch, checkpointing=checkpointing) <= _FITS * machine.budget_bytes
-
-    def estimate_fisher(self, trainable: int, *, longest: int) -> int:
-        """Bytes at the peak of estimating the Fisher, one row at a time, before there is an optimizer; else 0."""
-        if not self.penalty.estimating:
-            return 0
-        moving = _estimate_moving(
-            self.method,
-            sizes=self.sizes,
-            rows=1,
-            longest=longest,
-            checkpointing=False,
-            keeps_logits=True,
-            width=self.width,
-        )
-        return _add_overhead(self.static - 12.0 * trainable + self.penalty.estimating + moving)
-
-
 def build_plan(
     recipe: Recipe,
     *,
@@ -144,20 +98,20 @@ def build_plan(
     section, weights, sizes = recipe.training, read_weight_shapes(base), read_sizes(base)
     check_method(recipe.method, list_linears(weights), base=base)
     trainable = count_trainable(recipe.method, weights, sizes)
-    width = _measure_width(recipe, machine)
-    memory = _Memory(
+    width = measure_width(recipe, machine)
+    memory = Memory(
         method=recipe.method,
         sizes=sizes,
         longest=max(lengths),
         width=width,
-        static=_estimate_static(recipe.method, weights=weights, trainable=trainable, width=width),
-        keeps_logits=not (machine.gpu and _is_head_fused(recipe)),
+        static=estimate_static(recipe.method, weights=weights, trainable=trainable, width=width),
+        keeps_logits=not (machine.gpu and is_head_fused(recipe)),
         penalty=_measure_penalty(recipe, weights=weights, base=base),
     )
     micro, checkpointing = _fit(recipe, memory, machine)
     sharded = _is_sharded(recipe, fits=memory.fits(micro, checkpointing, machine))
     if sharded:
-        memory = replace(memory, static=memory.static - _count_given_up(recipe, weights, sizes, width=width))
+        memory = replace(memory, static=memory.static - count_given_up(recipe, weights, sizes, width=width))
         micro, checkpointing = _fit(recipe, memory, machine)
     peak = max(
         memory.estimate(micro, checkpointing=checkpointing),
@@ -183,16 +137,16 @@ def build_plan(
         budget_bytes=machine.budget_bytes,
         warnings=(
             *_warn(recipe, rows=len(lengths), peak=peak, machine=machine, penalty=memory.penalty),
-            *_warn_of_evaluation(recipe, weights, machine, sharded=sharded),
+            *plan_answering(recipe, weights=weights, machine=machine).warn(),
         ),
     )
 
 
-def _fit(recipe: Recipe, memory: _Memory, machine: Machine) -> tuple[int, bool]:
+def _fit(recipe: Recipe, memory: Memory, machine: Machine) -> tuple[int, bool]:
     """The micro-batch of one device, and whether it needs gradient checkpointing."""
     return select_micro_batch(
         recipe.training.effective_batch // recipe.needs.devices,
-        longest=memory.longest + _count_virtual(recipe.method),
+        longest=memory.longest + count_virtual(recipe.method),
         most=_MICRO_TOKENS["gpu" if machine.gpu else "cpu"],
         wanted=recipe.training.gradient_checkpointing if can_checkpoint(recipe.method) else "off",
         fits=lambda m, c: memory.fits(m, c, machine),
@@ -203,13 +157,6 @@ def _is_sharded(recipe: Recipe, *, fits: bool) -> bool:
     """Whether each device holds a part of the base's layers only; by itself where whole ones do not fit."""
     wanted = recipe.needs.weights
     return wanted == "sharded" or (wanted == "auto" and not fits and not name_sharding_obstacle(recipe))
-
-
-def _count_given_up(recipe: Recipe, weights: Mapping[str, Shape], sizes: ModelSizes, *, width: float) -> float:
-    """Bytes of layers that the other devices hold, less two layers that are whole: in use, and fetched ahead."""
-    width = 0.5 if isinstance(recipe.method, QloraMethod) else width  # its scales stay whole
-    layers = width * count_values(list_linears(weights))
-    return max(0.0, layers - layers / recipe.needs.devices - 2 * layers / sizes.layers)
 
 
 def select_micro_batch(
@@ -270,68 +217,11 @@ def _count_encoder(method: PTuningMethod, hidden: int) -> int:
     return gates + (2 * inner + 1) * 2 * inner + (2 * inner + 1) * hidden
 
 
-def _count_virtual(method: Method) -> int:
-    """Virtual tokens that go through every layer with each row."""
-    return method.tokens if isinstance(method, PromptTuningMethod | PTuningMethod) else 0
-
-
-def _is_head_fused(recipe: Recipe) -> bool:
-    """Whether, on a GPU, the logits are never held: packed batches and nothing else asked for."""
-    return is_packed(recipe.training, recipe.method) and recipe.training.speed.head in ("auto", "fused")
-
-
-def _measure_width(recipe: Recipe, machine: Machine) -> float:
-    """Bytes a value of a frozen base and of an activation: 4 on a GPU that trains in fp32, else 2."""
-    precision = recipe.training.precision
-    is_full_width = precision == "fp32" or (precision == "auto" and not machine.has_bf16)
-    return 4.0 if machine.gpu and is_full_width else 2.0
-
-
-def _estimate_static(method: Method, *, weights: Mapping[str, Shape], trainable: int, width: float) -> float:
-    """Bytes of weights, gradients and optimizer: frozen bases, fp32 master weights and moments for what is trained.
-
-    4-bit matrices take 0.516 bytes a weight with their doubly quantised scales (arXiv 2305.14314).
-    """
-    parameters = count_values(weights)
-    if isinstance(method, FullMethod):
-        return 16.0 * parameters
-    linear = count_values(list_linears(weights))
-    matrices = (0.516 if isinstance(method, QloraMethod) else width) * linear
-    return matrices + width * (parameters - linear) + 16.0 * trainable
-
-
-def _estimate_moving(
-    method: Method,
-    *,
-    sizes: ModelSizes,
-    rows: int,
-    longest: int,
-    checkpointing: bool,
-    keeps_logits: bool,
-    width: float,
-) -> float:
-    """Bytes of activations and head for `rows` rows; factors for a Llama layer in values of `width` bytes.
-
-    Virtual tokens before the embeddings cost what tokens cost; a prefix costs its keys and values.
-    """
-    hidden, layers = sizes.hidden, sizes.layers
-    tokens = rows * (longest + _count_virtual(method))
-    activations = tokens * hidden * width * ((layers + 28.0) if checkpointing else 28.0 * layers)
-    if isinstance(method, PrefixTuningMethod):  # once as made and once with each layer's own keys behind it
-        activations += width * 4.0 * rows * layers * sizes.keys * (longest + method.tokens)
-    return activations + (12.3 * tokens * sizes.vocabulary if keeps_logits else float(1 << 28))
-
-
 def _measure_penalty(recipe: Recipe, *, weights: Mapping[str, Shape], base: Path) -> PenaltyMemory:
     if recipe.forgetting is None or recipe.forgetting.ewc is None:
         return PenaltyMemory()
     dtypes = read_weight_dtypes(base) if isinstance(recipe.method, FullMethod) else {}
     return measure_penalty(recipe.method, weights, dtypes)
-
-
-def _add_overhead(held: float) -> int:
-    """What the process itself takes, and what the allocator cannot use again."""
-    return round(1.07 * held + _OVERHEAD)
 
 
 def _warn(recipe: Recipe, *, rows: int, peak: int, machine: Machine, penalty: PenaltyMemory) -> list[str]:
@@ -359,33 +249,6 @@ def _warn(recipe: Recipe, *, rows: int, peak: int, machine: Machine, penalty: Pe
             f"use qlora, a shorter max_length or a larger device{_advise(penalty)}"
         )
     return found
-
-
-def answers_in_four_bits(recipe: Recipe, *, base: Path, machine: Machine) -> bool:
-    """Whether evaluation holds a base that was trained in 4 bits in 4 bits too: in 16 it does not fit on the device."""
-    needed = _estimate_answering(recipe, read_weight_shapes(base), machine)
-    return isinstance(recipe.method, QloraMethod) and needed > _FITS * machine.budget_bytes
-
-
-def _estimate_answering(recipe: Recipe, weights: Mapping[str, Shape], machine: Machine) -> int:
-    """Bytes of a base that answers one row at a time; it is never shared out."""
-    return _add_overhead(_measure_width(recipe, machine) * count_values(weights))
-
-
-def _warn_of_evaluation(
-    recipe: Recipe, weights: Mapping[str, Shape], machine: Machine, *, sharded: bool
-) -> tuple[str, ...]:
-    """What comes after a training that needed less of the device: the base is not shared out there, nor rounded."""
-    needed = _estimate_answering(recipe, weights, machine)
-    sizes = f"about {needed / 2**30:.1f} of {machine.budget_bytes / 2**30:.1f} GiB"
-    if isinstance(recipe.method, QloraMethod) and needed > _FITS * machine.budget_bytes:
-        return (f"evaluation answers with the base in 4 bits, as it is trained: in 16 bits it takes {sizes} here",)
-    if sharded and needed > machine.budget_bytes:
-        held = f"evaluation holds the base whole on one device, {sizes}: it will not fit"
-        return (
-            f"{held}; use `appliance train` here, and `appliance evaluate` with the same --runs on a larger device",
-        )
-    return ()
 
 
 def _advise(penalty: PenaltyMemory) -> str:

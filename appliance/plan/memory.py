@@ -1,0 +1,128 @@
+"""The memory of a run on one device: weights, gradients, optimizer, activations and LM head.
+
+It is an account of the large parts, an estimate; the first step proves it, and out of memory is answered
+with half the micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from appliance.method import FullMethod, Method, PrefixTuningMethod, PromptTuningMethod, PTuningMethod, QloraMethod
+from appliance.model.shapes import ModelSizes, Shape, count_values, list_linears
+from appliance.plan.machine import Machine
+from appliance.plan.penalty import PenaltyMemory
+from appliance.recipe import Recipe, is_packed
+
+FITS = 0.8  # of a device; the rest is for what is not counted
+_OVERHEAD = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a run holds on one device: what stays, what a micro-batch adds, what elastic weight consolidation takes."""
+
+    method: Method
+    sizes: ModelSizes
+    longest: int
+    width: float
+    static: float
+    keeps_logits: bool
+    penalty: PenaltyMemory
+
+    def estimate(self, micro_batch: int, *, checkpointing: bool) -> int:
+        """Bytes at the peak of a step."""
+        moving = _estimate_moving(
+            self.method,
+            sizes=self.sizes,
+            rows=micro_batch,
+            longest=self.longest,
+            checkpointing=checkpointing,
+            keeps_logits=self.keeps_logits,
+            width=self.width,
+        )
+        return add_overhead(self.static + self.penalty.kept + max(moving, self.penalty.passing))
+
+    def fits(self, micro_batch: int, checkpointing: bool, machine: Machine) -> bool:
+        """Whether a step's peak leaves the device some room."""
+        return self.estimate(micro_batch, checkpointing=checkpointing) <= FITS * machine.budget_bytes
+
+    def estimate_fisher(self, trainable: int, *, longest: int) -> int:
+        """Bytes at the peak of estimating the Fisher, one row at a time, before there is an optimizer; else 0."""
+        if not self.penalty.estimating:
+            return 0
+        moving = _estimate_moving(
+            self.method,
+            sizes=self.sizes,
+            rows=1,
+            longest=longest,
+            checkpointing=False,
+            keeps_logits=True,
+            width=self.width,
+        )
+        return add_overhead(self.static - 12.0 * trainable + self.penalty.estimating + moving)
+
+
+def count_given_up(recipe: Recipe, weights: Mapping[str, Shape], sizes: ModelSizes, *, width: float) -> float:
+    """Bytes of layers that the other devices hold, less two layers that are whole: in use, and fetched ahead."""
+    width = 0.5 if isinstance(recipe.method, QloraMethod) else width  # its scales stay whole
+    layers = width * count_values(list_linears(weights))
+    return max(0.0, layers - layers / recipe.needs.devices - 2 * layers / sizes.layers)
+
+
+def count_virtual(method: Method) -> int:
+    """Virtual tokens that go through every layer with each row."""
+    return method.tokens if isinstance(method, PromptTuningMethod | PTuningMethod) else 0
+
+
+def is_head_fused(recipe: Recipe) -> bool:
+    """Whether, on a GPU, the logits are never held: packed batches and nothing else asked for."""
+    return is_packed(recipe.training, recipe.method) and recipe.training.speed.head in ("auto", "fused")
+
+
+def measure_width(recipe: Recipe, machine: Machine) -> float:
+    """Bytes a value of a frozen base and of an activation: 4 on a GPU that trains in fp32, else 2."""
+    precision = recipe.training.precision
+    is_full_width = precision == "fp32" or (precision == "auto" and not machine.has_bf16)
+    return 4.0 if machine.gpu and is_full_width else 2.0
+
+
+def estimate_static(method: Method, *, weights: Mapping[str, Shape], trainable: int, width: float) -> float:
+    """Bytes of weights, gradients and optimizer: frozen bases, fp32 master weights and moments for what is trained.
+
+    4-bit matrices take 0.516 bytes a weight with their doubly quantised scales (arXiv 2305.14314).
+    """
+    parameters = count_values(weights)
+    if isinstance(method, FullMethod):
+        return 16.0 * parameters
+    linear = count_values(list_linears(weights))
+    matrices = (0.516 if isinstance(method, QloraMethod) else width) * linear
+    return matrices + width * (parameters - linear) + 16.0 * trainable
+
+
+def _estimate_moving(
+    method: Method,
+    *,
+    sizes: ModelSizes,
+    rows: int,
+    longest: int,
+    checkpointing: bool,
+    keeps_logits: bool,
+    width: float,
+) -> float:
+    """Bytes of activations and head for `rows` rows; factors for a Llama layer in values of `width` bytes.
+
+    Virtual tokens before the embeddings cost what tokens cost; a prefix costs its keys and values.
+    """
+    hidden, layers = sizes.hidden, sizes.layers
+    tokens = rows * (longest + count_virtual(method))
+    activations = tokens * hidden * width * ((layers + 28.0) if checkpointing else 28.0 * layers)
+    if isinstance(method, PrefixTuningMethod):  # once as made and once with each layer's own keys behind it
+        activations += width * 4.0 * rows * layers * sizes.keys * (longest + method.tokens)
+    return activations + (12.3 * tokens * sizes.vocabulary if keeps_logits else float(1 << 28))
+
+
+def add_overhead(held: float) -> int:
+    """What the process itself takes, and what the allocator cannot use again."""
+    return round(1.07 * held + _OVERHEAD)
