@@ -89,9 +89,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--share", type=float, nargs="*", default=[0.2])
-    parser.add_argument("--strength", type=float, nargs="*", default=[100.0, 300.0])
-    parser.add_argument("--longer", type=float, default=1.5, help="task rows of a longer arm of the first strength")
-    parser.add_argument("--lower-rate", type=float, nargs="*", default=[3e-4], help="of plain LoRA, to compare")
+    parser.add_argument("--strength", type=float, nargs="*", default=[30.0, 100.0])
+    parser.add_argument("--longer", type=float, default=1.5, help="task rows of a longer arm of the last strength")
+    parser.add_argument("--lower-rate", type=float, nargs="*", default=[], help="of plain LoRA, to compare")
     parser.add_argument("--pieces", type=int, default=99, help="stop after so many pieces; the next call goes on")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -103,7 +103,11 @@ def main() -> None:
         Contender("lora", rate=options.rate),
         *(Contender(f"replay {s:g}", share=s, rate=options.rate) for s in options.share),
         *(Contender(f"ewc {s:g}", strength=s, rate=options.rate) for s in strengths),
-        *(Contender(f"ewc {s:g} longer", strength=s, rate=options.rate, longer=options.longer) for s in strengths[:1]),
+        *(
+            Contender(f"ewc {s:g} longer", strength=s, rate=options.rate, longer=options.longer)
+            for s in strengths[-1:]
+            if options.longer > 1
+        ),
         *(Contender(f"lora at {r:g}", rate=r) for r in options.lower_rate),
     ]
     workspace = Workspace(ROOT, options.cache, options.work, note=lambda text: print(f"  {text}", flush=True))
