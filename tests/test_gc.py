@@ -152,9 +152,9 @@ class Maker:
 
 @pytest.fixture(params=["file", "s3", pytest.param("s3-every-step", marks=pytest.mark.slow)])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Callable[[Store], object]], Maker]:
-    """A `Maker` of what it is given: in a folder at every step, on SeaweedFS at every seventh, or slowly at all."""
+    """A `Maker` of what it is given: in a folder at every step, on SeaweedFS at every thirteenth, or slowly at all."""
     bucket = None if request.param == "file" else request.getfixturevalue("bucket")
-    return lambda build: Maker(bucket, tmp_path / "made", build, stride=7 if request.param == "s3" else 1)
+    return lambda build: Maker(bucket, tmp_path / "made", build, stride=13 if request.param == "s3" else 1)
 
 
 def test_what_nobody_needs_goes_in_two_steps_and_nothing_else(store: Store, tmp_path: Path) -> None:

@@ -158,6 +158,18 @@ def test_a_base_that_does_not_fit_is_shared_out(
     assert (warned in "\n".join(found.warnings)) if warned else not found.warnings
 
 
+def test_a_4_bit_base_is_made_whole_before_it_is_shared_out(base_8b: Path) -> None:
+    """Its parts are half a byte a weight; what the first moment needs is in the peak all the same."""
+    peaks = {}
+    for length, devices in [(1, 4), (1024, 4), (1024, 64)]:
+        needs = {"devices": devices, "weights": "sharded"}
+        recipe = make_recipe(method={"type": "qlora"}, training={**TRAINING_8B, "effective_batch": 64}, needs=needs)
+        peaks[length, devices] = plan(recipe, base_8b, length=length, machine=make_gpus(80)).peak_bytes
+    whole = 0.516 * 6_979_321_856 + 2 * 2 * 128256 * 4096
+    assert peaks[1, 4] == pytest.approx(1.07 * whole + 2**30, rel=1e-3)
+    assert peaks[1024, 4] > peaks[1024, 64] >= peaks[1, 4]
+
+
 @pytest.mark.parametrize(
     ("method", "devices", "gib", "how", "warned"),
     [

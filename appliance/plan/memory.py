@@ -7,7 +7,7 @@ with half the micro-batch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from appliance.method import FullMethod, Method, PrefixTuningMethod, PromptTuningMethod, PTuningMethod, QloraMethod
 from appliance.model.shapes import ModelSizes, Shape, count_values, list_linears
@@ -21,7 +21,10 @@ _OVERHEAD = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What a run holds on one device: what stays, what a micro-batch adds, what elastic weight consolidation takes."""
+    """What a run holds on one device: what stays, what a micro-batch adds, what elastic weight consolidation takes.
+
+    `loading` is held before the first step alone, where it is more than what stays.
+    """
 
     method: Method
     sizes: ModelSizes
@@ -30,6 +33,7 @@ class Memory:
     static: float
     keeps_logits: bool
     penalty: PenaltyMemory
+    loading: float = 0.0
 
     def estimate(self, micro_batch: int, *, checkpointing: bool) -> int:
         """Bytes at the peak of a step."""
@@ -42,7 +46,19 @@ class Memory:
             keeps_logits=self.keeps_logits,
             width=self.width,
         )
-        return add_overhead(self.static + self.penalty.kept + max(moving, self.penalty.passing))
+        return add_overhead(max(self.loading, self.static + self.penalty.kept + max(moving, self.penalty.passing)))
+
+    def share_out(self, linear: int, *, trainable: int, devices: int) -> Memory:
+        """The same where each of `devices` holds its part of the `linear` weights in the layers.
+
+        Two layers are whole at a time: the one in use, and the next. 4-bit weights are made whole on the device before,
+        and their scales stay whole.
+        """
+        is_rounded = isinstance(self.method, QloraMethod)
+        layers = (0.5 if is_rounded else self.width) * linear
+        given_up = max(0.0, layers - layers / devices - 2 * layers / self.sizes.layers)
+        loading = self.static - 16.0 * trainable if is_rounded else 0.0
+        return replace(self, static=self.static - given_up, loading=loading)
 
     def fits(self, micro_batch: int, checkpointing: bool, machine: Machine) -> bool:
         """Whether a step's peak leaves the device some room."""
@@ -62,13 +78,6 @@ class Memory:
             width=self.width,
         )
         return add_overhead(self.static - 12.0 * trainable + self.penalty.estimating + moving)
-
-
-def count_given_up(recipe: Recipe, weights: Mapping[str, Shape], sizes: ModelSizes, *, width: float) -> float:
-    """Bytes of layers that the other devices hold, less two layers that are whole: in use, and fetched ahead."""
-    width = 0.5 if isinstance(recipe.method, QloraMethod) else width  # its scales stay whole
-    layers = width * count_values(list_linears(weights))
-    return max(0.0, layers - layers / recipe.needs.devices - 2 * layers / sizes.layers)
 
 
 def count_virtual(method: Method) -> int:

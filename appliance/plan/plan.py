@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,6 @@ from appliance.plan.answering import plan_answering
 from appliance.plan.machine import Machine
 from appliance.plan.memory import (
     Memory,
-    count_given_up,
     count_virtual,
     estimate_static,
     is_head_fused,
@@ -111,7 +110,8 @@ def build_plan(
     micro, checkpointing = _fit(recipe, memory, machine)
     sharded = _is_sharded(recipe, fits=memory.fits(micro, checkpointing, machine))
     if sharded:
-        memory = replace(memory, static=memory.static - count_given_up(recipe, weights, sizes, width=width))
+        linear = count_values(list_linears(weights))
+        memory = memory.share_out(linear, trainable=trainable, devices=recipe.needs.devices)
         micro, checkpointing = _fit(recipe, memory, machine)
     peak = max(
         memory.estimate(micro, checkpointing=checkpointing),
