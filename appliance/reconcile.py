@@ -86,32 +86,29 @@ def reconcile(
     *,
     store: Store,
     actor: str,
-    only: Sequence[str] = (),
-    since: str | None = None,
+    choice: Choice,
     dry_run: bool = False,
-    force: bool = False,
-    allow_dirty: bool = False,
-    wait_s: float = 0.0,
 ) -> tuple[Outcome, ...]:
     """Bring the registry to what the repository's HEAD asks for; one outcome per recipe.
 
     Raises `ApplianceError` when the repository itself cannot be read, and `InterruptedRunError` at
     once when a signal stops a run.
     """
-    choice = Choice(only=tuple(only), since=since, force=force, allow_dirty=allow_dirty, wait_s=wait_s)
     origin = read_commit(workspace.root, actor=actor)
     changes = find_changes(workspace.root)
-    if POINTER in changes and not allow_dirty:
+    if POINTER in changes and not choice.allow_dirty:
         raise CommandError(describe_unheld(workspace.root, {POINTER: changes[POINTER]}))
-    paths = find_recipes(workspace.root, only=only)
-    reasons = find_touched(workspace.root, paths, since=since)
+    paths = find_recipes(workspace.root, only=choice.only)
+    reasons = find_touched(workspace.root, paths, since=choice.since)
     if not any(reasons.values()):
-        return tuple(_skip(path, since) for path in paths)
+        return tuple(_skip(path, choice.since) for path in paths)
     _note_detached(workspace)
     desire = _Desire(workspace, store, origin, choice, load_pointer(workspace.root / POINTER), None, changes)
     recipes = load_recipes(workspace.root)
     known = {
-        path: _keep_unseen(path, recipes[path], desire=desire, dry_run=dry_run) if reasons[path] else _skip(path, since)
+        path: _keep_unseen(path, recipes[path], desire=desire, dry_run=dry_run)
+        if reasons[path]
+        else _skip(path, choice.since)
         for path in paths
     }
     if not all(known.values()):
@@ -120,7 +117,7 @@ def reconcile(
         outcome or _reconcile_one(path, recipes[path], desire=desire, dry_run=dry_run)
         for path, outcome in known.items()
     )
-    return _doubt(outcomes, desire=desire) if dry_run and not allow_dirty else outcomes
+    return _doubt(outcomes, desire=desire) if dry_run and not choice.allow_dirty else outcomes
 
 
 def plan_from_git(root: Path, *, only: Sequence[str] = (), since: str | None = None) -> tuple[Outcome, ...]:

@@ -382,7 +382,7 @@ def test_a_dry_run_answers_where_the_remote_cannot_be_asked(
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
-    (outcome,) = reconcile(workspace, store=store, actor="x", dry_run=True)
+    (outcome,) = reconcile(workspace, store=store, actor="x", choice=Choice(), dry_run=True)
     assert (outcome.action, outcome.reason) == ("train", "has no version yet")
     assert "no credentials for the DVC remote" in said[-1]
 

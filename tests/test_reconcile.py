@@ -30,7 +30,7 @@ from appliance.desired import read_origin
 from appliance.digest import digest_bytes
 from appliance.errors import CommandError, DatasetError, RecipeError
 from appliance.preparation import Workspace
-from appliance.reconcile import Outcome, reconcile
+from appliance.reconcile import Choice, Outcome, reconcile
 from appliance.store import Store, open_store
 
 QUIET = {"DVC_NO_ANALYTICS": "1", "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
@@ -81,10 +81,10 @@ class Project:
         argv = [sys.executable, "-m", "appliance", *arguments]
         return subprocess.Popen(argv, cwd=self.root, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    def reconcile(self, **options: Any) -> tuple[Outcome, ...]:
+    def reconcile(self, *, dry_run: bool = False, **choice: Any) -> tuple[Outcome, ...]:
         """Reconcile in this process."""
         workspace = Workspace(self.root, self.root / ".cache", self.root / ".appliance" / "runs", note=lambda _: None)
-        return reconcile(workspace, store=self.store, actor="tester", **options)
+        return reconcile(workspace, store=self.store, actor="tester", choice=Choice(**choice), dry_run=dry_run)
 
     def versions(self) -> list[str]:
         """The published versions, oldest first."""

@@ -24,7 +24,7 @@ from appliance.cli.lines import show_example, wrap
 from appliance.cli.summary import append_section, describe_action, describe_ignored, describe_outcomes, told_in
 from appliance.desired import find_ignored
 from appliance.errors import UnexpectedError
-from appliance.reconcile import Outcome, find_unclaimed, plan_from_git, reconcile
+from appliance.reconcile import Choice, Outcome, find_unclaimed, plan_from_git, reconcile
 from appliance.store import open_store
 
 
@@ -90,12 +90,8 @@ def command(
                 workspace,
                 store=store,
                 actor=read_actor(),
-                only=only,
-                since=since,
+                choice=Choice(only=only, since=since, force=force, allow_dirty=allow_dirty, wait_s=wait_minutes * 60),
                 dry_run=dry_run,
-                force=force,
-                allow_dirty=allow_dirty,
-                wait_s=wait_minutes * 60,
             )
             unclaimed = find_unclaimed(workspace.root, store)
     for outcome in outcomes:
