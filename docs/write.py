@@ -18,8 +18,10 @@ ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- tree: written by `make docs` -->", "<!-- end of tree -->"
 SPEED, END_SPEED = "<!-- speed: written by `make docs` -->", "<!-- end of speed -->"
 COST, END_COST = "<!-- checkpoints: written by `make docs` -->", "<!-- end of checkpoints -->"
+LOSS, END_LOSS = "<!-- forgetting: written by `make docs` -->", "<!-- end of forgetting -->"
 KEYS, END_KEYS = "<!-- keys: written by `make docs` -->", "<!-- end of keys -->"
 FOLDERS = ("appliance", "benchmarks", "docs", "tests")
+_TOLD = ("peft", "torch", "transformers", "trl")
 RESULTS = ("train_cpu", "train_cpu_jobs")
 # What has no docstring to quote.
 NAMED = {
@@ -130,6 +132,44 @@ def render_resume(text: str, root: Path) -> str:
     return "\n".join([head + COST, *lines, END_COST + rest.partition(END_COST)[2]])
 
 
+def render_forgetting(text: str, root: Path) -> str:
+    """The page with its table of arms written anew from the committed result."""
+    found = json.loads((root / "benchmarks" / "results" / "forgetting.json").read_text("utf-8"))
+    texts, arms = ("chats", "answers"), found["contenders"]
+    lines = [
+        "| | exact match | difference to LoRA | task NLL | chats NLL | answers NLL | chats KL | answers KL |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    plain = arms["lora"]
+    bases = " | ".join(f"{plain[f'{name}_base_nll']:.3f}" for name in ("task", *texts))
+    lines.append(f"| base | – | – | {bases} | 0 | 0 |")
+    for name in sorted(arms, key=_rank_arm):
+        arm = arms[name]
+        gain = arm["exact_match"] - plain["exact_match"]
+        low, high = (f"{100 * end:+.1f}" for end in arm["gain_interval"])
+        difference = "–" if arm is plain else f"{100 * gain:+.1f} ({low} to {high})"
+        values = [arm["task_nll"], *(arm[f"{t}_nll"] for t in texts), *(arm[f"{t}_kl"] for t in texts)]
+        cells = " | ".join(f"{value:.3f}" for value in values)
+        lines.append(f"| {name} | {arm['exact_match']:.1%} | {difference} | {cells} |")
+    setting, versions = found["setting"], ", ".join(f"{n} {v}" for n, v in found["versions"].items() if n in _TOLD)
+    rows = setting["steps"] * setting["rows_a_step"]
+    seeds = f"Means of {len(setting['seeds'])} seeds, each with {rows} demo rows, {setting['rows_a_step']} a step"
+    lines += [
+        "",
+        f"({seeds}, and {setting['test_rows_a_seed']} held-out requests;",
+        "the difference is of exact match over all pairs, in points, with its 95 % interval; NLL and KL(base || tuned)",
+        f"in nats per token. {found['date']}, {found['hardware']}, {versions}.)",
+    ]
+    head, _, rest = text.partition(LOSS)
+    return "\n".join([head + LOSS, *lines, END_LOSS + rest.partition(END_LOSS)[2]])
+
+
+def _rank_arm(name: str) -> tuple[int, float, str]:
+    """Plain LoRA, replay, then penalties by strength."""
+    kind, _, rest = name.partition(" ")
+    return ("lora", "replay", "ewc").index(kind), float((rest or "0").split()[0]), name
+
+
 def render_recipe(text: str) -> str:
     """The page with a table for each section of a recipe, from the schema that editors use."""
     schema = Recipe.model_json_schema()
@@ -195,6 +235,8 @@ def main() -> None:
     recipe.write_text(render_recipe(recipe.read_text("utf-8")), "utf-8")
     speed = ROOT / "docs" / "speed.md"
     speed.write_text(render_speed(speed.read_text("utf-8"), ROOT), "utf-8")
+    forgetting = ROOT / "docs" / "forgetting.md"
+    forgetting.write_text(render_forgetting(forgetting.read_text("utf-8"), ROOT), "utf-8")
     resume = ROOT / "docs" / "resume.md"
     resume.write_text(render_resume(resume.read_text("utf-8"), ROOT), "utf-8")
 
