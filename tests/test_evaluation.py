@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from tiny import write_base
 
+from appliance.command import WorkerEnd
 from appliance.contract import Contract, JsonContract
 from appliance.errors import EvaluationError, InterruptedRunError
 from appliance.evaluation import (
@@ -28,6 +29,7 @@ from appliance.evaluation import (
     decode_outputs,
     generate,
     score_outputs,
+    worker,
 )
 from appliance.evaluation.arms import Prompt
 from appliance.example import Example, Message
@@ -231,8 +233,16 @@ def killed_after(job: GenerationJob, prompts: list[Prompt], *, lines: int) -> No
     assert parent.wait(timeout=60) != 0
 
 
-def test_a_changed_job_does_not_continue_old_answers(base: Path, tmp_path: Path) -> None:
-    """Another limit is another job: its answers are all new."""
+def test_a_changed_job_does_not_continue_old_answers(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another limit is another job: its answers are all new. The worker's program, in this process."""
+
+    def run(argv: list[str], **_options: object) -> WorkerEnd:
+        return WorkerEnd(worker.main(Path(argv[-1])), "")
+
+    monkeypatch.setattr(sys.modules[generate.__module__], "run_worker", run)
+    monkeypatch.setattr("appliance.child.signal.signal", lambda *_: None)
     adapter = write_adapter(tmp_path / "adapter", base)
     job, prompts = make_job(base, tmp_path / "job", adapter)
     generate(job, prompts[:4], note=lambda _: None)

@@ -513,7 +513,7 @@ def test_a_clone_that_hides_its_history_is_refused(project: Project, tmp_path: P
     project.run("git", "checkout", "--quiet", "--detach")
     said: list[str] = []
     workspace = Workspace(project.root, project.root / ".cache", project.root / ".appliance" / "runs", note=said.append)
-    (outcome,) = reconcile(workspace, store=project.store, actor="x", dry_run=True)
+    (outcome,) = reconcile(workspace, store=project.store, actor="x", choice=Choice(), dry_run=True)
     assert outcome.action == "train"
     assert any("HEAD is detached" in line for line in said)
 
