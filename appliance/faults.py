@@ -9,6 +9,8 @@ import difflib
 import re
 from typing import Any, get_args
 
+import yaml
+
 from appliance.method import LoraMethod, Method, Section
 
 Lines = dict[tuple[str | int, ...], int]
@@ -117,3 +119,20 @@ def _find_section(annotation: Any) -> type[Section] | None:
 def join_path(path: tuple[str | int, ...]) -> str:
     """`training.epochs` for (training, epochs)."""
     return ".".join(str(p) for p in path)
+
+
+def map_lines(node: Any, lines: Lines, path: tuple[str | int, ...]) -> list[tuple[int, str]]:
+    """Fill `lines` with the line of every key path; return duplicate keys as (line, fault)."""
+    faults = []
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*path, key.value)
+            if here in lines:
+                faults.append((key.start_mark.line + 1, f"key {join_path(here)} is given twice; keep one"))
+            lines[here] = key.start_mark.line + 1
+            faults += map_lines(value, lines, here)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines[(*path, index)] = value.start_mark.line + 1
+            faults += map_lines(value, lines, (*path, index))
+    return faults

@@ -187,3 +187,8 @@ Method = Annotated[
 ]
 
 VIRTUAL_TOKENS = (PromptTuningMethod, PrefixTuningMethod, PTuningMethod)
+
+
+def can_checkpoint(method: Method) -> bool:
+    """Whether activations can be computed again instead of kept; prefix tuning would lose its keys and values."""
+    return not isinstance(method, PrefixTuningMethod)

@@ -10,20 +10,19 @@ import difflib
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from appliance.digest import digest_json
 from appliance.document import Document, load_document, parse_document
 from appliance.errors import RecipeError
-from appliance.faults import ALIAS, NAME, Lines, describe_fault, join_path
+from appliance.faults import ALIAS, NAME, Lines, describe_fault, map_lines
 from appliance.method import (
     VIRTUAL_TOKENS,
     Method,
-    PrefixTuningMethod,
     Section,
+    can_checkpoint,
 )
 
 
@@ -36,7 +35,6 @@ def _check_path(path: str) -> str:
 
 FilePath = Annotated[str, AfterValidator(_check_path)]
 _EWC_METHODS = ("full", "lora", "qlora")
-
 _LISTED = 8
 
 
@@ -336,11 +334,6 @@ def is_packed(section: TrainingSection, method: Method) -> bool:
     return not isinstance(method, VIRTUAL_TOKENS) if section.packing == "auto" else section.packing
 
 
-def can_checkpoint(method: Method) -> bool:
-    """Whether activations can be computed again instead of kept; prefix tuning would lose its keys and values."""
-    return not isinstance(method, PrefixTuningMethod)
-
-
 def count_steps(section: TrainingSection, *, rows: int) -> int:
     """Optimizer steps of the whole run; the last batch of an epoch may be smaller."""
     return max(1, math.ceil(math.ceil(rows / section.effective_batch) * section.epochs))
@@ -382,7 +375,7 @@ def _build_recipe(document: Document, *, source: str) -> Recipe:
         message = f"{source}:1: found {type(values).__name__}, expected keys such as name, base, dataset, method"
         raise RecipeError(message)
     lines: Lines = {}
-    faults = [f"{source}:{line}: {text}" for line, text in _map_lines(document.root, lines, ())]
+    faults = [f"{source}:{line}: {text}" for line, text in map_lines(document.root, lines, ())]
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as invalid:
@@ -390,23 +383,6 @@ def _build_recipe(document: Document, *, source: str) -> Recipe:
     if faults:
         raise RecipeError("\n".join(dict.fromkeys(faults)))
     return recipe
-
-
-def _map_lines(node: Any, lines: Lines, path: tuple[str | int, ...]) -> list[tuple[int, str]]:
-    """Fill `lines` with the line of every key path; return duplicate keys as (line, fault)."""
-    faults = []
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            here = (*path, key.value)
-            if here in lines:
-                faults.append((key.start_mark.line + 1, f"key {join_path(here)} is given twice; keep one"))
-            lines[here] = key.start_mark.line + 1
-            faults += _map_lines(value, lines, here)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            lines[(*path, index)] = value.start_mark.line + 1
-            faults += _map_lines(value, lines, (*path, index))
-    return faults
 
 
 def _is_commit(revision: str | None) -> bool:

@@ -98,14 +98,13 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure_general(options.measure)))
         return
-    strengths = options.strength
     contenders = [
         Contender("lora", rate=options.rate),
         *(Contender(f"replay {s:g}", share=s, rate=options.rate) for s in options.share),
-        *(Contender(f"ewc {s:g}", strength=s, rate=options.rate) for s in strengths),
+        *(Contender(f"ewc {s:g}", strength=s, rate=options.rate) for s in options.strength),
         *(
             Contender(f"ewc {s:g} longer", strength=s, rate=options.rate, longer=options.longer)
-            for s in strengths[-1:]
+            for s in options.strength[-1:]
             if options.longer > 1
         ),
         *(Contender(f"lora at {r:g}", rate=r) for r in options.lower_rate),

@@ -166,8 +166,8 @@ def render_forgetting(text: str, root: Path) -> str:
 
 def _rank_arm(name: str) -> tuple[int, float, str]:
     """Plain LoRA, replay, then penalties by strength."""
-    kind, _, rest = name.partition(" ")
-    return ("lora", "replay", "ewc").index(kind), float((rest or "0").split()[0]), name
+    number = re.search(r"\d[\d.e-]*", name)
+    return ("lora", "replay", "ewc").index(name.split(maxsplit=1)[0]), float(number[0]) if number else 0.0, name
 
 
 def render_recipe(text: str) -> str:

@@ -260,13 +260,8 @@ def test_out_of_memory_is_answered_with_half_the_micro_batch(
     with pytest.raises(DeviceError, match=f"micro-batch 1: out of memory; {advice}"):
         train(make_job(base, tmp_path, make_recipe(**overrides)), note=said.append)
     assert tried == [(8, False), (4, False), (2, False), (1, False), *last]
-    again = "out of memory; again with micro-batch 1"
-    assert (
-        said[2:]
-        == [f"{again}, the effective batch stays", f"{again} and gradient checkpointing, the effective batch stays"][
-            : 1 + len(last)
-        ]
-    )
+    ways = ["micro-batch 1", "micro-batch 1 and gradient checkpointing"][: 1 + len(last)]
+    assert said[2:] == [f"out of memory; again with {way}, the effective batch stays" for way in ways]
 
 
 def test_arguments_are_what_the_recipe_says(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from appliance.method import (
     Method,
     PrefixTuningMethod,
     PTuningMethod,
+    can_checkpoint,
 )
 from appliance.model.shapes import (
     ModelSizes,
@@ -39,7 +40,6 @@ from appliance.plan.memory import (
 from appliance.plan.penalty import PenaltyMemory, measure_penalty
 from appliance.recipe import (
     Recipe,
-    can_checkpoint,
     count_steps,
     name_sharding_obstacle,
     select_learning_rate,

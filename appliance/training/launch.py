@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict
 from appliance.command import WorkerEnd, run_worker
 from appliance.digest import write_atomic
 from appliance.errors import DeviceError, InterruptedRunError, LostDeviceError, TrainingError
-from appliance.method import Method
+from appliance.method import Method, can_checkpoint
 from appliance.model.faults import name_end
-from appliance.recipe import EwcSection, TrainingSection, can_checkpoint
+from appliance.recipe import EwcSection, TrainingSection
 from appliance.training.board import open_board
 from appliance.training.checkpoints import read_facts
 from appliance.training.mirror import Mirror, fetch_checkpoints, follow_checkpoints
