@@ -231,7 +231,7 @@ class NeedsSection(Section):
     devices: int = Field(1, ge=1, le=64, description="GPUs of one host that share out the rows of every step")
     weights: Literal["auto", "whole", "sharded"] = Field(
         "auto",
-        description="of a frozen base on several devices: whole on each, or each its part of every layer; "
+        description="the model on several devices: whole on each, or each its part of every layer; "
         "auto: sharded where whole ones do not fit",
     )
 
@@ -320,8 +320,6 @@ def name_sharding_obstacle(recipe: Recipe) -> str:
     """Why every device of a run must hold the base whole; empty where each can keep a part of it."""
     if recipe.needs.devices == 1:
         return "there is one device, which has to hold the base whole"
-    if recipe.method.type == "full":
-        return "full trains the base's weights, and only frozen ones are shared out"
     if recipe.forgetting is not None and recipe.forgetting.ewc is not None:
         return "forgetting.ewc looks at whole weights"
     if recipe.training.speed.compile == "on":

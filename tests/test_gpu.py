@@ -184,6 +184,23 @@ def test_two_devices_end_in_the_same_bytes_killed_or_with_the_base_shared_out(
         assert finish(workers, again) == expected  # type: ignore[arg-type]
 
 
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", [CPU_IN_CHILDREN, TWO])
+def test_two_devices_that_share_out_full_training_end_in_its_bytes_killed_or_not(
+    base: Path, tmp_path: Path, kind: str
+) -> None:
+    """Weights, gradients and moments in parts, in whole files: a run that was killed ends as one that was not."""
+    workers, digests = Cold(kind, devices=2), []
+    for name in ("through", "killed"):
+        job = build_job(base, tmp_path / name, "full", **SHORT)
+        job = job.model_copy(update={"devices": 2, "micro_batch": 4, "sharded": True})
+        write_job(job)
+        if name == "killed":
+            assert kill(workers, job, after_steps(4, 0.0)) == -signal.SIGKILL  # type: ignore[arg-type]
+        digests.append(finish(workers, job))  # type: ignore[arg-type]
+    assert digests[0] == digests[1]
+
+
 @pytest.mark.parametrize("kind", ["cpu", TWO])
 def test_a_base_that_is_spread_answers_as_on_one_device(base: Path, kind: str) -> None:
     """Its layers lie on all that torch sees, and greedy answers do not change."""

@@ -211,6 +211,46 @@ def test_a_device_holds_its_part_and_two_layers(base_8b: Path) -> None:
     assert whole.peak_bytes - parts.peak_bytes == pytest.approx(1.07 * layers * (3 / 4 - 2 / 32), rel=1e-6)
 
 
+def test_full_training_of_8b_fits_eight_gpus_in_parts(base_8b: Path) -> None:
+    """16 bytes a weight are 128 GB on one; each of eight holds an eighth, a layer on the way, and what is beside."""
+    recipe = make_recipe(
+        method={"type": "full"},
+        training={**TRAINING_8B, "learning_rate": 1e-5, "effective_batch": 64},
+        needs={"devices": 8},
+    )
+    found = plan(recipe, base_8b, length=1024, machine=make_gpus(80))
+    assert found.sharded
+    assert not [w for w in found.warnings if "exceeds" in w]
+    parameters, linear = found.parameters, 6_979_321_856
+    held = 16 * parameters / 8 + 10 * linear / 32 + 8 * (parameters - linear)
+    assert found.peak_bytes > 1.07 * held + 2**30
+    one = recipe.model_copy(update={"needs": recipe.needs.model_copy(update={"weights": "whole"})})
+    assert plan(one, base_8b, length=1024, machine=make_gpus(80)).peak_bytes > 1.07 * 16 * parameters
+
+
+def test_full_training_in_bf16_counts_the_copies_it_computes_with(base_8b: Path) -> None:
+    """Two bytes a weight of the layers, beside gradients where a step has more than one micro-batch."""
+    training = {**TRAINING_8B, "learning_rate": 1e-5, "effective_batch": 8, "gradient_checkpointing": "on"}
+    peaks = {
+        (precision, devices): plan(
+            make_recipe(
+                method={"type": "full"},
+                training={**training, "precision": precision},
+                needs={"devices": devices, "weights": "whole"},
+            ),
+            base_8b,
+            length=1,
+            machine=make_gpus(80),
+        ).peak_bytes
+        for precision in ("bf16", "fp32")
+        for devices in (1, 8)
+    }
+    parameters, linear = 6_979_321_856 + 2 * 128256 * 4096, 6_979_321_856
+    assert peaks["fp32", 1] == pytest.approx(1.07 * 16 * parameters + 2**30, rel=0.01)
+    assert peaks["bf16", 1] == pytest.approx(1.07 * (16 * parameters + 2 * linear) + 2**30, rel=0.01)
+    assert peaks["bf16", 8] == pytest.approx(1.07 * 16 * parameters + 2**30, rel=0.01)
+
+
 def test_checkpointing_is_off_where_it_fits_and_on_where_it_does_not(base: Path) -> None:
     """`auto` decides by memory; a recipe can overrule it."""
     large = Machine(cores=2, memory_bytes=64 << 30)

@@ -62,7 +62,7 @@ def _print_plan(plan: Plan, *, key: str) -> None:
     click.echo(f"rate        {plan.learning_rate:g}")
     click.echo(f"parameters  {plan.trainable_parameters:,} trained of {plan.parameters:,}")
     checkpointing = "on" if plan.checkpointing else "off"
-    sharded = f"; the base's layers shared out among {plan.devices} devices" if plan.sharded else ""
+    sharded = f"; its layers shared out among {plan.devices} devices" if plan.sharded else ""
     click.echo(
         f"memory      about {plan.peak_bytes / 2**30:.1f} of {plan.budget_bytes / 2**30:.1f} GiB; "
         f"gradient checkpointing {checkpointing}{sharded}"

@@ -23,7 +23,9 @@ _OVERHEAD = 1 << 30
 class Memory:
     """What a run holds on one device: what stays, what a micro-batch adds, what elastic weight consolidation takes.
 
-    `loading` is held before the first step alone, where it is more than what stays.
+    `loading` is held before the first step alone, where it is more than what stays. Full training in bf16 computes
+    with `copies` of its fp32 weights, which a backward pass gives up as it makes `gradients` (4 bytes a weight); the
+    first of a step, of the `share` of rows that a device computes in it, has none to add to yet.
     """
 
     method: Method
@@ -34,6 +36,9 @@ class Memory:
     keeps_logits: bool
     penalty: PenaltyMemory
     loading: float = 0.0
+    copies: float = 0.0
+    gradients: float = 0.0
+    share: int = 0
 
     def estimate(self, micro_batch: int, *, checkpointing: bool) -> int:
         """Bytes at the peak of a step."""
@@ -46,14 +51,23 @@ class Memory:
             keeps_logits=self.keeps_logits,
             width=self.width,
         )
-        return add_overhead(max(self.loading, self.static + self.penalty.kept + max(moving, self.penalty.passing)))
+        spared = self.gradients if micro_batch == self.share else 0.0
+        passing = max(moving + self.copies - spared, self.penalty.passing, 0.0)
+        return add_overhead(max(self.loading, self.static + self.penalty.kept + passing))
 
     def share_out(self, linear: int, *, trainable: int, devices: int) -> Memory:
         """The same where each of `devices` holds its part of the `linear` weights in the layers.
 
         Two layers are whole at a time: the one in use, and the next. 4-bit weights are made whole on the device before,
-        and their scales stay whole.
+        and their scales stay whole. Full training shares out all it holds, and gathers gradients as it does weights:
+        of a layer on the way in fp32, of what is beside the layers all at once.
         """
+        if isinstance(self.method, FullMethod):
+            layer, beside = linear / self.sizes.layers, trainable - linear
+            gathered = (3.0 * self.width + 4.0) * layer + 8.0 * beside
+            head = 2.0 * self.sizes.vocabulary * self.sizes.hidden if self.copies else 0.0
+            gradients = self.gradients / devices
+            return replace(self, static=self.static / devices + gathered, copies=head, gradients=gradients)
         is_rounded = isinstance(self.method, QloraMethod)
         layers = (0.5 if is_rounded else self.width) * linear
         given_up = max(0.0, layers - layers / devices - 2 * layers / self.sizes.layers)
@@ -126,7 +140,8 @@ def _estimate_moving(
     """
     hidden, layers = sizes.hidden, sizes.layers
     tokens = rows * (longest + count_virtual(method))
-    activations = tokens * hidden * width * ((layers + 28.0) if checkpointing else 28.0 * layers)
+    between = 4.0 if isinstance(method, FullMethod) else width  # layers of fp32 weights hand on fp32
+    activations = tokens * hidden * ((between * layers + 28.0 * width) if checkpointing else 28.0 * width * layers)
     if isinstance(method, PrefixTuningMethod):  # once as made and once with each layer's own keys behind it
         activations += width * 4.0 * rows * layers * sizes.keys * (longest + method.tokens)
     return activations + (12.3 * tokens * sizes.vocabulary if keeps_logits else float(1 << 28))

@@ -97,7 +97,7 @@ def build_plan(
     section, weights, sizes = recipe.training, read_weight_shapes(base), read_sizes(base)
     check_method(recipe.method, list_linears(weights), base=base)
     trainable = count_trainable(recipe.method, weights, sizes)
-    width = measure_width(recipe, machine)
+    width, is_full = measure_width(recipe, machine), isinstance(recipe.method, FullMethod)
     memory = Memory(
         method=recipe.method,
         sizes=sizes,
@@ -106,6 +106,9 @@ def build_plan(
         static=estimate_static(recipe.method, weights=weights, trainable=trainable, width=width),
         keeps_logits=not (machine.gpu and is_head_fused(recipe)),
         penalty=_measure_penalty(recipe, weights=weights, base=base),
+        copies=2.0 * count_values(list_linears(weights)) if is_full and width < 4 else 0.0,
+        gradients=4.0 * trainable if is_full else 0.0,
+        share=section.effective_batch // recipe.needs.devices,
     )
     micro, checkpointing = _fit(recipe, memory, machine)
     sharded = _is_sharded(recipe, fits=memory.fits(micro, checkpointing, machine))
@@ -154,7 +157,7 @@ def _fit(recipe: Recipe, memory: Memory, machine: Machine) -> tuple[int, bool]:
 
 
 def _is_sharded(recipe: Recipe, *, fits: bool) -> bool:
-    """Whether each device holds a part of the base's layers only; by itself where whole ones do not fit."""
+    """Whether each device holds a part of every layer only; by itself where whole ones do not fit."""
     wanted = recipe.needs.weights
     return wanted == "sharded" or (wanted == "auto" and not fits and not name_sharding_obstacle(recipe))
 

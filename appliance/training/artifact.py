@@ -28,14 +28,25 @@ from appliance.training.launch import TrainingJob
 from appliance.training.levers import Levers
 from appliance.training.methods import Weights, load_encoder, subtract_start
 from appliance.training.monitor import Rules, Watched
+from appliance.training.sharding import gather_weights, put_weights
 
 
-def save_artifact(model: Any, job: TrainingJob, *, start: Weights, precision: Precision) -> None:
-    """Write the adapter (or the full model) beside its place, then rename: equal weights, equal bytes."""
+def finish_weights(model: Any, job: TrainingJob, *, precision: Precision, keeps: bool) -> Weights | None:
+    """A full model in the precision it is published in; its weights whole where ranks hold parts, see `sharding`."""
+    if isinstance(job.method, FullMethod):
+        model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    return gather_weights(model, keeps=keeps)
+
+
+def save_artifact(model: Any, job: TrainingJob, *, start: Weights, weights: Weights | None) -> None:
+    """Write the adapter (or the full model) beside its place, then rename: equal weights, equal bytes.
+
+    `weights` are those of a model whose own are shared out.
+    """
     staged = job.adapter.with_name(f".{job.adapter.name}.tmp")
     shutil.rmtree(staged, ignore_errors=True)
     if isinstance(job.method, FullMethod):
-        model.to(torch.bfloat16 if precision == "bf16" else torch.float32).save_pretrained(staged)
+        model.save_pretrained(staged, state_dict=weights)
         AutoTokenizer.from_pretrained(job.base, local_files_only=True).save_pretrained(staged)
     else:
         model.save_pretrained(staged)
@@ -81,8 +92,13 @@ def load_kept_weights(model: Any, checkpoints: Path, *, step: int) -> None:
     if isinstance(model, PeftModel):
         set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
         return
+    load_parts(model, checkpoint)
+
+
+def load_parts(model: Any, checkpoint: Path) -> None:
+    """Put the weights of a checkpoint of full training into `model`, whole or this rank's part of them."""
     kept = load_model(checkpoint, precision="fp32", device=torch.device("cpu"))
-    model.load_state_dict(kept.state_dict())
+    put_weights(model, dict(kept.named_parameters()))
 
 
 def build_summary(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from appliance.child import Emit
+from appliance.method import FullMethod
 from appliance.model import TokenRow
 from appliance.model.weights import Precision, compute_as_trained
 from appliance.training.launch import TrainingJob
@@ -23,6 +24,7 @@ _PROBED = 32  # tokens: which operators run does not depend on how many there ar
 def build_fingerprint(job: TrainingJob, *, precision: Precision, device: torch.device) -> dict[str, str]:
     """The job's own fingerprint, with every key of method and training, and what computes them."""
     is_spread = torch.distributed.is_available() and torch.distributed.is_initialized()
+    is_summed = is_spread and isinstance(job.method, FullMethod)  # else whole and in parts end in the same bits
     return {
         **job.fingerprint,
         **_flatten("method", job.method.model_dump(mode="json")),
@@ -31,6 +33,7 @@ def build_fingerprint(job: TrainingJob, *, precision: Precision, device: torch.d
         "precision": precision,
         "device": describe_device(device),
         "devices": str(torch.distributed.get_world_size() if is_spread else 1),
+        **({"weights": "sharded" if job.sharded else "whole"} if is_summed else {}),
         "torch build": torch.__version__,  # CPU or which CUDA; the package's version does not always say
     }
 

@@ -16,6 +16,7 @@ from appliance.training.batches import build_records, collate_packed
 from appliance.training.launch import TrainingJob
 from appliance.training.levers import Prefix
 from appliance.training.methods import Weights, without_training
+from appliance.training.sharding import get_local
 
 _PARITY = {"bf16": 0.05, "fp32": 1e-3}
 # Of logits, as root mean square. Another order of the same sums moved SmolLM2-135M's by 0.05 in bf16 and 0.0000 in
@@ -153,7 +154,7 @@ def _count_trained(record: dict[str, Any]) -> int:
 def check_trained(model: Any, job: TrainingJob, row: TokenRow, *, start: Weights, device: torch.device) -> None:
     """Every trained tensor is finite, and the adapter changes the logits."""
     for name, weight in model.named_parameters():
-        if weight.requires_grad and not bool(torch.isfinite(weight).all()):
+        if weight.requires_grad and not bool(torch.isfinite(get_local(weight)).all()):
             raise TrainingError(f"{name}: not finite after training; lower training.learning_rate")
     if isinstance(job.method, FullMethod):
         return

@@ -19,6 +19,7 @@ from appliance.model import TokenRow
 from appliance.model.weights import Precision
 from appliance.recipe import is_packed
 from appliance.training.arguments import build_training_arguments
+from appliance.training.artifact import load_parts
 from appliance.training.batches import (
     build_records,
     collate_packed,
@@ -34,6 +35,7 @@ from appliance.training.launch import TrainingJob
 from appliance.training.levers import Levers
 from appliance.training.methods import keep_dtypes, keep_router, load_encoder, save_encoder
 from appliance.training.ranks import Ranks
+from appliance.training.sharding import gather_weights, is_trained_in_parts, share_optimizer
 from appliance.training.validation import score_rows, summarise_scores
 from appliance.training.watch import Watch
 
@@ -198,12 +200,22 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
         self._load_from_checkpoint(str(checkpoint))
         self.state.global_step = count_steps_done(checkpoint)
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        """TRL's; where each rank trains its part, it saves and loads the whole of its state."""
+        optimizer = super().create_optimizer(model)
+        if is_trained_in_parts(self.model):
+            share_optimizer(optimizer, keeps=self.ranks.is_lead)
+        return optimizer
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        super()._save(output_dir, gather_weights(self.model, keeps=True) or state_dict)
         save_encoder(self.model, Path(output_dir or self.args.output_dir))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The first rank writes; where each trains its part, the others bring theirs in the order it asks for them."""
         if not self.ranks.is_lead:
+            if gather_weights(self.model, keeps=False) is not None:
+                self.optimizer.state_dict()
             return
         began = time.monotonic()
         super()._save_checkpoint(model, trial)
@@ -212,10 +224,22 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Weights keep the dtype they are trained in: loading an adapter makes it fp32 (peft#2421)."""
-        if load_encoder(self.model, Path(resume_from_checkpoint)):
+        checkpoint = Path(resume_from_checkpoint)
+        if load_encoder(self.model, checkpoint):
+            return
+        if is_trained_in_parts(self.model):
+            self.ranks.one_by_one(lambda: load_parts(self.model, checkpoint))
             return
         dtypes = {name: p.dtype for name, p in self.model.named_parameters() if p.requires_grad}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for name, parameter in self.model.named_parameters():  # asked again: loading may replace them
             if name in dtypes:
                 parameter.data = parameter.data.to(dtypes[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """One rank at a time where each keeps its part: the host holds the whole once."""
+        load = partial(super()._load_optimizer_and_scheduler, checkpoint)
+        if checkpoint is not None and is_trained_in_parts(self.model):
+            self.ranks.one_by_one(load)
+        else:
+            load()

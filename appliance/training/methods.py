@@ -159,7 +159,7 @@ def keep_dtypes(model: Any) -> Iterator[None]:
     kept = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
     yield
     for name, weight in model.named_parameters():
-        if name in kept:
+        if name in kept and weight.dtype != kept[name].dtype:
             weight.data = kept[name]
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from appliance.errors import TrainingError
 
@@ -61,10 +62,13 @@ class Ranks:
         return shares[self.rank]
 
     def add_up_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Each `.grad` becomes the sum over the ranks; a rank that had no rows adds zeros."""
+        """Each `.grad` becomes the sum over the ranks; a rank that had no rows adds zeros.
+
+        Those of weights that are shared out are sums already, see `sharding`.
+        """
         if self.size == 1:
             return
-        for bucket in _fill_buckets([p for p in parameters if p.requires_grad]):
+        for bucket in _fill_buckets([p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]):
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
             flat = torch.cat([g.flatten().float() for g in gradients])
             distributed.all_reduce(flat)
@@ -182,9 +186,9 @@ def join_ranks(meeting: Path | None, rank: int, size: int, device: torch.device)
 
 
 def _add_up_bits(model: Any) -> int:
-    """The bits of all that is trained, as whole numbers: equal weights, equal sums."""
+    """The bits of all that is trained and whole, as whole numbers: equal weights, equal sums."""
     views = {2: torch.int16, 4: torch.int32}
-    trained = (p.detach() for p in model.parameters() if p.requires_grad)
+    trained = (p.detach() for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor))
     return sum(int(p.view(views[p.element_size()]).sum(dtype=torch.int64)) for p in trained)
 
 

@@ -19,11 +19,11 @@ from transformers.utils import logging as transformers_logging
 from appliance.child import Emit, StopFlag
 from appliance.digest import canonical_json, write_atomic
 from appliance.errors import InterruptedRunError
-from appliance.method import QloraMethod
+from appliance.method import FullMethod, QloraMethod
 from appliance.model.faults import device_faults_as_errors
 from appliance.model.weights import Precision, select_device, select_precision
 from appliance.recipe import count_steps, is_packed
-from appliance.training.artifact import build_summary, load_kept_weights, name_device, save_artifact
+from appliance.training.artifact import build_summary, finish_weights, load_kept_weights, name_device, save_artifact
 from appliance.training.checkpoints import (
     Facts,
     count_steps_done,
@@ -50,7 +50,7 @@ from appliance.training.monitor import Rules, build_rules, select_kept_step, wat
 from appliance.training.proof import prove_worst_step
 from appliance.training.ranks import Ranks, join_ranks
 from appliance.training.rows import load_rows
-from appliance.training.sharding import shard_base
+from appliance.training.sharding import shard_base, shard_trained
 from appliance.training.utilisation import find_yardstick
 from appliance.training.watch import Watch
 
@@ -126,12 +126,13 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit, rank: int = 0, meet
         last = max(r["step"] for r in journal.records)
         kept_step = select_kept_step(watch.seen, rules, last=last)
         if kept_step != trainer.state.global_step:
-            load_kept_weights(model, job.checkpoints, step=kept_step)
+            ranks.one_by_one(lambda: load_kept_weights(model, job.checkpoints, step=kept_step))
         check_trained(model, job, train_rows[0], start=start, device=device)
+        weights = finish_weights(model, job, precision=precision, keeps=ranks.is_lead)
         ranks.part()
         if not ranks.is_lead:
             return
-        save_artifact(model, job, start=start, precision=precision)
+        save_artifact(model, job, start=start, weights=weights)
         summary = build_summary(
             job,
             model,
@@ -181,7 +182,10 @@ def _load(job: TrainingJob, ranks: Ranks, *, levers: Levers, precision: Precisio
 
     def load() -> Any:
         model = build_model(job, levers=levers, precision=precision, device=place)
-        shard_base(model, mesh, device=device)
+        if isinstance(job.method, FullMethod):
+            shard_trained(model, mesh, precision=precision, device=device)
+        else:
+            shard_base(model, mesh, device=device)
         return model
 
     return ranks.one_by_one(load)
