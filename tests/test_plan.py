@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from test_silent_failures import build_architecture
+from test_training import make_job
 from tiny import make_recipe, write_base
 
-from appliance.errors import ModelError
+from appliance.errors import ModelError, TrainingError
 from appliance.method import LoraMethod
-from appliance.model.shapes import read_sizes, read_weight_shapes
+from appliance.model.shapes import list_experts, list_linears, read_sizes, read_weight_shapes
+from appliance.model.weights import load_model
 from appliance.plan import Machine, Plan, build_plan, plan_answering, read_machine
 from appliance.plan.machine import parse_gpu
 from appliance.plan.plan import count_trainable, select_micro_batch
 from appliance.recipe import Recipe, count_steps
 from appliance.training.arguments import build_adapter_arguments
+from appliance.training.levers import select_levers
+from appliance.training.methods import build_model
 
+CPU = torch.device("cpu")
 SMALL = Machine(cores=2, memory_bytes=8 << 30)
 TRAINING_8B = {"effective_batch": 16, "max_length": 1024, "learning_rate": 2e-4}
 
@@ -55,6 +63,57 @@ def test_trained_parameters_are_those_that_peft_makes(base: Path, method: LoraMe
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**build_adapter_arguments(method)))
     assert count_trainable(method, read_weight_shapes(base), read_sizes(base)) == model.get_nb_trainable_parameters()[0]
+
+
+@pytest.fixture(scope="module")
+def experts(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of experts, as it is saved: a file has each expert's matrices, a model one tensor of them all."""
+    folder = shutil.copytree(base, tmp_path_factory.mktemp("experts") / "base")
+    build_architecture(base, "Qwen3Moe").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ("q_proj", "gate_proj", "up_proj", "down_proj"), ("q_proj", "v_proj")]
+)
+def test_trained_parameters_of_experts_are_those_that_peft_makes(
+    experts: Path, tmp_path: Path, targets: str | tuple[str, ...]
+) -> None:
+    """Which they are in a training child, too: their names are in no layer of the model."""
+    method = LoraMethod(type="lora", rank=4, targets=targets)
+    job = make_job(experts, tmp_path, make_recipe(method=method.model_dump()))
+    model = build_model(
+        job, levers=select_levers(job.training, method=method, on_cuda=False), precision="fp32", device=CPU
+    )
+    counted = count_trainable(method, read_weight_shapes(experts), read_sizes(experts))
+    assert counted == model.get_nb_trainable_parameters()[0]
+
+
+def test_experts_that_peft_does_not_know_are_refused_where_they_are_asked_for(
+    experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would adapt the other targets and say nothing."""
+    from peft.utils import transformers_weight_conversion
+
+    monkeypatch.setattr(transformers_weight_conversion, "_MODEL_TO_CONVERSION_PATTERN", {})
+    method = LoraMethod(type="lora", rank=4, targets=("q_proj", "gate_proj"))
+    job = make_job(experts, tmp_path, make_recipe(method=method.model_dump()))
+    with pytest.raises(TrainingError, match=r"method\.targets: gate_proj names experts.*; name other layers"):
+        build_model(job, levers=select_levers(job.training, method=method, on_cuda=False), precision="fp32", device=CPU)
+
+
+def test_experts_are_not_rounded_and_the_plan_knows(base: Path, experts: Path) -> None:
+    """Bitsandbytes rounds linear layers; memory is counted so, and the recipe's author is told."""
+    model = load_model(experts, precision="bf16", device=CPU, four_bit=True)
+    rounded = {n.removesuffix(".weight") for n, p in model.named_parameters() if hasattr(p, "quant_state")}
+    weights = read_weight_shapes(experts)
+    counted = list_linears(weights).keys() - list_experts(weights).keys()
+    assert rounded <= counted
+    assert {n.rpartition(".")[2] for n in counted - rounded} == {"gate"}, "the routers, which are small"
+    qlora = make_recipe(method={"type": "qlora", "rank": 4})
+    (warning,) = [w for w in plan(qlora, experts).warnings if "experts" in w]
+    assert "% of its weights, in 16 bits" in warning
+    assert not [w for w in plan(qlora, base).warnings if "experts" in w]
 
 
 def test_steps_are_those_of_training(base: Path) -> None:

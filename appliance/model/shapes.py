@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from appliance.method import Ia3Method, LoraMethod, Method, PromptTuningMethod
 
 Shape = tuple[int, ...]
 _NO_LINEAR = ("lm_head", "wte", "wpe")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,19 @@ def list_linears(weights: Mapping[str, Shape]) -> dict[str, Shape]:
     """The matrices that adapters can be put on, by layer name: (out, in) of each, no embeddings, no head."""
     layers = {n.removesuffix(".weight"): s for n, s in weights.items() if len(s) == 2 and n.endswith(".weight")}
     return {n: s for n, s in layers.items() if "embed" not in n and n.rpartition(".")[2] not in _NO_LINEAR}
+
+
+def list_experts(weights: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Those of the matrices that are experts of a mixture: a model holds those of a layer as one tensor.
+
+    PEFT adapts them all the same; 4-bit loading, which rounds linear layers, leaves them as they are.
+    """
+    return {n: s for n, s in list_linears(weights).items() if is_expert(n)}
+
+
+def is_expert(layer: str) -> bool:
+    """Whether the matrix of this name is one of the experts of a mixture."""
+    return _EXPERT.search(layer) is not None
 
 
 def select_targets(targets: str | Sequence[str], linears: Mapping[str, Shape]) -> dict[str, Shape]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from appliance.method import FullMethod, Method, PrefixTuningMethod, PromptTuningMethod, PTuningMethod, QloraMethod
-from appliance.model.shapes import ModelSizes, Shape, count_values, list_linears
+from appliance.model.shapes import ModelSizes, Shape, count_values, list_experts, list_linears
 from appliance.plan.machine import Machine
 from appliance.plan.penalty import PenaltyMemory
 from appliance.recipe import Recipe, is_packed
@@ -55,13 +55,14 @@ class Memory:
         passing = max(moving + self.copies - spared, self.penalty.passing, 0.0)
         return add_overhead(max(self.loading, self.static + self.penalty.kept + passing))
 
-    def share_out(self, linear: int, *, trainable: int, devices: int) -> Memory:
-        """The same where each of `devices` holds its part of the `linear` weights in the layers.
+    def share_out(self, weights: Mapping[str, Shape], *, trainable: int, devices: int) -> Memory:
+        """The same where each of `devices` holds its part of the `weights` in the layers.
 
         Two layers are whole at a time: the one in use, and the next. 4-bit weights are made whole on the device before,
         and their scales stay whole. Full training shares out all it holds, and gathers gradients as it does weights:
         of a layer on the way in fp32, of what is beside the layers all at once.
         """
+        linear = count_values(list_linears(weights))
         if isinstance(self.method, FullMethod):
             layer, beside = linear / self.sizes.layers, trainable - linear
             gathered = (3.0 * self.width + 4.0) * layer + 8.0 * beside
@@ -69,7 +70,7 @@ class Memory:
             gradients = self.gradients / devices
             return replace(self, static=self.static / devices + gathered, copies=head, gradients=gradients)
         is_rounded = isinstance(self.method, QloraMethod)
-        layers = (0.5 if is_rounded else self.width) * linear
+        layers = self.width * linear - ((self.width - 0.5) * _count_rounded(weights) if is_rounded else 0.0)
         given_up = max(0.0, layers - layers / devices - 2 * layers / self.sizes.layers)
         loading = self.static - 16.0 * trainable if is_rounded else 0.0
         return replace(self, static=self.static - given_up, loading=loading)
@@ -119,9 +120,13 @@ def estimate_static(method: Method, *, weights: Mapping[str, Shape], trainable: 
     parameters = count_values(weights)
     if isinstance(method, FullMethod):
         return 16.0 * parameters
-    linear = count_values(list_linears(weights))
-    matrices = (0.516 if isinstance(method, QloraMethod) else width) * linear
-    return matrices + width * (parameters - linear) + 16.0 * trainable
+    rounded = _count_rounded(weights) if isinstance(method, QloraMethod) else 0
+    return 0.516 * rounded + width * (parameters - rounded) + 16.0 * trainable
+
+
+def _count_rounded(weights: Mapping[str, Shape]) -> int:
+    """The weights that 4-bit loading rounds."""
+    return count_values(list_linears(weights)) - count_values(list_experts(weights))
 
 
 def _estimate_moving(

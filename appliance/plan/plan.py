@@ -15,6 +15,7 @@ from appliance.method import (
     Method,
     PrefixTuningMethod,
     PTuningMethod,
+    QloraMethod,
     can_checkpoint,
 )
 from appliance.model.shapes import (
@@ -22,6 +23,8 @@ from appliance.model.shapes import (
     Shape,
     check_method,
     count_values,
+    is_expert,
+    list_experts,
     list_linears,
     read_sizes,
     read_weight_dtypes,
@@ -48,6 +51,7 @@ from appliance.recipe import (
 _EPOCHS = (2, 5)
 _EPOCHS_OF_PROMPTS = (2, 50)
 _MICRO_TOKENS = {"cpu": 4096, "gpu": 16384}  # more does not make a step faster a token
+_FUSED_IN_EXPERTS = ("gate_proj", "up_proj", "w1", "w3")
 _FEW_TOKENS = 1024  # fewer leave the device idle: recomputing activations is cheaper
 
 
@@ -113,8 +117,7 @@ def build_plan(
     micro, checkpointing = _fit(recipe, memory, machine)
     sharded = _is_sharded(recipe, fits=memory.fits(micro, checkpointing, machine))
     if sharded:
-        linear = count_values(list_linears(weights))
-        memory = memory.share_out(linear, trainable=trainable, devices=recipe.needs.devices)
+        memory = memory.share_out(weights, trainable=trainable, devices=recipe.needs.devices)
         micro, checkpointing = _fit(recipe, memory, machine)
     peak = max(
         memory.estimate(micro, checkpointing=checkpointing),
@@ -140,6 +143,7 @@ def build_plan(
         budget_bytes=machine.budget_bytes,
         warnings=(
             *_warn(recipe, rows=len(lengths), peak=peak, machine=machine, penalty=memory.penalty),
+            *_warn_of_experts(recipe.method, weights),
             *plan_answering(recipe, weights=weights, machine=machine).warn(),
         ),
     )
@@ -195,11 +199,15 @@ def count_trainable(method: Method, weights: Mapping[str, Shape], sizes: ModelSi
 
 
 def _count_lora(method: LoraMethod, targets: Mapping[str, Shape]) -> int:
-    """Rank x (in + out) of every matrix; mica trains the in-side only, dora also one magnitude per output."""
+    """Rank x (in + out) of every matrix; mica trains the in-side only, dora also one magnitude per output.
+
+    The first two matrices of an expert are one in memory, which PEFT gives twice the rank over both outputs.
+    """
     if method.variant == "mica":
         return sum(method.rank * s[1] for s in targets.values())
     magnitudes = sum(s[0] for s in targets.values()) if method.variant == "dora" else 0
-    return sum(method.rank * sum(s) for s in targets.values()) + magnitudes
+    fused = sum(s[0] for n, s in targets.items() if is_expert(n) and n.rpartition(".")[2] in _FUSED_IN_EXPERTS)
+    return method.rank * (sum(map(sum, targets.values())) + fused) + magnitudes
 
 
 def _count_prefix(method: PrefixTuningMethod, sizes: ModelSizes) -> int:
@@ -252,6 +260,15 @@ def _warn(recipe: Recipe, *, rows: int, peak: int, machine: Machine, penalty: Pe
             f"use qlora, a shorter max_length or a larger device{_advise(penalty)}"
         )
     return found
+
+
+def _warn_of_experts(method: Method, weights: Mapping[str, Shape]) -> list[str]:
+    """Where 4 bits are of little use."""
+    share = count_values(list_experts(weights)) / max(1, count_values(weights))
+    if not isinstance(method, QloraMethod) or not share:
+        return []
+    kept = f"qlora leaves the experts of this model, {share:.0%} of its weights, in 16 bits"
+    return [f"{kept}: bitsandbytes rounds linear layers, and they are one tensor; lora takes about the same memory"]
 
 
 def _advise(penalty: PenaltyMemory) -> str:

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from appliance.digest import digest_bytes
 from appliance.errors import TrainingError
 from appliance.method import FullMethod, LoraMethod, Method, PromptTuningMethod, QloraMethod
-from appliance.model.shapes import check_method
+from appliance.model.shapes import Shape, check_method, list_experts, read_weight_shapes
 from appliance.model.weights import Precision, check_finite, load_model, read_weights
 from appliance.training import attention
 from appliance.training.arguments import CHANGING_THE_BASE, build_adapter_arguments
@@ -67,7 +67,8 @@ def build_model(job: TrainingJob, *, levers: Levers, precision: Precision, devic
             layer.compile(dynamic=True)
     if isinstance(method, FullMethod):
         return model
-    check_method(method, _list_linears(model), base=job.base)
+    experts = list_experts(read_weight_shapes(job.base))  # no layers in memory, but PEFT finds them
+    check_method(method, _list_linears(model) | experts, base=job.base)
     arguments = build_adapter_arguments(method)
     if isinstance(method, PromptTuningMethod) and method.text is not None:
         arguments["tokenizer_name_or_path"] = str(job.base)
@@ -75,6 +76,7 @@ def build_model(job: TrainingJob, *, levers: Levers, precision: Precision, devic
         adapted = get_peft_model(model, _CONFIGS[method.type](**arguments))
     except (ValueError, TypeError) as fault:
         raise TrainingError(f"method: this model cannot be trained with {method.type} ({fault})") from fault
+    _check_experts(method, experts, adapted)
     if isinstance(method, QloraMethod) and method.variant == "loftq":
         _start_from_rounding_error(adapted, job.base)
     return adapted
@@ -90,6 +92,19 @@ def _list_linears(model: Any) -> dict[str, tuple[int, ...]]:
         elif isinstance(module, Conv1D):
             found[name] = tuple(module.weight.shape)[::-1]
     return found
+
+
+def _check_experts(method: Method, experts: Mapping[str, Shape], adapted: Any) -> None:
+    """Experts that a recipe names are adapted: PEFT leaves out those of a class that it does not know."""
+    if not isinstance(method, LoraMethod) or isinstance(method.targets, str):
+        return
+    named = {n.rpartition(".")[2] for n in experts}
+    asked = [t for t in method.targets if t.rpartition(".")[2] in named]
+    if asked and not any(".experts." in n for n, p in adapted.named_parameters() if p.requires_grad):
+        raise TrainingError(
+            f"method.targets: {', '.join(asked)} names experts, which PEFT does not adapt in this class of model; "
+            "name other layers"
+        )
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
