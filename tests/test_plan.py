@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +101,24 @@ def test_experts_that_peft_does_not_know_are_refused_where_they_are_asked_for(
     job = make_job(experts, tmp_path, make_recipe(method=method.model_dump()))
     with pytest.raises(TrainingError, match=r"method\.targets: gate_proj names experts.*; name other layers"):
         build_model(job, levers=select_levers(job.training, method=method, on_cuda=False), precision="fp32", device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"method": {"type": "lora", "rank": 4, "variant": "pissa"}}, r"method\.variant: pissa adapts single matrices"),
+        ({"method": {"type": "lora", "rank": 4, "variant": "dora"}}, r"method\.variant: dora adapts single matrices"),
+        ({"method": {"type": "lora", "rank": 4, "dropout": 0.1}}, r"method\.dropout: .*without dropout"),
+        ({"forgetting": {"ewc": {"strength": 1.0}}}, r"forgetting\.ewc: knows what single matrices were"),
+    ],
+)
+def test_what_experts_do_not_take_is_refused_by_the_plan(experts: Path, overrides: dict[str, Any], words: str) -> None:
+    """And not by a traceback of the training child; other layers take it."""
+    recipe = make_recipe(**overrides)
+    with pytest.raises(TrainingError, match=words):
+        plan(recipe, experts)
+    method = recipe.method.model_copy(update={"targets": ("q_proj", "v_proj")})
+    assert plan(recipe.model_copy(update={"method": method}), experts).trainable_parameters
 
 
 def test_experts_are_not_rounded_and_the_plan_knows(base: Path, experts: Path) -> None:

@@ -20,6 +20,7 @@ from appliance.method import Ia3Method, LoraMethod, Method, PromptTuningMethod
 
 Shape = tuple[int, ...]
 _NO_LINEAR = ("lm_head", "wte", "wpe")
+_ON_EXPERTS = ("plain", "rslora", "gaussian")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -141,6 +142,25 @@ def check_method(method: Method, linears: Mapping[str, Shape], *, base: Path) ->
                 f"method.rank: {method.rank} is more than {name} can use, whose weight is {shape[0]} x {shape[1]}; "
                 f"set it to {min(shape)} or less, or name other method.targets"
             )
+        _check_experts(method, chosen)
+
+
+def _check_experts(method: LoraMethod, chosen: Mapping[str, Shape]) -> None:
+    """PEFT adapts the experts of a layer as one tensor, by the plain product alone."""
+    expert = min(filter(is_expert, chosen), default=None)
+    if expert is None:
+        return
+    where = f"{expert} is one of the experts that the model holds as one tensor"
+    if method.variant not in _ON_EXPERTS:
+        raise TrainingError(
+            f"method.variant: {method.variant} adapts single matrices, and {where}; use {', '.join(_ON_EXPERTS)}, "
+            "or name the other layers in method.targets"
+        )
+    if method.dropout:
+        raise TrainingError(
+            f"method.dropout: {where}, which PEFT adapts without dropout; set it to 0, or name the other layers in "
+            "method.targets"
+        )
 
 
 def _check_text(method: PromptTuningMethod, base: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from appliance.errors import TrainingError
 from appliance.method import (
     VIRTUAL_TOKENS,
     FullMethod,
@@ -100,6 +101,7 @@ def build_plan(
     """
     section, weights, sizes = recipe.training, read_weight_shapes(base), read_sizes(base)
     check_method(recipe.method, list_linears(weights), base=base)
+    _check_penalty(recipe, weights)
     trainable = count_trainable(recipe.method, weights, sizes)
     width, is_full = measure_width(recipe, machine), isinstance(recipe.method, FullMethod)
     memory = Memory(
@@ -226,6 +228,17 @@ def _count_encoder(method: PTuningMethod, hidden: int) -> int:
         return (hidden + 1) * inner + (inner + 1) * inner + (inner + 1) * hidden
     gates = 2 * 4 * inner * ((hidden + inner + 2) + (2 * inner + inner + 2))
     return gates + (2 * inner + 1) * 2 * inner + (2 * inner + 1) * hidden
+
+
+def _check_penalty(recipe: Recipe, weights: Mapping[str, Shape]) -> None:
+    """Raise `TrainingError` where the penalty would have to know what an adapter does to experts."""
+    if recipe.forgetting is None or recipe.forgetting.ewc is None or not isinstance(recipe.method, LoraMethod):
+        return
+    if any(map(is_expert, select_targets(recipe.method.targets, list_linears(weights)))):
+        raise TrainingError(
+            "forgetting.ewc: knows what single matrices were, and the experts of this model are one tensor; "
+            "name the other layers in method.targets, or use forgetting.replay"
+        )
 
 
 def _measure_penalty(recipe: Recipe, *, weights: Mapping[str, Shape], base: Path) -> PenaltyMemory:
