@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from appliance.child import Emit, StopFlag, run_child
+from appliance.child import Emit, StopFlag, import_libraries, run_child
 from appliance.digest import write_atomic
 from appliance.errors import InterruptedRunError
 from appliance.evaluation.arms import Arm, Prompt
@@ -27,6 +27,8 @@ def main(folder: Path) -> int:
     def work(stop: StopFlag, emit: Emit) -> None:
         done = _load_done(folder / "outputs.jsonl")
         emit(done=len(done), arm="")
+        with import_libraries(four_bit=job.four_bit):
+            import appliance.evaluation.generation  # noqa: F401 - what is below finds it
         with device_faults_as_errors():
             for arms in group_arms(job.arms):
                 _run_arms(job, arms, arms[0].model, prompts=prompts, done=done, stop=stop, emit=emit)

@@ -14,8 +14,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from appliance.child import Emit, StopFlag, run_child
+from appliance.child import Emit, StopFlag, import_libraries, run_child
 from appliance.errors import TrainingError
+from appliance.method import QloraMethod
 from appliance.training.launch import TrainingJob
 from appliance.training.peers import name_share, start_peers
 
@@ -47,7 +48,8 @@ def follow(folder: Path, rank: int, meeting: Path) -> int:
 
 
 def _run(job: TrainingJob, *, rank: int, meeting: Path, stop: StopFlag, emit: Emit) -> None:
-    from appliance.training.trainer import run_job
+    with import_libraries(four_bit=isinstance(job.method, QloraMethod)):
+        from appliance.training.trainer import run_job
 
     run_job(job, rank=rank, meeting=meeting, stop=stop, emit=emit)
 
