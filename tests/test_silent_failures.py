@@ -266,11 +266,11 @@ def build_architecture(base: Path, name: str, **overrides: Any) -> Any:
 
     attention.register()
     size = load_template(base).tokenizer.get_vocab_size()
-    config = getattr(transformers, f"{name}Config")(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=None, bos_token_id=None, eos_token_id=257,
-        **{"vocab_size": size, **ARCHITECTURES[name], **overrides},
-    )  # fmt: skip
+    config = getattr(transformers, f"{name}Config")(**{
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "pad_token_id": None, "bos_token_id": None, "eos_token_id": 257,
+        "vocab_size": size, **ARCHITECTURES.get(name, {}), **overrides,
+    })  # fmt: skip
     torch.manual_seed(5)
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
 

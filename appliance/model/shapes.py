@@ -26,12 +26,17 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """Widths and counts of a decoder; `keys` is the width of one token's keys in one layer."""
+    """Widths and counts of a decoder: of one token in one layer `queries` and `keys`, and `inner` of its MLP.
+
+    Of a mixture of experts `inner` is that of all experts which a token meets.
+    """
 
     hidden: int
     layers: int
     vocabulary: int
     keys: int
+    queries: int = 0
+    inner: int = 0
 
 
 def read_sizes(base: Path) -> ModelSizes:
@@ -46,11 +51,20 @@ def read_sizes(base: Path) -> ModelSizes:
             layers=int(config.get("num_hidden_layers") or 0),
             vocabulary=int(config.get("vocab_size") or 0),
             keys=width * int(config.get("num_key_value_heads") or heads),
+            queries=width * heads,
+            inner=_read_inner(config, hidden),
         )
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as fault:
         raise ModelError(
             f"{base / 'config.json'}: not a model's sizes in JSON ({fault}); copy the model again"
         ) from fault
+
+
+def _read_inner(config: dict[str, Any], hidden: int) -> int:
+    """The MLP's width, 3.5 times the stream's where it is not told; of experts and of those that all tokens share."""
+    each = int(config.get("moe_intermediate_size") or config.get("intermediate_size") or 3.5 * hidden)
+    met = config.get("num_experts_per_tok") or 1
+    return int(met) * each + int(config.get("shared_expert_intermediate_size") or 0)
 
 
 def read_weight_shapes(base: Path) -> dict[str, Shape]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from appliance.method import FullMethod, Method, PrefixTuningMethod, PromptTuningMethod, PTuningMethod, QloraMethod
 from appliance.model.shapes import ModelSizes, Shape, count_values, list_experts, list_linears
+from appliance.plan.activations import Activations
 from appliance.plan.machine import Machine
 from appliance.plan.penalty import PenaltyMemory
 from appliance.recipe import Recipe, is_packed
@@ -30,6 +31,7 @@ class Memory:
 
     method: Method
     sizes: ModelSizes
+    activations: Activations
     longest: int
     width: float
     static: float
@@ -42,17 +44,11 @@ class Memory:
 
     def estimate(self, micro_batch: int, *, checkpointing: bool) -> int:
         """Bytes at the peak of a step."""
-        moving = _estimate_moving(
-            self.method,
-            sizes=self.sizes,
-            rows=micro_batch,
-            longest=self.longest,
-            checkpointing=checkpointing,
-            keeps_logits=self.keeps_logits,
-            width=self.width,
+        moving = self._estimate_moving(
+            micro_batch, longest=self.longest, checkpointing=checkpointing, keeps_logits=self.keeps_logits
         )
         spared = self.gradients if micro_batch == self.share else 0.0
-        passing = max(moving + self.copies - spared, self.penalty.passing, 0.0)
+        passing = max(moving - spared, self.penalty.passing, 0.0)
         return add_overhead(max(self.loading, self.static + self.penalty.kept + passing))
 
     def share_out(self, weights: Mapping[str, Shape], *, trainable: int, devices: int) -> Memory:
@@ -83,16 +79,20 @@ class Memory:
         """Bytes at the peak of estimating the Fisher, one row at a time, before there is an optimizer; else 0."""
         if not self.penalty.estimating:
             return 0
-        moving = _estimate_moving(
-            self.method,
-            sizes=self.sizes,
-            rows=1,
-            longest=longest,
-            checkpointing=False,
-            keeps_logits=True,
-            width=self.width,
-        )
+        moving = self._estimate_moving(1, longest=longest, checkpointing=False, keeps_logits=True)
         return add_overhead(self.static - 12.0 * trainable + self.penalty.estimating + moving)
+
+    def _estimate_moving(self, rows: int, *, longest: int, checkpointing: bool, keeps_logits: bool) -> float:
+        """Bytes of activations, copies and head for `rows` rows.
+
+        Virtual tokens before the embeddings cost what tokens cost; a prefix costs its keys and values.
+        """
+        tokens = rows * (longest + count_virtual(self.method))
+        moving = self.activations.estimate(tokens, checkpointing=checkpointing, copies=self.copies)
+        if isinstance(self.method, PrefixTuningMethod):  # once as made and once with each layer's own keys behind it
+            places = rows * self.sizes.layers * (longest + self.method.tokens)
+            moving += self.width * 4.0 * places * self.sizes.keys
+        return moving + (12.3 * tokens * self.sizes.vocabulary if keeps_logits else float(1 << 28))
 
 
 def count_virtual(method: Method) -> int:
@@ -127,29 +127,6 @@ def estimate_static(method: Method, *, weights: Mapping[str, Shape], trainable: 
 def _count_rounded(weights: Mapping[str, Shape]) -> int:
     """The weights that 4-bit loading rounds."""
     return count_values(list_linears(weights)) - count_values(list_experts(weights))
-
-
-def _estimate_moving(
-    method: Method,
-    *,
-    sizes: ModelSizes,
-    rows: int,
-    longest: int,
-    checkpointing: bool,
-    keeps_logits: bool,
-    width: float,
-) -> float:
-    """Bytes of activations and head for `rows` rows; factors for a Llama layer in values of `width` bytes.
-
-    Virtual tokens before the embeddings cost what tokens cost; a prefix costs its keys and values.
-    """
-    hidden, layers = sizes.hidden, sizes.layers
-    tokens = rows * (longest + count_virtual(method))
-    between = 4.0 if isinstance(method, FullMethod) else width  # layers of fp32 weights hand on fp32
-    activations = tokens * hidden * ((between * layers + 28.0 * width) if checkpointing else 28.0 * width * layers)
-    if isinstance(method, PrefixTuningMethod):  # once as made and once with each layer's own keys behind it
-        activations += width * 4.0 * rows * layers * sizes.keys * (longest + method.tokens)
-    return activations + (12.3 * tokens * sizes.vocabulary if keeps_logits else float(1 << 28))
 
 
 def add_overhead(held: float) -> int:

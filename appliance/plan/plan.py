@@ -32,6 +32,7 @@ from appliance.model.shapes import (
     read_weight_shapes,
     select_targets,
 )
+from appliance.plan.activations import count_activations, select_kind
 from appliance.plan.answering import plan_answering
 from appliance.plan.machine import Machine
 from appliance.plan.memory import (
@@ -107,6 +108,7 @@ def build_plan(
     memory = Memory(
         method=recipe.method,
         sizes=sizes,
+        activations=count_activations(select_kind(recipe), sizes, weights, width=width),
         longest=max(lengths),
         width=width,
         static=estimate_static(recipe.method, weights=weights, trainable=trainable, width=width),
