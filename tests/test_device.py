@@ -31,8 +31,10 @@ from appliance.errors import DeviceError, LostDeviceError, ModelError
 from appliance.evaluation import GenerationJob, generate
 from appliance.model import TokenRow, load_template, render_row
 from appliance.model.faults import device_faults_as_errors, name_end, name_fault
+from appliance.model.shapes import read_sizes, read_weight_shapes
 from appliance.model.weights import is_gpu_expected, load_model, select_device
 from appliance.plan import Machine, Plan, build_plan
+from appliance.plan.activations import count_activations
 from appliance.training import attention, levers, train
 from appliance.training.batches import build_records, collate_packed, collate_padded, count_row_tokens, spread_labels
 from appliance.training.fingerprint import make_deterministic, settle_determinism
@@ -437,8 +439,10 @@ def test_a_gpu_without_bf16_is_planned_in_fp32(base: Path) -> None:
     wide, narrow = plan("auto", has_bf16=False), plan("auto", has_bf16=True)
     assert plan("fp32", has_bf16=True) == wide
     assert wide.micro_batch == narrow.micro_batch
-    tokens, hidden, layers = wide.micro_batch * 1000, 64, 2
-    frozen = wide.parameters * 2
-    assert wide.peak_bytes - narrow.peak_bytes == pytest.approx(
-        1.07 * (frozen + 56 * layers * tokens * hidden), rel=1e-3
-    )
+    sizes, weights = read_sizes(base), read_weight_shapes(base)
+    activations = [
+        count_activations("fused", sizes, weights, width=w).estimate(wide.micro_batch * 1000, checkpointing=False)
+        for w in (4.0, 2.0)
+    ]
+    held = wide.parameters * 2 + activations[0] - activations[1]
+    assert wide.peak_bytes - narrow.peak_bytes == pytest.approx(1.07 * held, rel=1e-3)

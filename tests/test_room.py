@@ -17,6 +17,7 @@ from appliance.plan.room import estimate_room
 from appliance.preparation import Origin, Workspace, prepare
 from appliance.run import open_run
 from appliance.store import open_store
+from appliance.training import mirror as mirroring
 
 
 def test_what_does_not_fit_is_refused_with_its_sizes(tmp_path: Path) -> None:
@@ -44,11 +45,12 @@ def test_what_an_interrupted_training_left_counts_as_room(tmp_path: Path) -> Non
     check_room(recipe, tmp_path, trainable=10**11, parameters=10**11)
 
 
-def test_a_run_asks_before_its_first_step(tmp_path: Path) -> None:
+def test_a_run_asks_before_its_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the estimate is what a training really writes: no checkpoint and no artifact is larger, few are smaller."""
+    monkeypatch.setattr(mirroring, "_PERIOD_S", 0.02)  # a run as short as this one is over before it looks
     write_base(tmp_path / "base")
     write_dataset(tmp_path / "datasets" / "colours", rows=64)
-    recipe = make_recipe(method={"type": "lora", "rank": 32}, training={**TRAINING, "epochs": 1})
+    recipe = make_recipe(method={"type": "lora", "rank": 32}, training={**TRAINING, "epochs": 4})
     workspace = Workspace(tmp_path, tmp_path / "cache", tmp_path / "runs", note=lambda _: None)
     prepared = prepare(recipe, workspace=workspace)
     origin = Origin(commit=None, time="2026-01-01T00:00:00Z", actor="x")

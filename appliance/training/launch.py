@@ -30,7 +30,7 @@ from appliance.training.view import TrainingView
 class TrainingJob(BaseModel):
     """What the training child needs to know; `folder` holds its inputs and all it writes.
 
-    `micro_batch` rows and `threads` are of each of the `devices`; `sharded` where each holds a part of the base.
+    `micro_batch` rows and `threads` are of each of the `devices`; `sharded` where each holds a part of the layers.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
