@@ -59,13 +59,13 @@ def name_allocator(environment: Mapping[str, str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def import_libraries(*, four_bit: bool) -> Iterator[None]:
-    """Import torch and what is built on it, in two thirds of the time.
+    """Import torch and what is built on it, in little more than half the time.
 
     What is imported is no garbage: no collection looks for any meanwhile, nor at it later. PEFT imports bitsandbytes
     wherever it is installed, which loads torch's compiler; without 4-bit weights it counts as not installed.
     """
     if not four_bit:
-        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # so the import system spells "no"
+        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # how the import system is told so
     gc.disable()
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,22 @@ def test_a_layer_keeps_what_the_plan_counts(base: Path, tmp_path: Path, name: st
     assert (saved[1] - saved[0]) / 2 / TOKENS == pytest.approx(
         counted, rel=0.07 if (name, method) == ("Gemma3Text", "full") else 0.03
     )
+
+
+@pytest.mark.parametrize(
+    ("told", "inner"),
+    [
+        ({"intermediate_size": 304}, 304),
+        ({"intermediate_size": [128, 304, 128]}, 304),
+        ({}, 448),
+        ({"intermediate_size": 304, "moe_intermediate_size": 32, "num_experts_per_tok": 2}, 64),
+        ({"moe_intermediate_size": 32, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 100}, 164),
+    ],
+)
+def test_the_inner_width_is_what_a_token_meets(tmp_path: Path, told: dict[str, Any], inner: int) -> None:
+    """Of the widest layer where a configuration has a list of them, which is no damage: Gemma 3n's has."""
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 128, "num_attention_heads": 4, **told}))
+    assert read_sizes(tmp_path).inner == inner
 
 
 def test_checkpointing_keeps_what_layers_hand_on_and_one_layer() -> None:

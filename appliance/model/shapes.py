@@ -61,10 +61,17 @@ def read_sizes(base: Path) -> ModelSizes:
 
 
 def _read_inner(config: dict[str, Any], hidden: int) -> int:
-    """The MLP's width, 3.5 times the stream's where it is not told; of experts and of those that all tokens share."""
-    each = int(config.get("moe_intermediate_size") or config.get("intermediate_size") or 3.5 * hidden)
-    met = config.get("num_experts_per_tok") or 1
-    return int(met) * each + int(config.get("shared_expert_intermediate_size") or 0)
+    """The MLP's width, 3.5 times the stream's where it is not told; of experts and of those that all tokens share.
+
+    Where layers differ, a list has a value for each (Gemma 3n): the largest counts.
+    """
+
+    def read(key: str) -> int:
+        value = config.get(key) or 0
+        return max(map(int, value)) if isinstance(value, list) else int(value)
+
+    each = read("moe_intermediate_size") or read("intermediate_size") or int(3.5 * hidden)
+    return max(1, read("num_experts_per_tok")) * each + read("shared_expert_intermediate_size")
 
 
 def read_weight_shapes(base: Path) -> dict[str, Shape]:

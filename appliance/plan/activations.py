@@ -1,7 +1,7 @@
 """What a step keeps of its rows between the forward and the backward pass, in bytes a token.
 
 The factors are what autograd saves in a layer of the Llama kind, by the widths of its tensors: the stream between
-layers, queries, keys (and values), and the inner width of the MLP. `tests/test_plan.py` holds them to what is saved.
+layers, queries, keys (and values), and the inner width of the MLP. `tests/test_memory.py` holds them to what is saved.
 """
 
 from __future__ import annotations
