@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import test_training
 from pydantic import ValidationError
-from test_ranks import BATCH, ROWS, make_job, read_records
+from test_ranks import BATCH, ROWS, find_peer, make_job, read_records
 from test_resume import after_a_seal, finish, inside_a_save, kill
 from test_training import write_job
 from tiny import make_recipe, write_base
@@ -268,6 +269,23 @@ def test_full_training_in_parts_learns_what_it_learns_whole_and_survives_kills(
     assert "weights was sharded, is whole" in (again.folder / "worker.log").read_text()
     write_job(again)
     assert finish(warm, again) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signalled", "code"), [("killed", -signal.SIGKILL), ("stopped", 33)])
+def test_the_other_device_lost_inside_a_save_ends_the_run_and_changes_no_byte(
+    signalled: str, code: int, base: Path, warm: Warm, tmp_path: Path
+) -> None:
+    """The first one waits for its part, and ends at once in the same way; a stop is answered with a checkpoint."""
+    expected = finish(warm, make_full(base, tmp_path / "expected", "packed"))
+    job = make_full(base, tmp_path / "job", "packed")
+    pid = warm.start(job.folder)
+    inside_a_save(0.0)(job, lambda: warm.is_running(pid))
+    began = time.monotonic()
+    os.kill(find_peer(job), signal.SIGKILL if signalled == "killed" else signal.SIGTERM)
+    assert warm.wait(pid) == code
+    assert time.monotonic() - began < 20
+    assert finish(warm, job) == expected
 
 
 @pytest.mark.slow
