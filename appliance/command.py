@@ -24,6 +24,7 @@ from appliance.errors import CommandError, DeviceError
 
 _GRACE_S = 120.0
 _OUT_OF_MEMORY = "killed by the kernel, out of memory: give it more and run the same command to go on; its log is {log}"
+_TUNABLES, _LARGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
 _CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -100,7 +101,7 @@ def run_worker(
                 stdin=subprocess.DEVNULL,
                 text=True,
                 errors="replace",
-                env={**os.environ, **name_gpus(os.environ, devices), **(env or {})},
+                env={**os.environ, **name_gpus(os.environ, devices), **ask_large_pages(os.environ), **(env or {})},
                 start_new_session=True,
                 preexec_fn=_die_with_parent(signal.SIGKILL),  # noqa: PLW1509 - as in start_server
             )
@@ -130,6 +131,18 @@ def name_gpus(environment: Mapping[str, str], count: int = 1) -> dict[str, str]:
     names = [n.strip() for n in given.split(",")] if given is not None else [str(n) for n in range(count)]
     order = environment.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     return {"CUDA_DEVICE_ORDER": order, "CUDA_VISIBLE_DEVICES": ",".join(names[:count])}
+
+
+def ask_large_pages(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variable by which a child's C library asks for its memory in pages of 2 MiB; none where somebody has decided.
+
+    A step on a CPU gives its activations back and takes them anew, page by page, which took a sixth of it. Where the
+    kernel or the C library has none, nothing changes (glibc manual, "Memory Allocation Tunables").
+    """
+    said = environment.get(_TUNABLES, "")
+    if _LARGE_PAGES in said:
+        return {}
+    return {_TUNABLES: ":".join(filter(None, (said, f"{_LARGE_PAGES}=1")))}
 
 
 def count_memory_kills() -> int:

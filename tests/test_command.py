@@ -124,6 +124,27 @@ def test_a_worker_sees_as_many_gpus_as_it_has_devices(
     assert events == [{"gpu": seen, "order": "PCI_BUS_ID"}]
 
 
+@pytest.mark.parametrize(
+    ("said", "heard"),
+    [
+        (None, "glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.check=1", "glibc.malloc.check=1:glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+    ],
+)
+def test_a_worker_asks_for_large_pages_unless_somebody_decided(
+    said: str | None, heard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What else is said to the C library stays said."""
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if said is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", said)
+    events: list[dict[str, Any]] = []
+    script = 'printf \'{"tunables": "%s"}\' "$GLIBC_TUNABLES"'
+    assert run_worker(["/bin/sh", "-c", script], log=tmp_path / "log", on_event=events.append).code == 0
+    assert events == [{"tunables": heard}]
+
+
 WORKER = """#!/bin/sh
 grep -o '"micro_batch": [0-9]*' "$3/job.json" >> "$3/tried"
 if grep -q '"micro_batch": [48],' "$3/job.json"; then

@@ -18,6 +18,7 @@ from appliance.recipe import Recipe, is_packed
 
 FITS = 0.8  # of a device; the rest is for what is not counted
 _OVERHEAD = 1 << 30
+_LOGIT = 12.3  # bytes for each logit that the libraries' own loss holds: in bf16, in fp32, and what it makes of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,8 @@ class Memory:
 
     `loading` is held before the first step alone, where it is more than what stays. Full training in bf16 computes
     with `copies` of its fp32 weights, which a backward pass gives up as it makes `gradients` (4 bytes a weight); the
-    first of a step, of the `share` of rows that a device computes in it, has none to add to yet.
+    first of a step, of the `share` of rows that a device computes in it, has none to add to yet. `logit`: bytes that
+    a step holds for each logit, 0 where the head never holds them.
     """
 
     method: Method
@@ -35,7 +37,7 @@ class Memory:
     longest: int
     width: float
     static: float
-    keeps_logits: bool
+    logit: float
     penalty: PenaltyMemory
     loading: float = 0.0
     copies: float = 0.0
@@ -44,9 +46,7 @@ class Memory:
 
     def estimate(self, micro_batch: int, *, checkpointing: bool) -> int:
         """Bytes at the peak of a step."""
-        moving = self._estimate_moving(
-            micro_batch, longest=self.longest, checkpointing=checkpointing, keeps_logits=self.keeps_logits
-        )
+        moving = self._estimate_moving(micro_batch, self.longest, checkpointing=checkpointing, logit=self.logit)
         spared = self.gradients if micro_batch == self.share else 0.0
         passing = max(moving - spared, self.penalty.passing, 0.0)
         return add_overhead(max(self.loading, self.static + self.penalty.kept + passing))
@@ -79,10 +79,10 @@ class Memory:
         """Bytes at the peak of estimating the Fisher, one row at a time, before there is an optimizer; else 0."""
         if not self.penalty.estimating:
             return 0
-        moving = self._estimate_moving(1, longest=longest, checkpointing=False, keeps_logits=True)
+        moving = self._estimate_moving(1, longest, checkpointing=False, logit=_LOGIT)
         return add_overhead(self.static - 12.0 * trainable + self.penalty.estimating + moving)
 
-    def _estimate_moving(self, rows: int, *, longest: int, checkpointing: bool, keeps_logits: bool) -> float:
+    def _estimate_moving(self, rows: int, longest: int, *, checkpointing: bool, logit: float) -> float:
         """Bytes of activations, copies and head for `rows` rows.
 
         Virtual tokens before the embeddings cost what tokens cost; a prefix costs its keys and values.
@@ -92,7 +92,7 @@ class Memory:
         if isinstance(self.method, PrefixTuningMethod):  # once as made and once with each layer's own keys behind it
             places = rows * self.sizes.layers * (longest + self.method.tokens)
             moving += self.width * 4.0 * places * self.sizes.keys
-        return moving + (12.3 * tokens * self.sizes.vocabulary if keeps_logits else float(1 << 28))
+        return moving + (logit * tokens * self.sizes.vocabulary or float(1 << 28))
 
 
 def count_virtual(method: Method) -> int:
@@ -100,16 +100,29 @@ def count_virtual(method: Method) -> int:
     return method.tokens if isinstance(method, PromptTuningMethod | PTuningMethod) else 0
 
 
-def is_head_fused(recipe: Recipe) -> bool:
-    """Whether, on a GPU, the logits are never held: packed batches and nothing else asked for."""
-    return is_packed(recipe.training, recipe.method) and recipe.training.speed.head in ("auto", "fused")
+def measure_logit(recipe: Recipe, machine: Machine) -> float:
+    """Bytes that a step holds for each logit, see `training.levers`.
+
+    The fused head on a GPU never holds them. The labelled one has them and their gradients, which may be of every
+    position; the libraries' own has them in fp32 too, and what the loss makes of those.
+    """
+    speed, packed = recipe.training.speed, is_packed(recipe.training, recipe.method)
+    if packed and machine.gpu and speed.head in ("auto", "fused"):
+        return 0.0
+    if packed and speed.head != "standard":
+        return 8.0 if is_full_width(recipe, machine) else 4.0
+    return _LOGIT
 
 
 def measure_width(recipe: Recipe, machine: Machine) -> float:
     """Bytes a value of a frozen base and of an activation: 4 on a GPU that trains in fp32, else 2."""
+    return 4.0 if machine.gpu and is_full_width(recipe, machine) else 2.0
+
+
+def is_full_width(recipe: Recipe, machine: Machine) -> bool:
+    """Whether the run computes in fp32."""
     precision = recipe.training.precision
-    is_full_width = precision == "fp32" or (precision == "auto" and not machine.has_bf16)
-    return 4.0 if machine.gpu and is_full_width else 2.0
+    return precision == "fp32" or (precision == "auto" and not machine.has_bf16)
 
 
 def estimate_static(method: Method, *, weights: Mapping[str, Shape], trainable: int, width: float) -> float:

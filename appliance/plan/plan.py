@@ -39,7 +39,7 @@ from appliance.plan.memory import (
     Memory,
     count_virtual,
     estimate_static,
-    is_head_fused,
+    measure_logit,
     measure_width,
 )
 from appliance.plan.penalty import PenaltyMemory, measure_penalty
@@ -112,7 +112,7 @@ def build_plan(
         longest=max(lengths),
         width=width,
         static=estimate_static(recipe.method, weights=weights, trainable=trainable, width=width),
-        keeps_logits=not (machine.gpu and is_head_fused(recipe)),
+        logit=measure_logit(recipe, machine),
         penalty=_measure_penalty(recipe, weights=weights, base=base),
         copies=2.0 * count_values(list_linears(weights)) if is_full and width < 4 else 0.0,
         gradients=4.0 * trainable if is_full else 0.0,

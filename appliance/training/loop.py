@@ -31,6 +31,7 @@ from appliance.training.batches import (
 from appliance.training.checkpoints import count_steps_done
 from appliance.training.ewc import Penalty
 from appliance.training.fused import fuse_lora
+from appliance.training.head import lighten_loss
 from appliance.training.launch import TrainingJob
 from appliance.training.levers import Levers
 from appliance.training.methods import keep_dtypes, keep_router, load_encoder, save_encoder
@@ -74,6 +75,8 @@ def build_trainer(
     collate_apart = pack if packed else partial(collate_padded, pad_id=tokenizer.pad_token_id)
     if levers.lora == "fused":
         fuse_lora(model)
+    if levers.head == "labelled":
+        lighten_loss(model)
     with keep_dtypes(model), keep_router(model):
         trainer = _Trainer(
             model=model,
