@@ -15,6 +15,9 @@ the command ends with exit code 1.
     python benchmarks/gpu.py --only 8b-lora        # one job
     python benchmarks/gpu.py --tiny                # the same code on a CPU in a few minutes: a test of this file
 
+It needs torch, transformers, trl, peft, bitsandbytes and datasets, and what the product imports: boto3, click,
+msgspec, pydantic, pyyaml, rich. On a machine without network carry their wheels and those that they need.
+
 MFU is the product's own (`appliance.training.utilisation`): 6 FLOPs a parameter of matrix products and
 token for full training, 4 for LoRA, over the device's dense bf16 peak: from its table, else the rate
 of a large bf16 product measured here (the JSON says which).

@@ -40,7 +40,7 @@ def _find_loss(
     shift_labels: torch.Tensor | None = None,
     **options: Any,
 ) -> Any:
-    """Transformers' `ForCausalLMLoss` where every position has a label; that one itself elsewhere."""
+    """What `ForCausalLMLoss` gives where every position has a label; elsewhere that one itself (transformers)."""
     if shift_labels is None:
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, **options)
     count = shift_labels.numel() if num_items_in_batch is None else num_items_in_batch
