@@ -29,6 +29,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from appliance.command import ask_large_pages
 from appliance.demo.requests import build_requests
 from appliance.example import encode_examples
 from appliance.model import load_template
@@ -49,6 +50,7 @@ CONTENDERS = {
     "appliance-apart": "the same with each row's prefix computed for itself (speed.prefix: standard)",
     "trl": "TRL's SFTTrainer with its defaults: padded, fp32 weights under autocast, checkpointing",
     "trl-bf16": "TRL, bf16 weights, no checkpointing, rows of like length together, fused AdamW",
+    "trl-pages": "trl-bf16 in pages of 2 MiB (GLIBC_TUNABLES), as the appliance starts its own processes",
     "trl-packed": "TRL, bf16 weights, no checkpointing, best-fit packing of 640 tokens, fused AdamW",
     "trl-flat": "TRL, bf16 weights, no checkpointing, padding-free batches, fused AdamW",
 }
@@ -89,7 +91,8 @@ def compare_rates(names: list[str], *, rounds: int, rows: int) -> None:
 def run_contender(name: str, *, rows: int) -> dict[str, Any]:
     """One contender in a process of its own."""
     argv = [sys.executable, __file__, "--contender", name, "--rows", str(rows)]
-    done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=3000)
+    env = {**os.environ, **(ask_large_pages(os.environ) if name == "trl-pages" else {})}
+    done = subprocess.run(argv, env=env, check=False, capture_output=True, text=True, timeout=3000)
     if done.returncode != 0:
         raise SystemExit(f"{name}: exit {done.returncode}\n{done.stderr[-2000:]}")
     figure: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -254,13 +257,11 @@ def measure_trl(name: str, base: Path, folder: Path, *, rows: int) -> dict[str, 
 
 
 _EXPERT: dict[str, Any] = {"gradient_checkpointing": False, "optim": "adamw_torch_fused", "max_length": 256}
+_GROUPED = {**_EXPERT, "per_device_train_batch_size": BATCH, "train_sampling_strategy": "group_by_length"}
 TRL: dict[str, dict[str, Any]] = {
     "trl": {"per_device_train_batch_size": BATCH},
-    "trl-bf16": {
-        **_EXPERT,
-        "per_device_train_batch_size": BATCH,
-        "train_sampling_strategy": "group_by_length",
-    },
+    "trl-bf16": _GROUPED,
+    "trl-pages": _GROUPED,
     "trl-packed": {**_EXPERT, "per_device_train_batch_size": 1, "packing": True, "max_length": 640},
     "trl-flat": {**_EXPERT, "per_device_train_batch_size": BATCH, "padding_free": True, "max_length": None},
 }
