@@ -29,6 +29,7 @@ from appliance.training.batches import (
     spread_labels,
 )
 from appliance.training.fused import fuse_lora
+from appliance.training.guards import _change_others
 from appliance.training.levers import Prefix, select_levers, settle_levers
 
 
@@ -139,6 +140,19 @@ def make_related_examples() -> list[Example]:
         (Message("user", "a red thing"), Message("assistant", "red")),
     ]
     return [Example(f"r{i}", messages, provenance="program") for i, messages in enumerate(rows)]
+
+
+def test_the_guard_changes_other_rows_and_no_size(base: Path) -> None:
+    """What rows begin with alike stays, so that sums keep their order; behind it they have other tokens."""
+    template = load_template(base)
+    records = build_records([render_row(e, template) for e in make_related_examples()[1:]])
+    changed = _change_others(records)
+    before, after = (collate_packed(r, prefix="shared") for r in (records, changed))
+    assert changed[-1] == records[-1]
+    assert all(old["input_ids"] != new["input_ids"] for old, new in zip(records[:-1], changed[:-1], strict=True))
+    assert before["input_ids"].shape == after["input_ids"].shape
+    for key in ("row_places", "row_origins", "cu_seq_lens_q", "logits_to_keep"):
+        assert torch.equal(before[key], after[key]), key
 
 
 def check_same_step(model: Any, batch: dict[str, Any], other: dict[str, Any]) -> None:

@@ -210,6 +210,52 @@ if rank == 0:
 """
 
 
+SCORED = """
+import json, os, sys
+from functools import partial
+from pathlib import Path
+import torch
+from appliance.model.weights import load_model
+from appliance.training import validation
+from appliance.training.batches import collate_packed
+from appliance.training.ranks import join_ranks
+from appliance.training.sharding import shard_trained
+
+base, meeting, size = Path(sys.argv[1]), Path(sys.argv[2]), 2
+rank = next((r for r in range(1, size) if os.fork() == 0), 0)
+torch.set_num_threads(1)
+cpu = torch.device("cpu")
+ranks = join_ranks(meeting, rank, size, cpu)
+model = load_model(base, precision="fp32", device=cpu)
+validation._HEAD_BYTES = 2 * 12 * model.config.vocab_size
+row = [i % 200 for i in range(7, 40)]
+records = [{"input_ids": row, "spans": [[start, start + n]]} for n, start in ((1 + 8 * rank, 3), (4, 2 + 9 * rank))]
+score = partial(validation.score_rows, records=records, collate=collate_packed, size=1)
+expected = score(model)
+shard_trained(model, ranks.build_mesh(), precision="fp32", device=cpu)
+found = score(model)
+with torch.no_grad():
+    for p in model.parameters():
+        p.mul_(0.5)
+changed = score(model)
+answers = ranks.gather([[[s.loss for s in scores] for scores in (expected, found, changed)]])
+if rank == 0:
+    print(json.dumps(answers))
+"""
+
+
+def test_ranks_with_answers_of_different_lengths_score_them_together(base: Path, tmp_path: Path) -> None:
+    """However often each asks the head: what is beside the layers is gathered once a batch, and anew for the next."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCORED, str(base), str(tmp_path / "meeting")],
+        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for expected, found, changed in json.loads(done.stdout.splitlines()[-1]):
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert changed != pytest.approx(found, rel=1e-3)
+
+
 def test_what_is_trained_in_parts_is_what_is_trained_whole(base: Path, tmp_path: Path) -> None:
     """A step of three ranks is that of one with all rows, its state is saved whole, and each takes its part back."""
     done = subprocess.run(

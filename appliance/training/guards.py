@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ def check_packing(
     model.eval()
     try:
         packed = _mean_loss(model, records, precision, device=device, prefix=prefix)
-        beside = [_look_at_last(model, r, precision, device=device, prefix=prefix) for r in (records, _shift(records))]
+        both = (records, _change_others(records))
+        beside = [_look_at_last(model, r, precision, device=device, prefix=prefix) for r in both]
         base.set_attn_implementation("sdpa")
         losses = [(_mean_loss(model, [r], precision, device=device, alone=True), _count_trained(r)) for r in records]
         by_itself = _look_at_last(model, records[-1:], precision, device=device, alone=True)
@@ -82,10 +84,21 @@ def check_packing(
         )
 
 
-def _shift(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records with other tokens in all rows but the last."""
-    *others, last = records
-    return [*({**r, "input_ids": r["input_ids"][1:] + r["input_ids"][:1]} for r in others), last]
+def _change_others(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records with other tokens in all rows but the last, behind what they begin with as that one does.
+
+    Each token becomes the same other one everywhere, so that the rows share with one another what they shared:
+    a batch of another size adds up in another order.
+    """
+    *others, last = (r["input_ids"] for r in records)
+    known = sorted({token for ids in others for token in ids})
+    other = dict(zip(known, [*known[1:], *known[:1]], strict=True))
+
+    def change(ids: list[int]) -> list[int]:
+        alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, last, strict=False)))
+        return [*ids[:alike], *(other[t] for t in ids[alike:])]
+
+    return [*({**r, "input_ids": change(i)} for r, i in zip(records, others, strict=False)), records[-1]]
 
 
 def _look_at_last(
@@ -101,7 +114,7 @@ def _look_at_last(
 
     A loss can hide what a row sees: a model that has learnt nothing says the same whatever it sees. The last
     positions show it; all of them would cost memory with a large vocabulary. They are in the answer, which is
-    never shared; of two batches that differ in the other rows one has a shared prefix, which must not matter.
+    never shared.
     """
     last = records[-1]
     count = min(_LOOKED_AT, len(last["input_ids"]) - last["spans"][0][0] + 1)

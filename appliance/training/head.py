@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-_VALUES = 1 << 19  # at a time: 2 MiB in fp32
+_VALUES = 1 << 19  # at a time, on a CPU: 2 MiB in fp32, in its cache
+_GPU_VALUES = 1 << 26  # 256 MiB, what `plan` counts for a head there; a few rows at a time would be all launches
 
 
 def lighten_loss(model: Any) -> None:
@@ -84,7 +85,7 @@ class _Entropies(torch.autograd.Function):  # type: ignore[misc]
 
 def _take_rows(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """A few rows at a time, and their logits in fp32; one piece of memory serves all."""
-    size = max(1, _VALUES // logits.shape[1])
+    size = max(1, (_GPU_VALUES if logits.is_cuda else _VALUES) // logits.shape[1])
     memory = torch.empty(size, logits.shape[1], dtype=torch.float32, device=logits.device)
     for start in range(0, len(logits), size):
         rows = slice(start, min(start + size, len(logits)))

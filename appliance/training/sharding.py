@@ -12,12 +12,13 @@ the form of whole weights, which the first rank gathers from all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from appliance.errors import TrainingError
@@ -72,6 +73,23 @@ def _list_layers(base: Any) -> list[Any]:
 def is_trained_in_parts(model: Any) -> bool:
     """Whether each rank trains its part of the weights alone."""
     return any(isinstance(p, DTensor) and p.requires_grad for p in model.parameters())
+
+
+@contextmanager
+def gathering_once(model: Any) -> Iterator[None]:
+    """What is beside the layers is gathered by the first call of `model` in here, and given up after the last.
+
+    Each call would gather it anew, and ranks may call the model for their rows in different numbers.
+    """
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        model.reshard()
+        model.set_reshard_after_forward(True, recurse=False)
 
 
 def gather_weights(model: Any, *, keeps: bool) -> dict[str, torch.Tensor] | None:

@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional
 
 from appliance.training.monitor import measure_sameness
+from appliance.training.sharding import gathering_once
 
 _IGNORED = -100
 _HEAD_BYTES = 1 << 28  # of logits at a time; what `plan` counts for a head that does not hold them
@@ -94,7 +95,7 @@ def _predict(model: Any, batch: dict[str, Any]) -> tuple[list[float], list[int],
 def _score_packed(model: Any, inputs: dict[str, Any], labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Losses and most likely tokens, some positions at a time: the layers are computed once, then the head alone."""
     size = max(1, _HEAD_BYTES // (_BYTES_A_LOGIT * model.config.get_text_config().vocab_size))
-    with _computing_once(model.get_decoder()):
+    with gathering_once(model), _computing_once(model.get_decoder()):
         for places, wanted in zip(inputs["logits_to_keep"].split(size), labels[0].split(size), strict=True):
             logits = model(**{**inputs, "logits_to_keep": places}, use_cache=False).logits
             yield _compare(logits[0], wanted)
