@@ -35,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -535,6 +535,9 @@ def measure_appliance(
     recipe = Recipe.model_validate(values)
     shapes = read_shapes(home)
     machine = read_machine()
+    if torch.cuda.is_available() and not machine.gpu:  # a rented machine without nvidia-smi
+        device = torch.cuda.get_device_properties(0)
+        machine = replace(machine, gpu=device.name, gpu_memory_bytes=device.total_memory, has_bf16=True, gpus=1)
     plan = plan_bench(recipe, token_rows, home, shapes=shapes, machine=machine)
 
     started: list[tuple[Any, float]] = []

@@ -56,10 +56,11 @@ def test_a_gpu_that_was_asked_for_and_is_not_there_is_a_device_fault(tmp_path: P
         ("H100", SEEN, "ok", "torch sees it"),
         ("H100", UNSEEN, "fault", "too old"),
         ("H100", UNSEEN | {"cuda_fault": ""}, "fault", "without CUDA"),
+        ("", SEEN, "fault", "nvidia-smi names none"),
     ],
-    ids=["none", "both", "old-driver", "cpu-torch"],
+    ids=["none", "both", "old-driver", "cpu-torch", "no-tool"],
 )
-def test_a_gpu_that_only_the_driver_sees_is_a_fault(
+def test_a_gpu_that_only_one_of_driver_and_torch_sees_is_a_fault(
     driver: str, probe: dict[str, str], outcome: str, word: str
 ) -> None:
     """The driver's tool and torch must agree, and where they do not, torch says why."""

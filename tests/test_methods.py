@@ -489,6 +489,27 @@ GOLDEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]  # fmt: skip
 
 
+def test_an_lstm_computes_in_fp32_whatever_the_rest_does(base: Path, tmp_path: Path) -> None:
+    """On CUDA autocast would make it fp16, whose gradients need a scale that bf16 training has not."""
+    import torch
+
+    from appliance.model.weights import compute_as_trained
+    from appliance.training.levers import select_levers
+    from appliance.training.methods import build_model
+
+    cpu = torch.device("cpu")
+    job = make_job(base, tmp_path, make_recipe(method={"type": "p-tuning", "hidden": 16, "encoder": "lstm"}))
+    levers = select_levers(job.training, method=job.method, on_cuda=False)
+    model = build_model(job, levers=levers, precision="bf16", device=cpu)
+    found = {}
+    for module in model.prompt_encoder.modules():
+        if isinstance(module, torch.nn.LSTM | torch.nn.Linear):
+            module.register_forward_hook(lambda m, _i, out: found.update({type(m): out[0].dtype}))
+    with compute_as_trained("bf16", device=cpu):
+        model(input_ids=torch.tensor([[1, 2, 3]])).logits.float().sum().backward()
+    assert found == {torch.nn.LSTM: torch.float32, torch.nn.Linear: torch.bfloat16}
+
+
 @pytest.mark.parametrize(("method", "arguments"), GOLDEN)
 def test_the_arguments_of_peft_are_what_the_recipe_says(method: dict[str, Any], arguments: dict[str, Any]) -> None:
     """Golden: a pure function of the section, for every method."""

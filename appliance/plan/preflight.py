@@ -85,10 +85,13 @@ def check_gpu(machine: Machine, probe: Mapping[str, Any]) -> Check:
     is_seen = str(probe["device"]).startswith("cuda")
     if not machine.gpu and not is_seen:
         return Check("GPU", "ok", "none: recipes with needs.gpu: required are refused here")
+    if not machine.gpu:
+        action = "let nvidia-smi run here (a container: NVIDIA_DRIVER_CAPABILITIES=compute,utility), or hide the GPU"
+        found = f"{probe['name']}: torch sees it, nvidia-smi names none: runs would be planned for the processor"
+        return Check("GPU", "fault", found, f"{action} with CUDA_VISIBLE_DEVICES=", is_gpu=True)
     if is_seen:
-        name = machine.gpu or probe["name"]
         more = f"; {machine.gpus - 1} more for recipes with needs.devices" if machine.gpus > 1 else ""
-        found = f"{name}, {machine.gpu_memory_bytes / _GIB:.0f} GiB, torch sees it{more}"
+        found = f"{machine.gpu}, {machine.gpu_memory_bytes / _GIB:.0f} GiB, torch sees it{more}"
         return Check("GPU", "ok", found, is_gpu=True)
     why = probe["cuda_fault"] or f"this torch ({probe['torch']}) is built without CUDA"
     action = "update the driver to one that knows the CUDA of this torch, or use the CUDA image"

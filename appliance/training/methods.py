@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from appliance.digest import digest_bytes
 from appliance.errors import TrainingError
-from appliance.method import FullMethod, LoraMethod, Method, PromptTuningMethod, QloraMethod
+from appliance.method import FullMethod, LoraMethod, Method, PromptTuningMethod, PTuningMethod, QloraMethod
 from appliance.model.shapes import Shape, check_method, list_experts, read_weight_shapes
 from appliance.model.weights import Precision, check_finite, load_model, read_weights
 from appliance.training import attention
@@ -79,7 +79,16 @@ def build_model(job: TrainingJob, *, levers: Levers, precision: Precision, devic
     _check_experts(method, experts, adapted)
     if isinstance(method, QloraMethod) and method.variant == "loftq":
         _start_from_rounding_error(adapted, job.base)
+    if isinstance(method, PTuningMethod):
+        _compute_as_kept(adapted.prompt_encoder)
     return adapted
+
+
+def _compute_as_kept(encoder: Any) -> None:
+    """The encoder in the fp32 of its weights: on CUDA autocast makes an LSTM fp16, whatever it makes all else."""
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.LSTM):
+            module.forward = torch.autocast(next(module.parameters()).device.type, enabled=False)(module.forward)
 
 
 def _list_linears(model: Any) -> dict[str, tuple[int, ...]]:
