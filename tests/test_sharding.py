@@ -75,6 +75,16 @@ def test_a_base_that_is_shared_out_changes_no_byte(base: Path, warm: Warm, tmp_p
     assert any("validation_loss" in r for r in journals[0])
 
 
+def run_ranks(script: str, base: Path, place: Path) -> Any:
+    """What a script prints last, as JSON: it forks itself into ranks, which meet at `place`."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(base), str(place)],
+        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 PARTS = """
 import json, os, sys
 from pathlib import Path
@@ -117,12 +127,7 @@ if rank == 0:
 
 def test_each_rank_holds_its_part_of_the_layers_and_one_at_a_time_the_whole(base: Path, tmp_path: Path) -> None:
     """The parts of a frozen matrix are the matrix; what is trained, and what is beside the layers, is whole on each."""
-    done = subprocess.run(
-        [sys.executable, "-c", PARTS, str(base), str(tmp_path / "meeting")],
-        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    answers = json.loads(done.stdout.splitlines()[-1])
+    answers = run_ranks(PARTS, base, tmp_path / "meeting")
     before = answers[0]["before"]
     for name, size in before.items():
         held = [a["held"][name] for a in answers]
@@ -246,24 +251,14 @@ if rank == 0:
 
 def test_ranks_with_answers_of_different_lengths_score_them_together(base: Path, tmp_path: Path) -> None:
     """However often each asks the head: what is beside the layers is gathered once a batch, and anew for the next."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCORED, str(base), str(tmp_path / "meeting")],
-        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    for expected, found, changed in json.loads(done.stdout.splitlines()[-1]):
+    for expected, found, changed in run_ranks(SCORED, base, tmp_path / "meeting"):
         assert found == pytest.approx(expected, rel=1e-5)
         assert changed != pytest.approx(found, rel=1e-3)
 
 
 def test_what_is_trained_in_parts_is_what_is_trained_whole(base: Path, tmp_path: Path) -> None:
     """A step of three ranks is that of one with all rows, its state is saved whole, and each takes its part back."""
-    done = subprocess.run(
-        [sys.executable, "-c", TRAINED, str(base), str(tmp_path)],
-        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    size, answers = json.loads(done.stdout.splitlines()[-1])
+    size, answers = run_ranks(TRAINED, base, tmp_path)
     assert sum(a["held"] for a in answers) == size
     assert max(a["held"] for a in answers) < 0.4 * size
     assert [a["kept"] for a in answers] == [size, 0, 0]
