@@ -47,11 +47,11 @@ def _forward(layer: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> to
     product: torch.Tensor = _FusedProduct.apply(
         x.to(weight.dtype), weight, base.bias, down, up, layer.scaling[_ADAPTER]
     )
-    return product
+    return product.view(*x.shape[:-1], -1)  # out here: what a function gives as a view may not be added to in place
 
 
 class _FusedProduct(torch.autograd.Function):  # type: ignore[misc]
-    """y = x W' + b + scale (x A') B'; W (out, in) and b are frozen, A (r, in) and B (out, r) are trained."""
+    """y = x W' + b + scale (x A') B', (N, out); W (out, in) and b are frozen, A (r, in) and B (out, r) are trained."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd calls it by position
@@ -69,18 +69,17 @@ class _FusedProduct(torch.autograd.Function):  # type: ignore[misc]
         hidden = torch.mm(flat, down.t())
         y.addmm_(hidden, up.t(), alpha=scale)
         ctx.save_for_backward(flat, weight, down, up, hidden)
-        ctx.scale = scale
-        return y.view(*x.shape[:-1], -1)
+        ctx.scale, ctx.shape = scale, x.shape
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         flat, weight, down, up, hidden = ctx.saved_tensors
-        shape = gradients[0].shape
-        dy = gradients[0].reshape(-1, shape[-1])
+        dy = gradients[0]
         dh = torch.mm(dy, up)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = torch.mm(dy, weight).addmm_(dh, down, alpha=ctx.scale).view(*shape[:-1], -1)
+            dx = torch.mm(dy, weight).addmm_(dh, down, alpha=ctx.scale).view(ctx.shape)
         ddown = torch.mm(dh.t(), flat).float().mul_(ctx.scale)
         dup = torch.mm(dy.t(), hidden).float().mul_(ctx.scale)
         return dx, None, None, ddown, dup, None
