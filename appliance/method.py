@@ -47,7 +47,9 @@ class LoraMethod(Section):
     alpha: int | None = Field(None, ge=1, description="scale; twice the rank when left out")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="share of an adapter's inputs that a step leaves out")
     targets: Targets = Field(
-        "all-linear", description="names of the layers that get adapters; all-linear: every linear layer but the head"
+        "all-linear",
+        description="names of the layers that get adapters; all-linear: those of the language model, without its head, "
+        "routers and tiny gates",
     )
 
     @field_validator("variant", mode="before")

@@ -124,7 +124,7 @@ class TrainingSection(Section):
         "refuse", description="what becomes of rows longer than max_length; dropped rows are listed on the card"
     )
     packing: Literal["auto"] | bool = Field(
-        "auto", description="rows end to end without padding; auto: wherever the method allows it"
+        "auto", description="rows end to end without padding; auto: wherever method and model allow it"
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="the rate after the warm-up: to 0 along a cosine or a line, or as it is"

@@ -39,7 +39,7 @@ from appliance.training import attention, levers, train
 from appliance.training.batches import build_records, collate_packed, collate_padded, count_row_tokens, spread_labels
 from appliance.training.fingerprint import make_deterministic, settle_determinism
 from appliance.training.fused import fuse_lora
-from appliance.training.guards import check_packing
+from appliance.training.guards import find_packing_fault
 from appliance.training.levers import Levers, settle_levers
 
 ROW = TokenRow(id="r", input_ids=list(range(8)), spans=[(4, 8)])
@@ -163,7 +163,7 @@ def test_the_guard_meets_the_kernel_that_trains(base: Path, monkeypatch: pytest.
     model = load_model(base, precision="fp32", device=torch.device("cpu"), attention=attention.NAME)
     template = load_template(base)
     rows = tuple(render_row(e, template) for e in make_related_examples())
-    check_packing(model, rows, prefix="shared", precision="bf16", device=torch.device("cpu"))
+    assert not find_packing_fault(model, rows, prefix="shared", precision="bf16", device=torch.device("cpu"))
     monkeypatch.undo()
     attention.register()
     assert found == {torch.bfloat16}
@@ -404,8 +404,8 @@ def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(
 
 def test_the_fused_head_needs_what_builds_its_kernel(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU host without a compiler scores labelled positions plainly; a CPU's fused head is torch's own code."""
-    wanted = Levers(attention="packed", head="fused", lora="fused", prefix="shared", compile=False)
-    model = load_model(base, precision="fp32", device=torch.device("cpu"))
+    wanted = Levers(rows="packed", attention="packed", head="fused", lora="fused", prefix="shared", compile=False)
+    model = load_model(base, precision="fp32", device=torch.device("cpu"), attention=attention.NAME)
     on_gpu = SimpleNamespace(modules=model.modules, config=model.config, device=torch.device("cuda", 0))
     monkeypatch.setattr(levers, "has_compiler", lambda: True)
     assert settle_levers(wanted, on_gpu).head == "fused"

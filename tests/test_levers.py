@@ -127,6 +127,17 @@ def test_grouped_heads_attend_as_repeated_heads(base: Path) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_what_a_fused_layer_gives_may_be_added_to_in_place(base: Path) -> None:
+    """As Llama 4 adds its experts to the layer that all tokens share."""
+    model = build_adapted(base)
+    fuse_lora(model)
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    x = torch.randn(2, 3, layer.in_features)
+    (expected,) = torch.autograd.grad(layer(x).add(1.0).square().sum(), layer.lora_B["default"].weight)
+    (found,) = torch.autograd.grad(layer(x).add_(1.0).square().sum(), layer.lora_B["default"].weight)
+    torch.testing.assert_close(found, expected)
+
+
 def make_related_examples() -> list[Example]:
     """Rows that begin alike in every way: one system prompt, one first turn, one whole prompt, nothing at all."""
     system, turn = Message("system", "Name the colour of the thing."), Message("user", "a red thing")
@@ -303,7 +314,7 @@ def test_a_run_learns_the_same_whatever_its_levers(base: Path, tmp_path: Path, s
         make_job(base, tmp_path / "slow", make_recipe(training={"precision": "fp32", "speed": speed}))
     )
     levers = {"attention": "packed", "head": "labelled", "lora": "fused", "prefix": "shared", "compile": False}
-    assert fast["levers"] == levers
+    assert fast["levers"] == {"rows": "packed", **levers}
     assert {k: slow["levers"][k] for k in speed} == speed
     assert slow["first_loss"] == pytest.approx(fast["first_loss"], rel=1e-4)
     assert slow["last_loss"] == pytest.approx(fast["last_loss"], rel=0.05)
@@ -317,6 +328,7 @@ def test_levers_follow_device_and_method() -> None:
 
     assert select(make_recipe(), on_cuda=True)["head"] == "fused"
     assert select(make_recipe(training={"packing": False}), on_cuda=True) == {
+        "rows": "padded",
         "attention": "standard",
         "head": "standard",
         "lora": "fused",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,59 @@ def test_trained_parameters_of_experts_are_those_that_peft_makes(
     )
     counted = count_trainable(method, read_weight_shapes(experts), read_sizes(experts))
     assert counted == model.get_nb_trainable_parameters()[0]
+
+
+GATED_DELTA = {
+    "head_dim": 16, "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+}  # fmt: skip
+UNEVEN: dict[str, dict[str, Any]] = {
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen3Next": {
+        **GATED_DELTA, "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    },
+    "Llama4Text": {"num_local_experts": 4, "head_dim": 16, "intermediate_size_mlp": 128},
+    "GptOss": {"num_local_experts": 4, "head_dim": 16},
+    "Mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16},
+    "Qwen3_5Text": GATED_DELTA,
+}  # fmt: skip
+NOT_ADAPTED = re.compile(r"\.gate\.|router|shared_expert_gate|vision|multi_modal|(mamba|mixer)\.out_proj")
+
+
+def save_with_vision(folder: Path) -> Path:
+    """A model of text and images: its tower has layers of the same names."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": read_sizes(folder).vocabulary, "pad_token_id": 257,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28
+    }  # fmt: skip
+    Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", [*UNEVEN, "Gemma3"])
+def test_all_linear_layers_are_those_that_an_adapter_belongs_on(base: Path, tmp_path: Path, name: str) -> None:
+    """No router, no tower for images, no gate that the rank does not fit in, and the plan counts what is there."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    if name == "Gemma3":
+        save_with_vision(folder)
+    else:
+        build_architecture(base, name, **UNEVEN[name]).save_pretrained(folder)
+    shutil.copy(base / "generation_config.json", folder)
+    method = LoraMethod(type="lora", rank=8)
+    recipe = make_recipe(method=method.model_dump())
+    levers = select_levers(recipe.training, method=method, on_cuda=False)
+    model = build_model(make_job(folder, tmp_path, recipe), levers=levers, precision="fp32", device=CPU)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert not [n for n in trained if NOT_ADAPTED.search(n)]
+    counted = count_trainable(method, read_weight_shapes(folder), read_sizes(folder))
+    shared = 4 * 3 * 8 * (64 + 32) if name == "Qwen3Next" else 0  # PEFT takes their names for those of experts
+    assert counted - shared == model.get_nb_trainable_parameters()[0]
 
 
 def test_experts_that_peft_does_not_know_are_refused_where_they_are_asked_for(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from tiny import make_recipe, write_base
 
+from appliance.child import Emit
 from appliance.command import WorkerEnd
 from appliance.digest import digest_folder
 from appliance.errors import DeviceError, TrainingError
@@ -71,11 +72,15 @@ def make_job(
     )
 
 
-def run_in_process(job: TrainingJob) -> dict[str, Any]:
+def ignore(**_event: object) -> None:
+    """Nothing is said."""
+
+
+def run_in_process(job: TrainingJob, *, emit: Emit = ignore) -> dict[str, Any]:
     """The child's work in this process: no start-up cost."""
     from appliance.training.trainer import run_job
 
-    run_job(job, stop=SimpleNamespace(is_set=False), emit=lambda **_event: None)
+    run_job(job, stop=SimpleNamespace(is_set=False), emit=emit)
     summary: dict[str, Any] = json.loads((job.folder / "summary.json").read_bytes())
     return summary
 

@@ -22,6 +22,13 @@ Shape = tuple[int, ...]
 _NO_LINEAR = ("lm_head", "wte", "wpe")
 _ON_EXPERTS = ("plain", "rslora", "gaussian")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+# What `all-linear` leaves alone: towers for what is not text, routers of experts, and what Mamba's kernels read past
+# any adapter.
+_APART = re.compile(
+    r"(^|\.)(vision|visual|audio|multi_modal|embed_vision|embed_audio)|\.(gate|router)$|\.router\."
+    r"|\.(mamba|mixer)\.out_proj$"
+)
+_SMALL_SHARE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +136,32 @@ def is_expert(layer: str) -> bool:
     return _EXPERT.search(layer) is not None
 
 
-def select_targets(targets: str | Sequence[str], linears: Mapping[str, Shape]) -> dict[str, Shape]:
-    """The layers that PEFT would adapt: all of them, or those whose name is a target or ends with one.
+def select_adapted(method: LoraMethod, linears: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The layers that get adapters: those that the recipe names, or all linear layers of the language model.
+
+    All are all that the rank fits in: gates, with a number or a few for each head or expert, are too small for it and
+    hold next to nothing. Raises `TrainingError` for a rank too large for a layer that is named or that counts.
+    """
+    if isinstance(method.targets, str):
+        chosen = {n: s for n, s in linears.items() if not _APART.search(n)}
+    else:
+        chosen = select_targets(method.targets, linears)
+    small = {n: s for n, s in chosen.items() if min(s) < method.rank}
+    is_all = isinstance(method.targets, str)
+    if small and not (is_all and count_values(small) <= _SMALL_SHARE * count_values(chosen)):
+        name, shape = min(small.items(), key=lambda item: (min(item[1]), item[0]))
+        raise TrainingError(
+            f"method.rank: {method.rank} is more than {name} can use, whose weight is {shape[0]} x {shape[1]}; "
+            f"set it to {min(shape)} or less, or name other method.targets"
+        )
+    return {n: s for n, s in chosen.items() if n not in small}
+
+
+def select_targets(targets: Sequence[str], linears: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The layers whose name is a target or ends with one, as PEFT finds them.
 
     Raises `TrainingError` when a target matches nothing, with the names that exist.
     """
-    if isinstance(targets, str):
-        return dict(linears)
     lost = [t for t in targets if not any(_matches(n, t) for n in linears)]
     if lost:
         names = sorted({n.rpartition(".")[2] for n in linears})
@@ -155,15 +181,7 @@ def check_method(method: Method, linears: Mapping[str, Shape], *, base: Path) ->
     elif isinstance(method, Ia3Method):
         select_targets(method.scaled, linears)
     elif isinstance(method, LoraMethod):
-        chosen = select_targets(method.targets, linears)
-        small = {n: s for n, s in chosen.items() if min(s) < method.rank}
-        if small:
-            name, shape = min(small.items(), key=lambda item: min(item[1]))
-            raise TrainingError(
-                f"method.rank: {method.rank} is more than {name} can use, whose weight is {shape[0]} x {shape[1]}; "
-                f"set it to {min(shape)} or less, or name other method.targets"
-            )
-        _check_experts(method, chosen)
+        _check_experts(method, select_adapted(method, linears))
 
 
 def _check_experts(method: LoraMethod, chosen: Mapping[str, Shape]) -> None:

@@ -74,10 +74,11 @@ def load_model(
     device: torch.device,
     four_bit: bool = False,
     spread: bool = False,
-    attention: str = "sdpa",
+    attention: str | None = None,
 ) -> Any:
     """The causal language model of `folder`, on `device`, or layer by layer over all that torch sees if `spread`.
 
+    `attention` left out is the library's choice: torch's fused one for every class that it computes in full.
     Raises `ModelError` when it is damaged.
     """
     transformers_logging.disable_progress_bar()
@@ -110,6 +111,12 @@ def load_model(
     if four_bit:
         _keep_layout(model)
     return model if four_bit or spread else model.to(device)
+
+
+def find_layers(model: Any) -> list[Any]:
+    """The layers of a model, by what transformers itself splits it; empty where its class does not say."""
+    names = model._no_split_modules or ()  # noqa: SLF001 - there is no other place that says it
+    return [m for m in model.modules() if type(m).__name__ in names]
 
 
 def _keep_layout(model: Any) -> None:

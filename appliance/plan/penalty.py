@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from appliance.method import FullMethod, LoraMethod, Method
-from appliance.model.shapes import Shape, list_linears, select_targets
+from appliance.model.shapes import Shape, list_linears, select_adapted
 
 # Both factors of these begin away from zero, so both are kept in fp32 as they began.
 _STARTED = ("orthogonal", "pissa", "olora", "loftq")
@@ -38,7 +38,7 @@ def measure_penalty(method: Method, weights: Mapping[str, Shape], dtypes: Mappin
         guarded = dict(weights)
         start = sum(_start_bytes(dtypes[n]) * math.prod(s) for n, s in guarded.items())
     elif isinstance(method, LoraMethod):
-        guarded = select_targets(method.targets, list_linears(weights))
+        guarded = select_adapted(method, list_linears(weights))
         start = sum(4 * method.rank * sum(s) for s in guarded.values()) if method.variant in _STARTED else 0
     else:
         return PenaltyMemory()

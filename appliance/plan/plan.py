@@ -30,6 +30,7 @@ from appliance.model.shapes import (
     read_sizes,
     read_weight_dtypes,
     read_weight_shapes,
+    select_adapted,
     select_targets,
 )
 from appliance.plan.activations import count_activations, select_kind
@@ -191,7 +192,7 @@ def count_trainable(method: Method, weights: Mapping[str, Shape], sizes: ModelSi
     if isinstance(method, FullMethod):
         return count_values(weights)
     if isinstance(method, LoraMethod):
-        return _count_lora(method, select_targets(method.targets, list_linears(weights)))
+        return _count_lora(method, select_adapted(method, list_linears(weights)))
     if isinstance(method, Ia3Method):
         scaled = select_targets(method.scaled, list_linears(weights))
         inputs = select_targets(method.scaled_at_input, scaled)
@@ -236,7 +237,7 @@ def _check_penalty(recipe: Recipe, weights: Mapping[str, Shape]) -> None:
     """Raise `TrainingError` where the penalty would have to know what an adapter does to experts."""
     if recipe.forgetting is None or recipe.forgetting.ewc is None or not isinstance(recipe.method, LoraMethod):
         return
-    if any(map(is_expert, select_targets(recipe.method.targets, list_linears(weights)))):
+    if any(map(is_expert, select_adapted(recipe.method, list_linears(weights)))):
         raise TrainingError(
             "forgetting.ewc: knows what single matrices were, and the experts of this model are one tensor; "
             "name the other layers in method.targets, or use forgetting.replay"

@@ -20,7 +20,7 @@ from appliance.errors import TrainingError
 from appliance.method import FullMethod
 from appliance.model.shapes import count_values, read_weight_shapes
 from appliance.model.weights import Precision, load_model
-from appliance.recipe import is_packed, select_learning_rate
+from appliance.recipe import select_learning_rate
 from appliance.training import attention
 from appliance.training.checkpoints import is_sound, name_checkpoint
 from appliance.training.journal import Journal
@@ -145,8 +145,8 @@ def build_summary(
         "device": name_device(device),
         "threads": torch.get_num_threads(),
         "levers": levers.to_json(),
-        "attention": attention.NAME if levers.attention == "packed" else "sdpa",
-        "packing": is_packed(job.training, job.method),
+        "attention": attention.name_used(model),
+        "packing": levers.rows == "packed",
         "peak_memory_bytes": measure_peak_memory(device),
         "adapter_sha256": digest_folder(job.adapter),
     }

@@ -6,7 +6,8 @@ the right is invisible to real tokens, so no block mask is needed. For the short
 fine-tuning on a CPU the plain product is 1.5 times as fast for the whole step as torch's fused
 bf16 kernel with a block mask (benchmarks/train_cpu.py measures it); on other devices the fused
 causal kernel is used. Where rows share a prefix (see `batches`), each gets its own copy of the
-prefix's keys and values here, for the length of one attention.
+prefix's keys and values here, for the length of one attention. What no fused kernel computes, soft
+caps and sinks, takes the plain product everywhere.
 """
 
 from __future__ import annotations
@@ -32,6 +33,21 @@ def register() -> None:
     AttentionInterface.register(NAME, attend)
 
 
+def use(model: Any) -> None:
+    """Let a model's layers call `attend`; one whose class has attention of its own keeps it."""
+    model.set_attn_implementation(NAME)
+
+
+def use_standard(model: Any) -> None:
+    """Give the layers what the library chooses for their class: torch's fused attention where that computes all."""
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")  # noqa: SLF001 - so does transformers
+
+
+def name_used(model: Any) -> str:
+    """What the language model's layers compute attention with."""
+    return str(model.config.get_text_config()._attn_implementation)  # noqa: SLF001 - there is a setter and no getter
+
+
 def attend(
     module: Any,
     query: torch.Tensor,
@@ -43,6 +59,7 @@ def attend(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     row_places: torch.Tensor | None = None,
@@ -53,13 +70,12 @@ def attend(
 
     query (1, H, T, D), key and value (1, G, T, D) with H a multiple of G; `cu_seq_lens_q` (N + 1,)
     are the documents' cumulative lengths, `row_places` and `row_origins` as `batches.collate_packed`
-    gives them; with a `sliding_window` a token sees so many, itself included. Returns (1, T, H, D).
-    Raises `ValueError` for what it does not compute: batches that are not packed, soft caps.
+    gives them; with a `sliding_window` a token sees so many, itself included; a `softcap` c makes a score s
+    c tanh(s / c); `s_aux` (H,) are sinks, a score each that takes its share and gives nothing. Returns (1, T, H, D).
+    Raises `ValueError` for batches that are not packed.
     """
-    if attention_mask is not None or query.shape[0] != 1 or softcap is not None:
-        raise ValueError(
-            "packed attention needs one flat batch without a mask or a soft cap; set training.packing: false"
-        )
+    if attention_mask is not None or query.shape[0] != 1:
+        raise ValueError("packed attention needs one flat batch without a mask")
     if cu_seq_lens_q is None or max_length_q is None:
         cu_seq_lens_q, max_length_q = torch.tensor([0, query.shape[2]], device=query.device), query.shape[2]
         row_places = row_origins = None
@@ -68,7 +84,8 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cuda":
         query, key, value = (x.to(select_dtype(x)) for x in (query, key, value))
-    if dropout == 0.0 and value.shape[-1] == query.shape[-1] and has_varlen(query):
+    is_plain = softcap is not None or s_aux is not None
+    if not is_plain and dropout == 0.0 and value.shape[-1] == query.shape[-1] and has_varlen(query):
         rows = (query, key, value)
         if row_places is not None:
             rows = tuple(x.index_select(2, row_places) for x in rows)
@@ -80,8 +97,10 @@ def attend(
         index = functional.pad(row_places, (0, 1), value=query.shape[2])[index]
         real = real[row_origins]
     queries, keys, values = (_spread(x, index, len(cu_seq_lens_q) - 1) for x in (query, key, value))
-    if query.device.type == "cpu" and dropout == 0.0 and longest <= _PLAIN_LIMIT:
-        mixed = _attend_plain(queries, keys, values, scale, window=window)
+    if is_plain or (query.device.type == "cpu" and dropout == 0.0 and longest <= _PLAIN_LIMIT):
+        mixed = _attend_plain(
+            queries, keys, values, scale, window=window, softcap=softcap, sinks=s_aux, dropout=dropout
+        )
     else:
         groups = queries.shape[1] // keys.shape[1]
         keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
@@ -162,15 +181,29 @@ def _find_unseen(longest: int, window: int | None, *, device: torch.device) -> t
 
 
 def _attend_plain(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, *, window: int | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    *,
+    window: int | None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
     """softmax(q k' scale + causal) v, (N, H, L, D); a group of query heads shares its key head without a copy."""
     documents, heads, longest, _ = query.shape
     grouped = query.reshape(documents, key.shape[1], -1, query.shape[-1])
     weights = torch.matmul(grouped, key.transpose(2, 3)).view(documents, heads, longest, longest) * scale
+    if softcap is not None:
+        weights = softcap * torch.tanh(weights / softcap)
     unseen = torch.zeros(longest, longest, dtype=weights.dtype, device=weights.device)
     unseen.masked_fill_(_find_unseen(longest, window, device=weights.device), float("-inf"))
-    shares = torch.softmax(weights + unseen, -1).to(value.dtype).view(documents, key.shape[1], -1, longest)
+    scores = weights + unseen
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(documents, -1, longest, 1)], -1)
+    shares = torch.softmax(scores, -1)[..., :longest].to(value.dtype)
+    shares = functional.dropout(shares, dropout).reshape(documents, key.shape[1], -1, longest)
     return torch.matmul(shares, value).view(documents, heads, longest, -1)
 
 

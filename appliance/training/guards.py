@@ -12,10 +12,12 @@ import torch
 from appliance.errors import TrainingError
 from appliance.method import FullMethod
 from appliance.model import TokenRow
+from appliance.model.faults import name_fault
 from appliance.model.weights import Precision, compute_as_trained
-from appliance.training.batches import build_records, collate_packed
+from appliance.training import attention
+from appliance.training.batches import build_records, collate_packed, collate_padded
 from appliance.training.launch import TrainingJob
-from appliance.training.levers import Prefix
+from appliance.training.levers import Levers, Prefix
 from appliance.training.methods import Weights, without_training
 from appliance.training.sharding import get_local
 
@@ -23,16 +25,21 @@ _PARITY = {"bf16": 0.05, "fp32": 1e-3}
 # Of logits, as root mean square. Another order of the same sums moved SmolLM2-135M's by 0.05 in bf16 and 0.0000 in
 # fp32; a row that saw another one moved them by 0.07 (a word before a long answer) to 0.6.
 _DRIFT = {"bf16": 0.2, "fp32": 1e-3}
-_LEAK = {"bf16": 0.05, "fp32": 1e-4}
-_LOOKED_AT = 16
+# Two batches of the same sizes: 0 for every class that keeps rows apart, 0.004 and more for those that do not.
+_LEAK = {"bf16": 2e-3, "fp32": 1e-4}
+_LOOKED_AT = 8
 _COMPARED = 64  # trained positions of a row: all of them would cost memory that nothing proves, see `proof`
 
 
-def check_base(model: Any, row: TokenRow, *, precision: Precision, device: torch.device) -> None:
+def check_base(model: Any, row: TokenRow, *, levers: Levers, precision: Precision, device: torch.device) -> None:
     """The base's loss on a row is finite: what starts as NaN can only stay NaN."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    records = build_records([row])
     base.eval()
-    loss = _mean_loss(base, build_records([row]), precision, device=device, alone=True)
+    if levers.rows == "packed":
+        loss = _mean_loss(base, records, precision, device=device, alone=True)
+    else:
+        loss = _compute_loss(base, collate_padded(records, pad_id=0), precision, device=device)
     base.train()
     if not math.isfinite(loss):
         raise TrainingError(
@@ -41,10 +48,10 @@ def check_base(model: Any, row: TokenRow, *, precision: Precision, device: torch
         )
 
 
-def check_packing(
+def find_packing_fault(
     model: Any, rows: Sequence[TokenRow], *, prefix: Prefix, precision: Precision, device: torch.device
-) -> None:
-    """Packed rows must not see each other: packed loss == loss of each row alone, by standard attention.
+) -> str:
+    """Why these rows must not be packed, empty where they may: packed loss == loss of each alone, standard attention.
 
     Three rows and the longest of all: what a model does beyond a length of its own (windows, chunks) is seen
     there or nowhere.
@@ -52,36 +59,43 @@ def check_packing(
     longest = max(rows, key=lambda r: len(r.input_ids))
     records = build_records([*[r for r in rows[:4] if r is not longest][:3], longest])
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    used = base.config._attn_implementation  # noqa: SLF001 - transformers has a setter and no getter
+    used = attention.name_used(base)
     model.eval()
     try:
         packed = _mean_loss(model, records, precision, device=device, prefix=prefix)
         both = (records, _change_others(records))
-        beside = [_look_at_last(model, r, precision, device=device, prefix=prefix) for r in both]
-        base.set_attn_implementation("sdpa")
+        places = _choose_places(records, prefix)
+        beside = [_look_at_last(model, r, precision, places=places, device=device, prefix=prefix) for r in both]
+        attention.use_standard(base)
         losses = [(_mean_loss(model, [r], precision, device=device, alone=True), _count_trained(r)) for r in records]
-        by_itself = _look_at_last(model, records[-1:], precision, device=device, alone=True)
-    except (ValueError, TypeError, IndexError) as fault:
-        raise TrainingError(f"this model cannot train packed rows ({fault}); set training.packing: false") from fault
+        by_itself = _look_at_last(model, records[-1:], precision, places=places, device=device, alone=True)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as fault:
+        if name_fault(fault) != "other":
+            raise
+        return f"this class of model cannot train packed rows ({_take_first_line(fault)})"
     finally:
         base.set_attn_implementation(used)
         model.train()
     alone = sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+    if not math.isfinite(alone):
+        return ""  # a fault of the base, see `check_base`
     if not abs(packed - alone) <= _PARITY[precision] * max(1.0, alone):
-        raise TrainingError(
-            f"packed loss {packed:.4f} is not the loss of the rows alone, {alone:.4f}: rows would see each other; "
-            "set training.packing: false"
-        )
+        return f"packed loss {packed:.4f} is not the loss of the rows alone, {alone:.4f}: rows would see each other"
     if (drift := _measure_distance(beside[0], by_itself)) > _DRIFT[precision]:
-        raise TrainingError(
+        return (
             f"the logits of a packed row are {drift:.1%} of their spread from those of the row alone: rows would see "
-            "each other, or more than they do alone; set training.packing: false"
+            "each other, or more than they do alone"
         )
     if (leak := _measure_distance(*beside)) > _LEAK[precision]:
-        raise TrainingError(
+        return (
             f"the logits of a packed row move by {leak:.1%} of their spread when another row changes: "
-            "rows see each other; set training.packing: false"
+            "rows see each other"
         )
+    return ""
+
+
+def _take_first_line(fault: BaseException) -> str:
+    return (str(fault).strip().splitlines() or [type(fault).__name__])[0]
 
 
 def _change_others(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -101,28 +115,39 @@ def _change_others(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*({**r, "input_ids": change(i)} for r, i in zip(records, others, strict=False)), records[-1]]
 
 
+def _choose_places(records: list[dict[str, Any]], prefix: Prefix) -> list[int]:
+    """Which positions of the last row to look at, counted from the end: the first and the last few of its own.
+
+    What states carry over from the row before, of a convolution or a recurrence, is seen at once or never.
+    """
+    together, before = (
+        collate_packed(r, prefix=prefix)["input_ids"].shape[1] if r else 0 for r in (records, records[:-1])
+    )
+    own = range(before - together, 0)
+    return sorted({*own[:_LOOKED_AT], *own[-_LOOKED_AT:]})
+
+
 def _look_at_last(
     model: Any,
     records: list[dict[str, Any]],
     precision: Precision,
     *,
+    places: list[int],
     device: torch.device,
     prefix: Prefix = "standard",
     alone: bool = False,
 ) -> torch.Tensor:
-    """The logits of the last row at its last few positions, (positions, vocabulary).
+    """The logits at these places of the last row, (places, vocabulary).
 
-    A loss can hide what a row sees: a model that has learnt nothing says the same whatever it sees. The last
-    positions show it; all of them would cost memory with a large vocabulary. They are in the answer, which is
-    never shared.
+    A loss can hide what a row sees: a model that has learnt nothing says the same whatever it sees. All logits would
+    cost memory with a large vocabulary.
     """
-    last = records[-1]
-    count = min(_LOOKED_AT, len(last["input_ids"]) - last["spans"][0][0] + 1)
-    batch = _build_batch(records, device=device, prefix=prefix, alone=alone)
+    batch = _move(_build_batch(records, prefix=prefix, alone=alone), device)
     kept = {k: v for k, v in batch.items() if k not in ("labels", "shift_labels")}
+    kept["logits_to_keep"] = torch.tensor(places, device=device) + batch["input_ids"].shape[1]
     with torch.no_grad(), compute_as_trained(precision, device=device):
-        logits = model(**kept | {"logits_to_keep": count}, use_cache=False).logits
-    return logits[0, -count:].float()
+        logits: torch.Tensor = model(**kept, use_cache=False).logits
+    return logits[0].float()
 
 
 def _measure_distance(these: torch.Tensor, those: torch.Tensor) -> float:
@@ -130,11 +155,15 @@ def _measure_distance(these: torch.Tensor, those: torch.Tensor) -> float:
     return float((these - those).square().mean().sqrt() / these.std().clamp(min=1e-9))
 
 
-def _build_batch(records: list[dict[str, Any]], *, device: torch.device, prefix: Prefix, alone: bool) -> dict[str, Any]:
-    """A packed batch on the device; `alone`, without what tells our attention where rows begin."""
+def _build_batch(records: list[dict[str, Any]], *, prefix: Prefix, alone: bool) -> dict[str, Any]:
+    """A packed batch; `alone`, without what tells our attention where rows begin."""
     batch = collate_packed(records, prefix=prefix)
     left_out = ("cu_seq_lens_q", "max_length_q") if alone else ()
-    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items() if k not in left_out}
+    return {k: v for k, v in batch.items() if k not in left_out}
+
+
+def _move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
 def _mean_loss(
@@ -146,9 +175,13 @@ def _mean_loss(
     prefix: Prefix = "standard",
     alone: bool = False,
 ) -> float:
-    batch = _build_batch([_trim_spans(r) for r in records], device=device, prefix=prefix, alone=alone)
+    batch = _build_batch([_trim_spans(r) for r in records], prefix=prefix, alone=alone)
+    return _compute_loss(model, batch, precision, device=device)
+
+
+def _compute_loss(model: Any, batch: dict[str, Any], precision: Precision, *, device: torch.device) -> float:
     with torch.no_grad(), compute_as_trained(precision, device=device):
-        return float(model(**batch, use_cache=False).loss)
+        return float(model(**_move(batch, device), use_cache=False).loss)
 
 
 def _trim_spans(record: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ Prefix = Literal["standard", "shared"]
 class Levers:
     """What each lever was set to; see `appliance.recipe.SpeedSection` for their meaning."""
 
+    rows: Literal["packed", "padded"]
     attention: Literal["standard", "packed"]
     head: Literal["standard", "labelled", "fused"]
     lora: Literal["standard", "fused"]
@@ -47,6 +48,7 @@ def select_levers(section: TrainingSection, *, method: Method, on_cuda: bool) ->
     head: Literal["labelled", "fused"] = "fused" if on_cuda else "labelled"
     is_apart = packed and wanted.attention == "auto"
     return Levers(
+        rows="packed" if packed else "padded",
         attention="packed" if is_apart else "standard",
         head="standard" if not packed else head if wanted.head == "auto" else wanted.head,
         lora="fused" if plain_lora and wanted.lora == "auto" else "standard",
@@ -59,13 +61,23 @@ def settle_levers(levers: Levers, model: Any) -> Levers:
     """The levers for this very model: with dropout every row draws its own noise, so nothing is shared.
 
     Nor where a router's loss counts tokens. Dropout is a module, or a number in the configuration. On CUDA the fused
-    head is a kernel that Triton builds here: where it cannot, the head scores the labelled positions plainly.
+    head is a kernel that Triton builds here: where it cannot, the head scores the labelled positions plainly. A class
+    with attention of its own keeps it.
     """
+    from appliance.training import attention
+
+    if levers.attention == "packed" and attention.name_used(model) != attention.NAME:
+        levers = replace(levers, attention="standard", prefix="standard")
     if levers.head == "fused" and model.device.type == "cuda" and not has_compiler():
         levers = replace(levers, head="labelled")
     draws = any(type(m).__name__.startswith("Dropout") and m.p > 0 for m in model.modules())
     counts = any(getattr(model.config, key, 0) for key in ("attention_dropout", "output_router_logits"))
     return replace(levers, prefix="standard") if draws or counts else levers
+
+
+def pad_rows(levers: Levers) -> Levers:
+    """The levers for padded rows, which the library alone computes."""
+    return replace(levers, rows="padded", attention="standard", head="standard", prefix="standard")
 
 
 def has_compiler() -> bool:

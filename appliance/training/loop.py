@@ -17,7 +17,6 @@ from trl import SFTConfig, SFTTrainer
 
 from appliance.model import TokenRow
 from appliance.model.weights import Precision
-from appliance.recipe import is_packed
 from appliance.training.arguments import build_training_arguments
 from appliance.training.artifact import load_parts
 from appliance.training.batches import (
@@ -69,7 +68,7 @@ def build_trainer(
         checkpointing=job.checkpointing,
         output=job.checkpoints,
     )
-    packed = is_packed(job.training, job.method)
+    packed = levers.rows == "packed"
     is_rounded = model.device.type == "cpu" and levers.prefix == "shared"  # so nothing counts or draws by position
     pack = partial(collate_packed, sizes="rounded" if is_rounded else "exact")
     collate_apart = pack if packed else partial(collate_padded, pad_id=tokenizer.pad_token_id)

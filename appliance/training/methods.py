@@ -28,8 +28,8 @@ from transformers.pytorch_utils import Conv1D
 from appliance.digest import digest_bytes
 from appliance.errors import TrainingError
 from appliance.method import FullMethod, LoraMethod, Method, PromptTuningMethod, PTuningMethod, QloraMethod
-from appliance.model.shapes import Shape, check_method, list_experts, read_weight_shapes
-from appliance.model.weights import Precision, check_finite, load_model, read_weights
+from appliance.model.shapes import Shape, check_method, list_experts, read_weight_shapes, select_adapted
+from appliance.model.weights import Precision, check_finite, find_layers, load_model, read_weights
 from appliance.training import attention
 from appliance.training.arguments import CHANGING_THE_BASE, build_adapter_arguments
 from appliance.training.launch import TrainingJob
@@ -59,17 +59,20 @@ def build_model(job: TrainingJob, *, levers: Levers, precision: Precision, devic
         precision="fp32" if isinstance(method, FullMethod) else precision,  # master weights, computed under autocast
         device=device,
         four_bit=isinstance(method, QloraMethod),
-        attention=attention.NAME if levers.attention == "packed" else "sdpa",
     )
+    if levers.attention == "packed":
+        attention.use(model)
     check_finite(model, job.base, four_bit=isinstance(method, QloraMethod))
     if levers.compile:
-        for layer in model.get_decoder().layers:
-            layer.compile(dynamic=True)
+        _compile_layers(model)
     if isinstance(method, FullMethod):
         return model
     experts = list_experts(read_weight_shapes(job.base))  # no layers in memory, but PEFT finds them
-    check_method(method, _list_linears(model) | experts, base=job.base)
+    linears = _list_linears(model) | experts
+    check_method(method, linears, base=job.base)
     arguments = build_adapter_arguments(method)
+    if isinstance(method, LoraMethod) and isinstance(method.targets, str):
+        arguments |= _name_targets(model, select_adapted(method, linears))
     if isinstance(method, PromptTuningMethod) and method.text is not None:
         arguments["tokenizer_name_or_path"] = str(job.base)
     try:
@@ -84,11 +87,28 @@ def build_model(job: TrainingJob, *, levers: Levers, precision: Precision, devic
     return adapted
 
 
+def _compile_layers(model: Any) -> None:
+    layers = find_layers(model)
+    if not layers:
+        raise TrainingError(
+            f"training.speed.compile: {type(model).__name__} does not say what its layers are; set it to off"
+        )
+    for layer in layers:
+        layer.compile(dynamic=True)
+
+
 def _compute_as_kept(encoder: Any) -> None:
     """The encoder in the fp32 of its weights: on CUDA autocast makes an LSTM fp16, whatever it makes all else."""
     for module in encoder.modules():
         if isinstance(module, torch.nn.LSTM):
             module.forward = torch.autocast(next(module.parameters()).device.type, enabled=False)(module.forward)
+
+
+def _name_targets(model: Any, adapted: Mapping[str, Shape]) -> dict[str, Any]:
+    """The layers to adapt as PEFT and servers know them: last parts of names, and whose name ends so by chance."""
+    last = {n.rpartition(".")[2] for n in adapted}
+    others = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in last and n not in adapted]
+    return {"target_modules": sorted(last), "exclude_modules": sorted(others) or None}
 
 
 def _list_linears(model: Any) -> dict[str, tuple[int, ...]]:

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from appliance.errors import TrainingError
-from appliance.model.weights import Precision
+from appliance.model.weights import Precision, find_layers
 
 
 def shard_base(model: Any, mesh: DeviceMesh, *, device: torch.device) -> None:
@@ -60,8 +60,7 @@ def shard_trained(model: Any, mesh: DeviceMesh, *, precision: Precision, device:
 
 
 def _list_layers(base: Any) -> list[Any]:
-    names = base._no_split_modules or ()  # noqa: SLF001 - what transformers itself shards by
-    layers = [m for m in base.modules() if type(m).__name__ in names]
+    layers = find_layers(base)
     if not layers:
         raise TrainingError(
             f"needs.weights: {type(base).__name__} does not say what its layers are, so they cannot be shared out; "

@@ -18,11 +18,13 @@ from transformers.utils import logging as transformers_logging
 
 from appliance.child import Emit, StopFlag
 from appliance.digest import canonical_json, write_atomic
-from appliance.errors import InterruptedRunError
+from appliance.errors import InterruptedRunError, TrainingError
 from appliance.method import FullMethod, QloraMethod
+from appliance.model import TokenRow
 from appliance.model.faults import device_faults_as_errors
 from appliance.model.weights import Precision, select_device, select_precision
-from appliance.recipe import count_steps, is_packed
+from appliance.recipe import count_steps
+from appliance.training import attention
 from appliance.training.artifact import build_summary, finish_weights, load_kept_weights, name_device, save_artifact
 from appliance.training.checkpoints import (
     Facts,
@@ -40,10 +42,10 @@ from appliance.training.fingerprint import (
     make_deterministic,
     make_repeatable,
 )
-from appliance.training.guards import check_base, check_packing, check_trained
+from appliance.training.guards import check_base, check_trained, find_packing_fault
 from appliance.training.journal import Journal, read_records
 from appliance.training.launch import TrainingJob
-from appliance.training.levers import Levers, select_levers, settle_levers
+from appliance.training.levers import Levers, pad_rows, select_levers, settle_levers
 from appliance.training.loop import build_trainer, run_steps
 from appliance.training.methods import Weights, build_model, copy_start, digest_start
 from appliance.training.monitor import Rules, build_rules, select_kept_step, watch_records
@@ -77,11 +79,9 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit, rank: int = 0, meet
         model = _load(job, ranks, levers=wanted, precision=precision, device=device)
         levers = settle_levers(wanted, model)
         make_repeatable(model, train_rows[0], precision=precision, emit=emit)
-        check_base(model, train_rows[0], precision=precision, device=device)
-        if is_packed(job.training, job.method):
-            check_packing(
-                model, (*train_rows, *validation_rows), prefix=levers.prefix, precision=precision, device=device
-            )
+        rows = (*train_rows, *validation_rows)
+        levers = _settle_rows(job, ranks, model, rows=rows, levers=levers, precision=precision, emit=emit)
+        check_base(model, train_rows[0], levers=levers, precision=precision, device=device)
         penalty = ranks.take_turns(lambda: build_penalty(job, model, precision=precision, emit=emit))
 
         # 4. The trainer, from the newest sound checkpoint of this very job.
@@ -189,6 +189,30 @@ def _load(job: TrainingJob, ranks: Ranks, *, levers: Levers, precision: Precisio
         return model
 
     return ranks.one_by_one(load)
+
+
+def _settle_rows(
+    job: TrainingJob,
+    ranks: Ranks,
+    model: Any,
+    *,
+    rows: tuple[TokenRow, ...],
+    levers: Levers,
+    precision: Precision,
+    emit: Emit,
+) -> Levers:
+    """The levers, with rows padded where this class of model would mix packed ones up and the recipe leaves it open."""
+    if levers.rows == "padded":
+        return levers
+    fault = find_packing_fault(model, rows, prefix=levers.prefix, precision=precision, device=model.device)
+    if not ranks.is_any(bool(fault)):
+        return levers
+    fault = fault or "another device found rows that see each other"
+    if job.training.packing != "auto":
+        raise TrainingError(f"{fault}; set training.packing: auto")
+    emit(note=f"rows are padded, which is slower: {fault}")
+    attention.use_standard(model)
+    return pad_rows(levers)
 
 
 def _name_parts(start: Weights, penalty: Penalty | None) -> dict[str, str]:

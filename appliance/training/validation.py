@@ -95,7 +95,7 @@ def _predict(model: Any, batch: dict[str, Any]) -> tuple[list[float], list[int],
 def _score_packed(model: Any, inputs: dict[str, Any], labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Losses and most likely tokens, some positions at a time: the layers are computed once, then the head alone."""
     size = max(1, _HEAD_BYTES // (_BYTES_A_LOGIT * model.config.get_text_config().vocab_size))
-    with gathering_once(model), _computing_once(model.get_decoder()):
+    with gathering_once(model), _computing_once(_find_body(model)):
         for places, wanted in zip(inputs["logits_to_keep"].split(size), labels[0].split(size), strict=True):
             logits = model(**{**inputs, "logits_to_keep": places}, use_cache=False).logits
             yield _compare(logits[0], wanted)
@@ -113,22 +113,29 @@ def _compare(logits: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, 
     return functional.cross_entropy(logits.float(), wanted, reduction="none"), logits.argmax(-1)
 
 
+def _find_body(model: Any) -> Any:
+    """What the head is put on: the part with the embeddings. Not every class's `get_decoder` is without its head."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    embeddings = base.get_input_embeddings()
+    return next(part for part in base.children() if any(m is embeddings for m in part.modules()))
+
+
 @contextmanager
-def _computing_once(layers: Any) -> Iterator[None]:
-    """What `layers` gives for the first call it gives for every other one."""
+def _computing_once(body: Any) -> Iterator[None]:
+    """What `body` gives for the first call it gives for every other one."""
     given: list[Any] = []
-    compute = layers.forward
+    compute = body.forward
 
     def recall(*arguments: Any, **options: Any) -> Any:
         if not given:
             given.append(compute(*arguments, **options))
         return given[0]
 
-    layers.forward = recall
+    body.forward = recall
     try:
         yield
     finally:
-        layers.forward = compute
+        body.forward = compute
 
 
 def _cut_at_first_fault(predicted: list[int], labels: list[int]) -> tuple[int, ...]:
