@@ -433,7 +433,7 @@ def test_a_gpu_without_bf16_is_planned_in_fp32(base: Path) -> None:
 
     def plan(precision: str, *, has_bf16: bool) -> Plan:
         machine = Machine(cores=2, memory_bytes=1, gpu="a GPU", gpu_memory_bytes=16 << 30, has_bf16=has_bf16)
-        recipe = make_recipe(training={"precision": precision, "packing": False, "max_length": 1000})
+        recipe = make_recipe(training={"precision": precision, "max_length": 1000})
         return build_plan(recipe, lengths=[1000] * 60, trained_tokens=9, validation_rows=0, base=base, machine=machine)
 
     wide, narrow = plan("auto", has_bf16=False), plan("auto", has_bf16=True)

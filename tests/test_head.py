@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_forgetting import count_live_bytes
-from test_levers import build_adapted, make_batch, read_gradients
-from test_training import make_examples
-from tiny import write_base
+from test_levers import build_adapted, make_batch, make_related_examples, read_gradients
+from test_silent_failures import build_architecture
+from test_training import make_examples, make_job
+from tiny import make_recipe, write_base
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from appliance.training import head
-from appliance.training.head import lighten_loss, sum_entropies
+from appliance.model import load_template, render_row
+from appliance.training import attention, guards, head
+from appliance.training.batches import build_records, collate_padded, drop_places
+from appliance.training.head import lighten_loss, scoring_only, sum_entropies
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +120,61 @@ def test_a_model_with_a_loss_of_its_own_keeps_it(base: Path) -> None:
     own = model.get_base_model().loss_function = lambda *_arguments, **_options: torch.zeros(())
     lighten_loss(model)
     assert model.get_base_model().loss_function is own
+
+
+def make_padded(base: Path, *, last: str | None = None) -> dict[str, Any]:
+    """A padded batch of rows of differing lengths and turns."""
+    template = load_template(base)
+    talk = [*make_examples(4, last=last), *make_related_examples()]
+    return collate_padded(build_records([render_row(e, template) for e in talk]), pad_id=257)
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt-tuning", "prefix-tuning"])
+def test_of_padded_rows_the_head_scores_what_is_trained(base: Path, tmp_path: Path, method: str) -> None:
+    """The loss and the gradients of all positions, also behind virtual tokens and in the few rows at a time."""
+    job = make_job(base, tmp_path, make_recipe(method={"type": method}))
+    model = tiny.build_adapted(job)
+    attention.use_standard(model)
+    batch = make_padded(base)
+    loss, expected = read_gradients(model, drop_places(batch))
+    for lightened in (False, True):
+        if lightened:
+            lighten_loss(model)
+        with scoring_only(model, batch) as chosen:
+            found_loss, found = read_gradients(model, chosen)
+        assert found_loss == pytest.approx(loss, rel=1e-5)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
+    again, _ = read_gradients(model, drop_places(batch))
+    assert again == pytest.approx(loss, rel=1e-6), "outside of it the head is as it was"
+
+
+def test_a_class_whose_head_cannot_choose_keeps_its_own(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits that are made past the head's module: found on two rows, before any step."""
+    model = build_adapted(base)
+    attention.use_standard(model)
+    template = load_template(base)
+    rows = [render_row(e, template) for e in make_examples(3)]
+    probe = partial(guards.can_choose, model, rows, precision="fp32", device=torch.device("cpu"))
+    assert probe()
+    inner = model.get_base_model()
+    with monkeypatch.context() as patch:
+        patch.setattr(inner, "get_output_embeddings", lambda: torch.nn.Linear(1, 1))
+        assert not probe()
+    assert probe()
+
+
+def test_a_padded_step_holds_the_logits_of_what_is_trained(base: Path) -> None:
+    """With a large vocabulary the prompts' would be the largest thing in memory."""
+    model = build_architecture(base, "Qwen2", vocab_size=40_000)
+    attention.use_standard(model)
+    lighten_loss(model)
+    batch = make_padded(base)
+    trained = batch["shift_labels"].numel()
+    assert trained < 0.2 * batch["input_ids"].numel()
+
+    def step() -> None:
+        with scoring_only(model, batch) as chosen:
+            model(**chosen, use_cache=False).loss.backward()
+
+    assert count_live_bytes(step) < 3 * 4 * trained * 40_000 + 2 * sum(4 * p.numel() for p in model.parameters())

@@ -330,7 +330,7 @@ def test_levers_follow_device_and_method() -> None:
     assert select(make_recipe(training={"packing": False}), on_cuda=True) == {
         "rows": "padded",
         "attention": "standard",
-        "head": "standard",
+        "head": "labelled",
         "lora": "fused",
         "prefix": "standard",
         "compile": False,

@@ -31,7 +31,7 @@ from appliance.preparation import Origin, Workspace
 from appliance.recipe import is_packed, parse_recipe
 from appliance.training import TrainingJob
 from appliance.training.arguments import CHANGING_THE_BASE, build_adapter_arguments
-from appliance.training.batches import build_records, collate_packed, collate_padded
+from appliance.training.batches import build_records, collate_packed, collate_padded, drop_places
 from appliance.training.rows import load_rows
 
 
@@ -107,7 +107,11 @@ def measure_loss(model: Any, job: TrainingJob) -> float:
 
     records = build_records(load_rows(job.folder / "train.rows.jsonl"))
     was_training = model.training
-    batch = collate_packed(records) if is_packed(job.training, job.method) else collate_padded(records, pad_id=257)
+    batch = (
+        collate_packed(records)
+        if is_packed(job.training, job.method)
+        else drop_places(collate_padded(records, pad_id=257))
+    )
     with torch.no_grad():
         loss = float(model.eval()(**batch, use_cache=False).loss)
     model.train(was_training)
@@ -426,7 +430,7 @@ def test_gradient_checkpointing_changes_memory_and_not_the_result(base: Path, tm
             model.gradient_checkpointing_enable()
             model.enable_input_require_grads()  # as TRL does
         model.zero_grad()
-        model(**collate_padded(records, pad_id=257), use_cache=False).loss.backward()
+        model(**drop_places(collate_padded(records, pad_id=257)), use_cache=False).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     for without, with_it in zip(*gradients, strict=True):
         assert float(without.abs().max()) > 0

@@ -264,8 +264,12 @@ def learn(model: Any, records: list[dict[str, Any]], *, collate: Any) -> None:
     """Plain steps until about half of the records are answered right."""
     import torch
 
+    from appliance.training.batches import drop_places
     from appliance.training.validation import score_rows
 
+    batch = collate(records)
+    if "label_rows" in batch:
+        batch = drop_places(batch)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(200):
         if sum(s.is_exact for s in score_rows(model, records, collate=collate, size=8)) >= len(records) // 2:
@@ -273,7 +277,7 @@ def learn(model: Any, records: list[dict[str, Any]], *, collate: Any) -> None:
         model.train()
         for _ in range(3):
             optimizer.zero_grad()
-            model(**collate(records), use_cache=False).loss.backward()
+            model(**batch, use_cache=False).loss.backward()
             optimizer.step()
 
 

@@ -229,7 +229,7 @@ def test_a_gpu_takes_more_tokens_and_never_holds_the_logits(base: Path) -> None:
         plan(padded, base, length=1000, machine=gpu).peak_bytes
         - plan(recipe, base, length=1000, machine=gpu).peak_bytes
     )
-    assert held == pytest.approx(1.07 * (12.3 * 16_000 * read_sizes(base).vocabulary - 2**28), rel=0.01)
+    assert held == pytest.approx(1.07 * (4.0 * 16_000 * read_sizes(base).vocabulary - 2**28), rel=0.01)
 
 
 def test_of_several_devices_each_has_its_rows_and_its_memory(base: Path) -> None:

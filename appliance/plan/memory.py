@@ -109,7 +109,7 @@ def measure_logit(recipe: Recipe, machine: Machine) -> float:
     speed, packed = recipe.training.speed, is_packed(recipe.training, recipe.method)
     if packed and machine.gpu and speed.head in ("auto", "fused"):
         return 0.0
-    if packed and speed.head != "standard":
+    if speed.head != "standard":
         return 8.0 if is_full_width(recipe, machine) else 4.0
     return _LOGIT
 

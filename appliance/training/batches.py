@@ -142,8 +142,17 @@ def spread_labels(batch: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "shift_labels": labels}
 
 
+def drop_places(batch: dict[str, Any]) -> dict[str, Any]:
+    """A padded batch as the libraries know it: labels at every position."""
+    return {k: v for k, v in batch.items() if k not in ("shift_labels", "label_rows", "label_columns")}
+
+
 def collate_padded(records: Sequence[dict[str, Any]], *, pad_id: int) -> dict[str, Any]:
-    """A right-padded batch (N, longest) with its attention mask and labels."""
+    """A right-padded batch (N, longest) with its attention mask and labels.
+
+    `shift_labels` (1, K) are the tokens that carry loss, and `label_rows` and `label_columns` (K) the positions before
+    them, which predict them; columns are counted from the end, as virtual tokens may come before all.
+    """
     import torch
 
     longest = max(len(r["input_ids"]) for r in records)
@@ -156,4 +165,12 @@ def collate_padded(records: Sequence[dict[str, Any]], *, pad_id: int) -> dict[st
         mask[row, : len(tokens)] = 1
         for start, end in record["spans"]:
             labels[row, start:end] = tokens[start:end]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    rows, columns = (labels[:, 1:] != _IGNORED).nonzero(as_tuple=True)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels,
+        "shift_labels": labels[rows, columns + 1][None],
+        "label_rows": rows,
+        "label_columns": columns - longest,
+    }

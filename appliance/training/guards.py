@@ -15,7 +15,8 @@ from appliance.model import TokenRow
 from appliance.model.faults import name_fault
 from appliance.model.weights import Precision, compute_as_trained
 from appliance.training import attention
-from appliance.training.batches import build_records, collate_packed, collate_padded
+from appliance.training.batches import build_records, collate_packed, collate_padded, drop_places
+from appliance.training.head import scoring_only
 from appliance.training.launch import TrainingJob
 from appliance.training.levers import Levers, Prefix
 from appliance.training.methods import Weights, without_training
@@ -39,13 +40,30 @@ def check_base(model: Any, row: TokenRow, *, levers: Levers, precision: Precisio
     if levers.rows == "packed":
         loss = _mean_loss(base, records, precision, device=device, alone=True)
     else:
-        loss = _compute_loss(base, collate_padded(records, pad_id=0), precision, device=device)
+        loss = _compute_loss(base, drop_places(collate_padded(records, pad_id=0)), precision, device=device)
     base.train()
     if not math.isfinite(loss):
         raise TrainingError(
             f"base model: its loss on row {row.id} is {loss}, with finite weights; set training.precision: fp32, "
             "or use another base model"
         )
+
+
+def can_choose(model: Any, rows: Sequence[TokenRow], *, precision: Precision, device: torch.device) -> bool:
+    """Whether this class gives padded rows the same loss where its head scores trained positions alone."""
+    batch = _move(collate_padded(build_records(rows[:2]), pad_id=0), device)
+    model.eval()
+    try:
+        with scoring_only(model, batch) as chosen:
+            loss = _compute_loss(model, chosen, precision, device=device)
+        whole = _compute_loss(model, drop_places(batch), precision, device=device)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as fault:
+        if name_fault(fault) != "other":
+            raise
+        return False
+    finally:
+        model.train()
+    return abs(loss - whole) <= _PARITY[precision] * max(1.0, whole)
 
 
 def find_packing_fault(

@@ -8,6 +8,7 @@ a time are in fp32, in the processor's cache. The way back needs the logits as t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from types import MethodType
 from typing import Any
@@ -25,6 +26,24 @@ def lighten_loss(model: Any) -> None:
     if base.loss_function is ForCausalLMLoss:
         base.loss_function = _find_loss
         base.forward = MethodType(_drop_logits(type(base).forward), base)
+
+
+@contextmanager
+def scoring_only(model: Any, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The LM head meets only those positions of a padded batch that predict a label.
+
+    Gives what the model is called with; its logits are (1, K, V) in here, for the batch's `shift_labels` (1, K).
+    """
+    rows, columns = batch["label_rows"], batch["label_columns"]
+
+    def choose(_head: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (given[0][rows, columns][None],)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(choose)
+    try:
+        yield {k: v for k, v in batch.items() if k not in ("label_rows", "label_columns")}
+    finally:
+        hook.remove()
 
 
 def sum_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

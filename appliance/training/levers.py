@@ -17,6 +17,7 @@ from appliance.method import LoraMethod, Method, QloraMethod
 from appliance.recipe import TrainingSection, is_packed
 
 Prefix = Literal["standard", "shared"]
+Head = Literal["standard", "labelled", "fused"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class Levers:
 
     rows: Literal["packed", "padded"]
     attention: Literal["standard", "packed"]
-    head: Literal["standard", "labelled", "fused"]
+    head: Head
     lora: Literal["standard", "fused"]
     prefix: Prefix
     compile: bool
@@ -45,12 +46,11 @@ def select_levers(section: TrainingSection, *, method: Method, on_cuda: bool) ->
     """
     wanted, packed = section.speed, is_packed(section, method)
     plain_lora = isinstance(method, LoraMethod) and not isinstance(method, QloraMethod)
-    head: Literal["labelled", "fused"] = "fused" if on_cuda else "labelled"
     is_apart = packed and wanted.attention == "auto"
     return Levers(
         rows="packed" if packed else "padded",
         attention="packed" if is_apart else "standard",
-        head="standard" if not packed else head if wanted.head == "auto" else wanted.head,
+        head=_select_head(wanted.head, packed=packed, on_cuda=on_cuda),
         lora="fused" if plain_lora and wanted.lora == "auto" else "standard",
         prefix="shared" if is_apart and wanted.prefix == "auto" else "standard",
         compile=wanted.compile == "on",
@@ -76,8 +76,16 @@ def settle_levers(levers: Levers, model: Any) -> Levers:
 
 
 def pad_rows(levers: Levers) -> Levers:
-    """The levers for padded rows, which the library alone computes."""
-    return replace(levers, rows="padded", attention="standard", head="standard", prefix="standard")
+    """The levers for padded rows, which the library alone attends to."""
+    head: Head = "standard" if levers.head == "standard" else "labelled"
+    return replace(levers, rows="padded", attention="standard", head=head, prefix="standard")
+
+
+def _select_head(wanted: Literal["auto"] | Head, *, packed: bool, on_cuda: bool) -> Head:
+    """The kernel that never holds logits is for packed rows on a GPU."""
+    if not packed:
+        return "standard" if wanted == "standard" else "labelled"
+    return wanted if wanted != "auto" else "fused" if on_cuda else "labelled"
 
 
 def has_compiler() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ from appliance.training.batches import (
     collate_padded,
     count_computed_tokens,
     count_row_tokens,
+    drop_places,
     spread_labels,
 )
 from appliance.training.checkpoints import count_steps_done
 from appliance.training.ewc import Penalty
 from appliance.training.fused import fuse_lora
-from appliance.training.head import lighten_loss
+from appliance.training.head import lighten_loss, scoring_only
 from appliance.training.launch import TrainingJob
 from appliance.training.levers import Levers
 from appliance.training.methods import keep_dtypes, keep_router, load_encoder, save_encoder
@@ -144,8 +146,15 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
         elif self.head == "standard" and "logits_to_keep" in inputs:
             inputs = spread_labels(inputs)
             inputs["labels"] = inputs["shift_labels"]
-        outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
+        with self._choose_positions(inputs) as inputs:
+            outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _choose_positions(self, inputs: dict[str, Any]) -> AbstractContextManager[dict[str, Any]]:
+        """Of a padded batch the positions that the head scores; a packed one names its own."""
+        if "label_rows" not in inputs:
+            return nullcontext(inputs)
+        return nullcontext(drop_places(inputs)) if self.head == "standard" else scoring_only(self.model, inputs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         """The data's loss; with the last micro-batch of a step the ranks' gradients are added up, then the penalty's.

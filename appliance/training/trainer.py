@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from appliance.training.fingerprint import (
     make_deterministic,
     make_repeatable,
 )
-from appliance.training.guards import check_base, check_trained, find_packing_fault
+from appliance.training.guards import can_choose, check_base, check_trained, find_packing_fault
 from appliance.training.journal import Journal, read_records
 from appliance.training.launch import TrainingJob
 from appliance.training.levers import Levers, pad_rows, select_levers, settle_levers
@@ -201,18 +202,24 @@ def _settle_rows(
     precision: Precision,
     emit: Emit,
 ) -> Levers:
-    """The levers, with rows padded where this class of model would mix packed ones up and the recipe leaves it open."""
-    if levers.rows == "padded":
-        return levers
-    fault = find_packing_fault(model, rows, prefix=levers.prefix, precision=precision, device=model.device)
-    if not ranks.is_any(bool(fault)):
-        return levers
-    fault = fault or "another device found rows that see each other"
-    if job.training.packing != "auto":
-        raise TrainingError(f"{fault}; set training.packing: auto")
-    emit(note=f"rows are padded, which is slower: {fault}")
-    attention.use_standard(model)
-    return pad_rows(levers)
+    """The levers as this class of model allows: rows padded where it would mix packed ones up, if the recipe says auto.
+
+    And the library's own head where this one, for padded rows, gives another loss.
+    """
+    device = model.device
+    if levers.rows == "packed":
+        fault = find_packing_fault(model, rows, prefix=levers.prefix, precision=precision, device=device)
+        if not ranks.is_any(bool(fault)):
+            return levers
+        fault = fault or "another device found rows that see each other"
+        if job.training.packing != "auto":
+            raise TrainingError(f"{fault}; set training.packing: auto")
+        emit(note=f"rows are padded, which is slower: {fault}")
+        attention.use_standard(model)
+        levers = pad_rows(levers)
+    if levers.head == "labelled" and not can_choose(model, rows, precision=precision, device=device):
+        return replace(levers, head="standard")
+    return levers
 
 
 def _name_parts(start: Weights, penalty: Penalty | None) -> dict[str, str]:

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from appliance.training.head import scoring_only
 from appliance.training.monitor import measure_sameness
 from appliance.training.sharding import gathering_once
 
-_IGNORED = -100
 _HEAD_BYTES = 1 << 28  # of logits at a time; what `plan` counts for a head that does not hold them
 _BYTES_A_LOGIT = 12  # in bf16, in fp32, and as the loss has them
 
@@ -83,34 +83,31 @@ def _predict(model: Any, batch: dict[str, Any]) -> tuple[list[float], list[int],
     """Loss, most likely token and label at every labelled position, row after row."""
     device = next(model.parameters()).device
     inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-    labels = inputs.pop("labels")
-    is_packed = inputs.pop("shift_labels", None) is not None
+    del inputs["labels"]
+    wanted = inputs.pop("shift_labels")[0]
     with torch.no_grad():
-        parts = _score_packed(model, inputs, labels) if is_packed else _score_padded(model, inputs, labels)
-        losses, chosen = (torch.cat(found).tolist() for found in zip(*parts, strict=True))
-    wanted = labels if is_packed else labels[:, 1:]
-    return losses, chosen, wanted[wanted != _IGNORED].tolist()
+        losses, chosen = (torch.cat(found).tolist() for found in zip(*_score(model, inputs, wanted), strict=True))
+    return losses, chosen, wanted.tolist()
 
 
-def _score_packed(model: Any, inputs: dict[str, Any], labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+def _score(model: Any, inputs: dict[str, Any], wanted: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Losses and most likely tokens, some positions at a time: the layers are computed once, then the head alone."""
     size = max(1, _HEAD_BYTES // (_BYTES_A_LOGIT * model.config.get_text_config().vocab_size))
+    names = [n for n in ("logits_to_keep", "label_rows", "label_columns") if n in inputs]
     with gathering_once(model), _computing_once(_find_body(model)):
-        for places, wanted in zip(inputs["logits_to_keep"].split(size), labels[0].split(size), strict=True):
-            logits = model(**{**inputs, "logits_to_keep": places}, use_cache=False).logits
-            yield _compare(logits[0], wanted)
+        for labels, *places in zip(wanted.split(size), *(inputs[n].split(size) for n in names), strict=True):
+            logits = _compute_logits(model, inputs | dict(zip(names, places, strict=True)))
+            yield functional.cross_entropy(logits.float(), labels, reduction="none"), logits.argmax(-1)
 
 
-def _score_padded(model: Any, inputs: dict[str, Any], labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The same row by row; the logits at a position speak of the next one."""
-    logits = model(**inputs, use_cache=False).logits[:, -labels.shape[1] :]
-    for row, wanted in zip(logits[:, :-1], labels[:, 1:], strict=True):
-        kept = wanted != _IGNORED
-        yield _compare(row[kept], wanted[kept])
-
-
-def _compare(logits: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return functional.cross_entropy(logits.float(), wanted, reduction="none"), logits.argmax(-1)
+def _compute_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """(K, V) at the batch's places, also of a class that makes logits past its head."""
+    if "label_rows" not in batch:
+        return model(**batch, use_cache=False).logits[0]
+    rows, columns = batch["label_rows"], batch["label_columns"]
+    with scoring_only(model, batch) as inputs:
+        logits = model(**inputs, use_cache=False).logits
+    return logits[0] if logits.shape[:2] == (1, len(rows)) else logits[rows, columns]
 
 
 def _find_body(model: Any) -> Any:
