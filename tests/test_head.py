@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,11 @@ from hypothesis import strategies as st
 from test_forgetting import count_live_bytes
 from test_levers import build_adapted, make_batch, make_related_examples, read_gradients
 from test_silent_failures import build_architecture
-from test_training import make_examples, make_job
+from test_training import make_examples, make_job, run_in_process
 from tiny import make_recipe, write_base
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from appliance.errors import TrainingError
 from appliance.model import load_template, render_row
 from appliance.training import attention, guards, head
 from appliance.training.batches import build_records, collate_padded, drop_places
@@ -178,3 +181,27 @@ def test_a_padded_step_holds_the_logits_of_what_is_trained(base: Path) -> None:
             model(**chosen, use_cache=False).loss.backward()
 
     assert count_live_bytes(step) < 3 * 4 * trained * 40_000 + 2 * sum(4 * p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "head"), [("Cohere", "fused"), ("Gemma2", "fused"), ("Llama4Text", "labelled")])
+def test_the_fused_head_knows_what_a_class_does_to_its_logits_or_is_left_out(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, head: str
+) -> None:
+    """Scaled, capped, or the class hides its body: the losses of the labelled head, whichever is taken."""
+    from appliance.training import trainer
+
+    folder = shutil.copytree(base, tmp_path / "base")
+    build_architecture(base, name).save_pretrained(folder)
+    shutil.copy(base / "generation_config.json", folder)
+    recipe = make_recipe(training={"precision": "fp32", "epochs": 1})
+    plain = run_in_process(make_job(folder, tmp_path / "plain", recipe))
+    select = trainer.select_levers
+    monkeypatch.setattr(trainer, "select_levers", lambda *a, **o: replace(select(*a, **o), head="fused"))
+    summary = run_in_process(make_job(folder, tmp_path / "as-on-a-gpu", recipe))
+    assert summary["levers"]["head"] == head
+    assert summary["first_loss"] == pytest.approx(plain["first_loss"], rel=1e-4)
+    assert summary["last_loss"] == pytest.approx(plain["last_loss"], rel=1e-3)
+    insisting = make_recipe(training={"precision": "fp32", "epochs": 1, "speed": {"head": "fused"}})
+    if head == "labelled":
+        with pytest.raises(TrainingError, match=r"training\.speed\.head: .*set it to auto"):
+            run_in_process(make_job(folder, tmp_path / "insisting", insisting))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -15,7 +15,13 @@ from appliance.model import TokenRow
 from appliance.model.faults import name_fault
 from appliance.model.weights import Precision, compute_as_trained
 from appliance.training import attention
-from appliance.training.batches import build_records, collate_packed, collate_padded, drop_places
+from appliance.training.batches import (
+    build_records,
+    collate_packed,
+    collate_padded,
+    drop_places,
+    spread_labels,
+)
 from appliance.training.head import scoring_only
 from appliance.training.launch import TrainingJob
 from appliance.training.levers import Levers, Prefix
@@ -52,18 +58,42 @@ def check_base(model: Any, row: TokenRow, *, levers: Levers, precision: Precisio
 def can_choose(model: Any, rows: Sequence[TokenRow], *, precision: Precision, device: torch.device) -> bool:
     """Whether this class gives padded rows the same loss where its head scores trained positions alone."""
     batch = _move(collate_padded(build_records(rows[:2]), pad_id=0), device)
-    model.eval()
-    try:
+
+    def compare() -> tuple[float, float]:
         with scoring_only(model, batch) as chosen:
             loss = _compute_loss(model, chosen, precision, device=device)
-        whole = _compute_loss(model, drop_places(batch), precision, device=device)
+        return loss, _compute_loss(model, drop_places(batch), precision, device=device)
+
+    return _are_equal(model, compare, precision)
+
+
+def can_fuse(model: Any, rows: Sequence[TokenRow], *, precision: Precision, device: torch.device) -> bool:
+    """Whether TRL's fused head, which `model` has, gives packed rows the loss of the model's own head.
+
+    It computes logits past the class, and has to know all that the class does to them.
+    """
+    batch = collate_packed([_trim_spans(r) for r in build_records(rows[:2])])
+
+    def compare() -> tuple[float, float]:
+        fused = {**spread_labels(batch), "fused_lm_head": True}
+        losses = (_compute_loss(model, b, precision, device=device) for b in (fused, batch))
+        return next(losses), next(losses)
+
+    return _are_equal(model, compare, precision)
+
+
+def _are_equal(model: Any, compare: Callable[[], tuple[float, float]], precision: Precision) -> bool:
+    """Whether two losses are one, in evaluation mode; not where one of them cannot be computed."""
+    model.eval()
+    try:
+        loss, expected = compare()
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as fault:
         if name_fault(fault) != "other":
             raise
         return False
     finally:
         model.train()
-    return abs(loss - whole) <= _PARITY[precision] * max(1.0, whole)
+    return abs(loss - expected) <= _PARITY[precision] * max(1.0, expected)
 
 
 def find_packing_fault(

@@ -43,7 +43,8 @@ from appliance.training.fingerprint import (
     make_deterministic,
     make_repeatable,
 )
-from appliance.training.guards import can_choose, check_base, check_trained, find_packing_fault
+from appliance.training.guards import can_choose, can_fuse, check_base, check_trained, find_packing_fault
+from appliance.training.head import lighten_loss
 from appliance.training.journal import Journal, read_records
 from appliance.training.launch import TrainingJob
 from appliance.training.levers import Levers, pad_rows, select_levers, settle_levers
@@ -80,15 +81,16 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit, rank: int = 0, meet
         model = _load(job, ranks, levers=wanted, precision=precision, device=device)
         levers = settle_levers(wanted, model)
         make_repeatable(model, train_rows[0], precision=precision, emit=emit)
-        rows = (*train_rows, *validation_rows)
-        levers = _settle_rows(job, ranks, model, rows=rows, levers=levers, precision=precision, emit=emit)
+        levers = _settle_rows(
+            job, ranks, model, rows=(*train_rows, *validation_rows), levers=levers, precision=precision, emit=emit
+        )
         check_base(model, train_rows[0], levers=levers, precision=precision, device=device)
         penalty = ranks.take_turns(lambda: build_penalty(job, model, precision=precision, emit=emit))
 
         # 4. The trainer, from the newest sound checkpoint of this very job.
         start = copy_start(model, job.method)
         fingerprint = build_fingerprint(job, precision=precision, device=device)
-        fingerprint |= _name_parts(start, penalty)
+        fingerprint |= _name_parts(start, penalty, levers)
         rules = build_rules(job.training, max_steps=count_steps(job.training, rows=len(train_rows)))
         resume = ranks.follow_lead(lambda: _find_start(job, rules, fingerprint=fingerprint, emit=emit))
         journal = Journal(job.folder / ranks.name_file("metrics.jsonl"), checkpoint=resume)
@@ -109,6 +111,7 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit, rank: int = 0, meet
         trainer = build_trainer(
             job, model, sides, precision=precision, levers=levers, penalty=penalty, watch=watch, ranks=ranks
         )
+        levers = _settle_head(job, trainer, train_rows, levers=levers, precision=precision)
         if resume:
             emit(note=f"resuming from step {count_steps_done(resume)}")
         else:
@@ -222,9 +225,24 @@ def _settle_rows(
     return levers
 
 
-def _name_parts(start: Weights, penalty: Penalty | None) -> dict[str, str]:
-    """Digests of what training starts from beside the job: the adapter's first weights, the Fisher."""
-    parts = {"start": digest_start(start)} if start else {}
+def _settle_head(
+    job: TrainingJob, trainer: Any, rows: tuple[TokenRow, ...], *, levers: Levers, precision: Precision
+) -> Levers:
+    """The levers, without the fused head where it does not know what this class does to its logits."""
+    if levers.head != "fused" or can_fuse(trainer.model, rows, precision=precision, device=trainer.model.device):
+        return levers
+    if job.training.speed.head == "fused":
+        raise TrainingError(
+            "training.speed.head: the fused head gives another loss than this class of model; set it to auto"
+        )
+    trainer.head = "labelled"
+    lighten_loss(trainer.model)
+    return replace(levers, head="labelled")
+
+
+def _name_parts(start: Weights, penalty: Penalty | None, levers: Levers) -> dict[str, str]:
+    """What training starts from beside the job: digests of the adapter's first weights and the Fisher; how rows lie."""
+    parts = {"rows": levers.rows, **({"start": digest_start(start)} if start else {})}
     return parts if penalty is None else {**parts, "fisher": penalty.fisher_sha256}
 
 
