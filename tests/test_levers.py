@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from test_training import make_examples, make_job, run_in_process
+from tiny import build_adapted as build_job_model
 from tiny import make_recipe, write_base
 
+from appliance.errors import TrainingError
 from appliance.example import Example, Message
 from appliance.model import load_template, render_row
 from appliance.model.weights import load_model
@@ -318,6 +320,18 @@ def test_a_run_learns_the_same_whatever_its_levers(base: Path, tmp_path: Path, s
     assert {k: slow["levers"][k] for k in speed} == speed
     assert slow["first_loss"] == pytest.approx(fast["first_loss"], rel=1e-4)
     assert slow["last_loss"] == pytest.approx(fast["last_loss"], rel=0.05)
+
+
+def test_compilation_takes_every_layer(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a class calls its list of them; one that does not say what they are is refused."""
+    from appliance.training import methods
+
+    recipe = make_recipe(training={"speed": {"compile": "on"}})
+    model = build_job_model(make_job(base, tmp_path, recipe))
+    assert [m._compiled_call_impl is not None for m in methods.find_layers(model.get_base_model())] == [True, True]
+    monkeypatch.setattr(methods, "find_layers", lambda _model: [])
+    with pytest.raises(TrainingError, match=r"training\.speed\.compile: LlamaForCausalLM does not say .*off"):
+        build_job_model(make_job(base, tmp_path, recipe))
 
 
 def test_levers_follow_device_and_method() -> None:

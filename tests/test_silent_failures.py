@@ -324,6 +324,17 @@ def find_fault(
     return find_packing_fault(model, rows, prefix=prefix, precision=precision, device=torch.device("cpu"))
 
 
+def test_a_method_that_a_class_of_model_does_not_take_is_refused_with_a_reason(base: Path, tmp_path: Path) -> None:
+    """A prefix is keys and values of every layer, and a convolution has none."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    build_architecture(base, "Lfm2").save_pretrained(folder)
+    shutil.copy(base / "generation_config.json", folder)
+    job = make_job(folder, tmp_path / "job", make_recipe(method={"type": "prefix-tuning", "tokens": 4}))
+    refuse_training(
+        job, message=r"method: Lfm2ForCausalLM cannot be trained with prefix-tuning \(.*; use lora, or full"
+    )
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("prefix", ["standard", "shared"])
 @pytest.mark.parametrize("name", [*MIXING, "Qwen3Moe"])

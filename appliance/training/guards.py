@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from appliance.errors import TrainingError
-from appliance.method import FullMethod
+from appliance.method import FullMethod, Method
 from appliance.model import TokenRow
 from appliance.model.faults import name_fault
 from appliance.model.weights import Precision, compute_as_trained
@@ -38,21 +38,35 @@ _LOOKED_AT = 8
 _COMPARED = 64  # trained positions of a row: all of them would cost memory that nothing proves, see `proof`
 
 
-def check_base(model: Any, row: TokenRow, *, levers: Levers, precision: Precision, device: torch.device) -> None:
-    """The base's loss on a row is finite: what starts as NaN can only stay NaN."""
+def check_start(
+    model: Any, row: TokenRow, *, method: Method, levers: Levers, precision: Precision, device: torch.device
+) -> None:
+    """The base's loss on a row is finite, as what starts as NaN can only stay NaN, and this class takes the method."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     records = build_records([row])
-    base.eval()
-    if levers.rows == "packed":
-        loss = _mean_loss(base, records, precision, device=device, alone=True)
-    else:
-        loss = _compute_loss(base, drop_places(collate_padded(records, pad_id=0)), precision, device=device)
-    base.train()
+
+    def measure(computed: Any) -> float:
+        if levers.rows == "packed":
+            return _mean_loss(computed, records, precision, device=device, alone=True)
+        return _compute_loss(computed, drop_places(collate_padded(records, pad_id=0)), precision, device=device)
+
+    model.eval()
+    loss = measure(base)
     if not math.isfinite(loss):
         raise TrainingError(
             f"base model: its loss on row {row.id} is {loss}, with finite weights; set training.precision: fp32, "
             "or use another base model"
         )
+    try:
+        measure(model)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as fault:
+        if name_fault(fault) != "other":
+            raise
+        raise TrainingError(
+            f"method: {type(base).__name__} cannot be trained with {method.type} ({_take_first_line(fault)}); "
+            "use lora, or full"
+        ) from fault
+    model.train()
 
 
 def can_choose(model: Any, rows: Sequence[TokenRow], *, precision: Precision, device: torch.device) -> bool:

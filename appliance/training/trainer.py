@@ -43,7 +43,7 @@ from appliance.training.fingerprint import (
     make_deterministic,
     make_repeatable,
 )
-from appliance.training.guards import can_choose, can_fuse, check_base, check_trained, find_packing_fault
+from appliance.training.guards import can_choose, can_fuse, check_start, check_trained, find_packing_fault
 from appliance.training.head import lighten_loss
 from appliance.training.journal import Journal, read_records
 from appliance.training.launch import TrainingJob
@@ -84,7 +84,7 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit, rank: int = 0, meet
         levers = _settle_rows(
             job, ranks, model, rows=(*train_rows, *validation_rows), levers=levers, precision=precision, emit=emit
         )
-        check_base(model, train_rows[0], levers=levers, precision=precision, device=device)
+        check_start(model, train_rows[0], method=job.method, levers=levers, precision=precision, device=device)
         penalty = ranks.take_turns(lambda: build_penalty(job, model, precision=precision, emit=emit))
 
         # 4. The trainer, from the newest sound checkpoint of this very job.
