@@ -96,6 +96,15 @@ def _say_shared(training: dict[str, Any]) -> str:
     return f"; shared prefixes once: {computed:,} computed" if computed and computed < training["tokens"] else ""
 
 
+def _list_levers(training: dict[str, Any]) -> dict[str, str]:
+    """How it was computed, see docs/speed.md; nothing in cards from before rows could be either."""
+    levers = training.get("levers", {})
+    if "rows" not in levers:
+        return {}
+    said = [f"{name} {levers[name]}" for name in ("rows", "attention", "head", "lora", "prefix")]
+    return {"levers": ", ".join([*said, *(["compiled"] if levers["compile"] else [])])}
+
+
 def _say_predicted(training: dict[str, Any]) -> str:
     """What the plan had said, and of which micro-batch if it was another; nothing in cards from before it was told."""
     predicted = training.get("predicted")
@@ -144,6 +153,7 @@ def list_facts(card: dict[str, Any]) -> dict[str, dict[str, str]]:
             "validation loss": f"best {say_number(training.get('best_validation_loss'))}, "
             f"last {say_number(training.get('last_validation_loss'))}",
             "device": f"{_say_device(training)}, {training.get('dtype', DASH)}",
+            **_list_levers(training),
             "peak memory": say_bytes(training.get("peak_memory_bytes")) + _say_predicted(training),
             "adapter digest": str(training.get("adapter_sha256", DASH))[:16],
         },
