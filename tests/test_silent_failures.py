@@ -25,7 +25,7 @@ from appliance.model import TokenRow, load_template
 from appliance.model.weights import Precision
 from appliance.recipe import Recipe
 from appliance.training import TrainingJob, build_rows, describe_rows, prepare_rows
-from appliance.training.levers import Prefix
+from appliance.training.levers import Prefix, select_levers
 from appliance.training.rows import load_rows
 
 TURNS = ("user", "a?"), ("assistant", "one"), ("user", "b?"), ("assistant", "two")
@@ -450,7 +450,11 @@ def test_validation_scores_the_same_some_positions_at_a_time(
 
 def test_no_guard_and_no_validation_holds_the_logits_of_a_batch(base: Path) -> None:
     """With long answers and a large vocabulary they would be the largest thing in memory, and no plan counts them."""
-    from appliance.training.batches import build_records, collate_packed
+    import torch
+
+    from appliance.training import attention
+    from appliance.training.batches import build_records, collate_packed, collate_padded
+    from appliance.training.guards import can_choose, check_start
     from appliance.training.validation import score_rows
 
     vocabulary = 60_000
@@ -463,6 +467,15 @@ def test_no_guard_and_no_validation_holds_the_logits_of_a_batch(base: Path) -> N
     assert all_at_once > 5 * 2**28
     assert count_live_bytes(guard) < 0.35 * all_at_once
     assert count_live_bytes(score) < 0.35 * all_at_once
+    attention.use_standard(model)
+    recipe = make_recipe(method={"type": "full"}, training={"packing": False})
+    levers = select_levers(recipe.training, method=recipe.method, on_cuda=False)
+    with_them = {"precision": "fp32", "device": torch.device("cpu")}
+    choose = partial(can_choose, model, longest, **with_them)
+    start = partial(check_start, model, longest[0], method=recipe.method, levers=levers, **with_them)
+    padded = partial(score_rows, model, build_records(longest), collate=partial(collate_padded, pad_id=0), size=3)
+    for look in (choose, start, padded):
+        assert count_live_bytes(look) < 0.35 * all_at_once
 
 
 def test_the_micro_batch_does_not_change_what_a_mixture_of_experts_learns(base: Path, tmp_path: Path) -> None:

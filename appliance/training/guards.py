@@ -43,12 +43,16 @@ def check_start(
 ) -> None:
     """The base's loss on a row is finite, as what starts as NaN can only stay NaN, and this class takes the method."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    records = build_records([row])
+    records = [_trim_spans(r) for r in build_records([row])]
+    padded = _move(collate_padded(records, pad_id=0), device)
 
     def measure(computed: Any) -> float:
         if levers.rows == "packed":
             return _mean_loss(computed, records, precision, device=device, alone=True)
-        return _compute_loss(computed, drop_places(collate_padded(records, pad_id=0)), precision, device=device)
+        if levers.head == "standard":
+            return _compute_loss(computed, drop_places(padded), precision, device=device)
+        with scoring_only(computed, padded) as chosen:
+            return _compute_loss(computed, chosen, precision, device=device)
 
     model.eval()
     loss = measure(base)
@@ -71,7 +75,7 @@ def check_start(
 
 def can_choose(model: Any, rows: Sequence[TokenRow], *, precision: Precision, device: torch.device) -> bool:
     """Whether this class gives padded rows the same loss where its head scores trained positions alone."""
-    batch = _move(collate_padded(build_records(rows[:2]), pad_id=0), device)
+    batch = _move(collate_padded([_shorten(r) for r in build_records(rows[:2])], pad_id=0), device)
 
     def compare() -> tuple[float, float]:
         with scoring_only(model, batch) as chosen:
@@ -94,6 +98,12 @@ def can_fuse(model: Any, rows: Sequence[TokenRow], *, precision: Precision, devi
         return next(losses), next(losses)
 
     return _are_equal(model, compare, precision)
+
+
+def _shorten(record: dict[str, Any]) -> dict[str, Any]:
+    """A few tokens of a row, the second half of them as if it was trained: all that a comparison of losses needs."""
+    ids = record["input_ids"][:_COMPARED]
+    return {"input_ids": ids, "spans": [[(len(ids) + 1) // 2, len(ids)]]}
 
 
 def _are_equal(model: Any, compare: Callable[[], tuple[float, float]], precision: Precision) -> bool:
