@@ -358,10 +358,11 @@ def test_a_score_that_is_bent_is_bent_in_packed_rows_too(
 
     from appliance.training import attention
 
-    model = build_architecture(base, "Gemma2" if forgotten == "softcap" else "GptOss")
+    name, capped = ("Gemma2", {"attn_logit_softcapping": 1.0}) if forgotten == "softcap" else ("GptOss", {})
+    model = build_architecture(base, name, **capped)
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.self_attn.q_proj.weight *= 200  # scores that a cap of 50 bends
+            layer.self_attn.q_proj.weight *= 100  # scores of some size
             if forgotten == "s_aux":
                 layer.self_attn.sinks.fill_(2.0)
     rows = build_rows(make_examples(4), template=load_template(base), max_length=256)
