@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_silent_failures import build_architecture
+from test_silent_failures import ARCHITECTURES, MIXING, build_architecture
 from test_training import make_job
 from tiny import make_recipe, write_base
 
@@ -230,6 +230,20 @@ def test_a_gpu_takes_more_tokens_and_never_holds_the_logits(base: Path) -> None:
         - plan(recipe, base, length=1000, machine=gpu).peak_bytes
     )
     assert held == pytest.approx(1.07 * (4.0 * 16_000 * read_sizes(base).vocabulary - 2**28), rel=0.01)
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *MIXING])
+def test_the_plan_knows_whose_layers_carry_a_state(base: Path, tmp_path: Path, name: str) -> None:
+    """Their rows are padded, so logits are held, and the recipe's author is told; a run finds out about the others."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    build_architecture(base, name).save_pretrained(folder)
+    gpu = Machine(cores=2, memory_bytes=8 << 30, gpu="NVIDIA H100", gpu_memory_bytes=80 << 30)
+    left_open = plan(make_recipe(), folder, machine=gpu)
+    ruled_out = plan(make_recipe(training={"packing": False}), folder, machine=gpu)
+    carries = name in MIXING.keys() - {"StableLm"}
+    assert (left_open.peak_bytes == ruled_out.peak_bytes) == carries
+    assert any("trained padded" in w for w in left_open.warnings) == carries
+    assert not any("trained padded" in w for w in ruled_out.warnings)
 
 
 def test_of_several_devices_each_has_its_rows_and_its_memory(base: Path) -> None:

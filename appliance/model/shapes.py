@@ -29,13 +29,16 @@ _APART = re.compile(
     r"|\.(mamba|mixer)\.out_proj$"
 )
 _SMALL_SHARE = 0.01
+_STATE = re.compile("mamba|conv|linear|recurrent|delta|ssm")
+_STATE_SIZES = ("state_size", "ssm_state_size", "mamba_d_state", "conv_L_cache", "linear_conv_kernel_dim")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
     """Widths and counts of a decoder: of one token in one layer `queries` and `keys`, and `inner` of its MLP.
 
-    Of a mixture of experts `inner` is that of all experts which a token meets.
+    Of a mixture of experts `inner` is that of all experts which a token meets. `carries_state` where layers hand a
+    state from token to token, as convolutions and recurrences do, through all that is in a batch.
     """
 
     hidden: int
@@ -44,6 +47,7 @@ class ModelSizes:
     keys: int
     queries: int = 0
     inner: int = 0
+    carries_state: bool = False
 
 
 def read_sizes(base: Path) -> ModelSizes:
@@ -60,6 +64,7 @@ def read_sizes(base: Path) -> ModelSizes:
             keys=width * int(config.get("num_key_value_heads") or heads),
             queries=width * heads,
             inner=_read_inner(config, hidden),
+            carries_state=_read_state(config),
         )
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as fault:
         raise ModelError(
@@ -79,6 +84,14 @@ def _read_inner(config: dict[str, Any], hidden: int) -> int:
 
     each = read("moe_intermediate_size") or read("intermediate_size") or int(3.5 * hidden)
     return max(1, read("num_experts_per_tok")) * each + read("shared_expert_intermediate_size")
+
+
+def _read_state(config: dict[str, Any]) -> bool:
+    """By the kinds of layers where a configuration lists them, else by the sizes that only states have."""
+    kinds = config.get("layer_types") or config.get("layers_block_type")
+    if kinds:
+        return any(_STATE.search(str(kind)) for kind in kinds)
+    return any(key in config for key in _STATE_SIZES)
 
 
 def read_weight_shapes(base: Path) -> dict[str, Shape]:

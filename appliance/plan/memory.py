@@ -100,13 +100,14 @@ def count_virtual(method: Method) -> int:
     return method.tokens if isinstance(method, PromptTuningMethod | PTuningMethod) else 0
 
 
-def measure_logit(recipe: Recipe, machine: Machine) -> float:
+def measure_logit(recipe: Recipe, sizes: ModelSizes, machine: Machine) -> float:
     """Bytes that a step holds for each logit, see `training.levers`.
 
     The fused head on a GPU never holds them. The labelled one has them and their gradients, which may be of every
     position; the libraries' own has them in fp32 too, and what the loss makes of those.
     """
-    speed, packed = recipe.training.speed, is_packed(recipe.training, recipe.method)
+    speed = recipe.training.speed
+    packed = is_packed(recipe.training, recipe.method) and not sizes.carries_state
     if packed and machine.gpu and speed.head in ("auto", "fused"):
         return 0.0
     if speed.head != "standard":

@@ -47,6 +47,7 @@ from appliance.plan.penalty import PenaltyMemory, measure_penalty
 from appliance.recipe import (
     Recipe,
     count_steps,
+    is_packed,
     name_sharding_obstacle,
     select_learning_rate,
 )
@@ -113,7 +114,7 @@ def build_plan(
         longest=max(lengths),
         width=width,
         static=estimate_static(recipe.method, weights=weights, trainable=trainable, width=width),
-        logit=measure_logit(recipe, machine),
+        logit=measure_logit(recipe, sizes, machine),
         penalty=_measure_penalty(recipe, weights=weights, base=base),
         copies=2.0 * count_values(list_linears(weights)) if is_full and width < 4 else 0.0,
         gradients=4.0 * trainable if is_full else 0.0,
@@ -149,6 +150,7 @@ def build_plan(
         warnings=(
             *_warn(recipe, rows=len(lengths), peak=peak, machine=machine, penalty=memory.penalty),
             *_warn_of_experts(recipe.method, weights),
+            *_warn_of_state(recipe, sizes),
             *plan_answering(recipe, weights=weights, machine=machine).warn(),
         ),
     )
@@ -285,6 +287,14 @@ def _warn_of_experts(method: Method, weights: Mapping[str, Shape]) -> list[str]:
         return []
     kept = f"qlora leaves the experts of this model, {share:.0%} of its weights, in 16 bits"
     return [f"{kept}: bitsandbytes rounds linear layers, and they are one tensor; lora takes about the same memory"]
+
+
+def _warn_of_state(recipe: Recipe, sizes: ModelSizes) -> list[str]:
+    """Where rows will be padded, see `training.guards`: a run finds out for sure."""
+    is_open = recipe.training.packing == "auto" and is_packed(recipe.training, recipe.method)
+    if not (sizes.carries_state and is_open):
+        return []
+    return ["layers of this model carry a state from token to token, so its rows are trained padded, which is slower"]
 
 
 def _advise(penalty: PenaltyMemory) -> str:
