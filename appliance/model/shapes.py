@@ -155,12 +155,10 @@ def select_adapted(method: LoraMethod, linears: Mapping[str, Shape]) -> dict[str
     All are all that the rank fits in: gates, with a number or a few for each head or expert, are too small for it and
     hold next to nothing. Raises `TrainingError` for a rank too large for a layer that is named or that counts.
     """
-    if isinstance(method.targets, str):
-        chosen = {n: s for n, s in linears.items() if not _APART.search(n)}
-    else:
-        chosen = select_targets(method.targets, linears)
-    small = {n: s for n, s in chosen.items() if min(s) < method.rank}
     is_all = isinstance(method.targets, str)
+    belonging = {n: s for n, s in linears.items() if not _APART.search(n)}
+    chosen = belonging if is_all else select_targets(method.targets, linears)
+    small = {n: s for n, s in chosen.items() if min(s) < method.rank}
     if small and not (is_all and count_values(small) <= _SMALL_SHARE * count_values(chosen)):
         name, shape = min(small.items(), key=lambda item: (min(item[1]), item[0]))
         raise TrainingError(

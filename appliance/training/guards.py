@@ -35,6 +35,8 @@ _DRIFT = {"bf16": 0.2, "fp32": 1e-3}
 # Two batches of the same sizes: 0 for every class that keeps rows apart, 0.004 and more for those that do not.
 _LEAK = {"bf16": 2e-3, "fp32": 1e-4}
 _LOOKED_AT = 8
+# What a class of model makes of a batch or a method that it does not take; want of memory is told apart by its name.
+_MISFITS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError)
 _COMPARED = 64  # trained positions of a row: all of them would cost memory that nothing proves, see `proof`
 
 
@@ -63,7 +65,7 @@ def check_start(
         )
     try:
         measure(model)
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as fault:
+    except _MISFITS as fault:
         if name_fault(fault) != "other":
             raise
         raise TrainingError(
@@ -111,7 +113,7 @@ def _are_equal(model: Any, compare: Callable[[], tuple[float, float]], precision
     model.eval()
     try:
         loss, expected = compare()
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as fault:
+    except _MISFITS as fault:
         if name_fault(fault) != "other":
             raise
         return False
@@ -141,7 +143,7 @@ def find_packing_fault(
         attention.use_standard(base)
         losses = [(_mean_loss(model, [r], precision, device=device, alone=True), _count_trained(r)) for r in records]
         by_itself = _look_at_last(model, records[-1:], precision, places=places, device=device, alone=True)
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as fault:
+    except _MISFITS as fault:
         if name_fault(fault) != "other":
             raise
         return f"this class of model cannot train packed rows ({_take_first_line(fault)})"
@@ -150,7 +152,7 @@ def find_packing_fault(
         model.train()
     alone = sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
     if not math.isfinite(alone):
-        return ""  # a fault of the base, see `check_base`
+        return ""  # a fault of the base, see `check_start`
     if not abs(packed - alone) <= _PARITY[precision] * max(1.0, alone):
         return f"packed loss {packed:.4f} is not the loss of the rows alone, {alone:.4f}: rows would see each other"
     if (drift := _measure_distance(beside[0], by_itself)) > _DRIFT[precision]:
