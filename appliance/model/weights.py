@@ -113,6 +113,11 @@ def load_model(
     return model if four_bit or spread else model.to(device)
 
 
+def strip_adapter(model: Any) -> Any:
+    """The model that transformers made, without what PEFT put around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def find_layers(model: Any) -> list[Any]:
     """The layers of a model, by what transformers itself splits it; empty where its class does not say."""
     names = model._no_split_modules or ()  # noqa: SLF001 - there is no other place that says it

@@ -142,6 +142,11 @@ def spread_labels(batch: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "shift_labels": labels}
 
 
+def move_batch(batch: dict[str, Any], device: Any) -> dict[str, Any]:
+    """The batch with its tensors on a device."""
+    return {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
+
+
 def drop_places(batch: dict[str, Any]) -> dict[str, Any]:
     """A padded batch as the libraries know it: labels at every position."""
     return {k: v for k, v in batch.items() if k not in ("shift_labels", "label_rows", "label_columns")}

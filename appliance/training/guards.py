@@ -13,13 +13,14 @@ from appliance.errors import TrainingError
 from appliance.method import FullMethod, Method
 from appliance.model import TokenRow
 from appliance.model.faults import name_fault
-from appliance.model.weights import Precision, compute_as_trained
+from appliance.model.weights import Precision, compute_as_trained, strip_adapter
 from appliance.training import attention
 from appliance.training.batches import (
     build_records,
     collate_packed,
     collate_padded,
     drop_places,
+    move_batch,
     spread_labels,
 )
 from appliance.training.head import scoring_only
@@ -44,9 +45,9 @@ def check_start(
     model: Any, row: TokenRow, *, method: Method, levers: Levers, precision: Precision, device: torch.device
 ) -> None:
     """The base's loss on a row is finite, as what starts as NaN can only stay NaN, and this class takes the method."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = strip_adapter(model)
     records = [_trim_spans(r) for r in build_records([row])]
-    padded = _move(collate_padded(records, pad_id=0), device)
+    padded = move_batch(collate_padded(records, pad_id=0), device)
 
     def measure(computed: Any) -> float:
         if levers.rows == "packed":
@@ -77,7 +78,7 @@ def check_start(
 
 def can_choose(model: Any, rows: Sequence[TokenRow], *, precision: Precision, device: torch.device) -> bool:
     """Whether this class gives padded rows the same loss where its head scores trained positions alone."""
-    batch = _move(collate_padded([_shorten(r) for r in build_records(rows[:2])], pad_id=0), device)
+    batch = move_batch(collate_padded([_shorten(r) for r in build_records(rows[:2])], pad_id=0), device)
 
     def compare() -> tuple[float, float]:
         with scoring_only(model, batch) as chosen:
@@ -132,7 +133,7 @@ def find_packing_fault(
     """
     longest = max(rows, key=lambda r: len(r.input_ids))
     records = build_records([*[r for r in rows[:4] if r is not longest][:3], longest])
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = strip_adapter(model)
     used = attention.name_used(base)
     model.eval()
     try:
@@ -216,7 +217,7 @@ def _look_at_last(
     A loss can hide what a row sees: a model that has learnt nothing says the same whatever it sees. All logits would
     cost memory with a large vocabulary.
     """
-    batch = _move(_build_batch(records, prefix=prefix, alone=alone), device)
+    batch = move_batch(_build_batch(records, prefix=prefix, alone=alone), device)
     kept = {k: v for k, v in batch.items() if k not in ("labels", "shift_labels")}
     kept["logits_to_keep"] = torch.tensor(places, device=device) + batch["input_ids"].shape[1]
     with torch.no_grad(), compute_as_trained(precision, device=device):
@@ -236,10 +237,6 @@ def _build_batch(records: list[dict[str, Any]], *, prefix: Prefix, alone: bool) 
     return {k: v for k, v in batch.items() if k not in left_out}
 
 
-def _move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-
-
 def _mean_loss(
     model: Any,
     records: list[dict[str, Any]],
@@ -255,7 +252,7 @@ def _mean_loss(
 
 def _compute_loss(model: Any, batch: dict[str, Any], precision: Precision, *, device: torch.device) -> float:
     with torch.no_grad(), compute_as_trained(precision, device=device):
-        return float(model(**_move(batch, device), use_cache=False).loss)
+        return float(model(**move_batch(batch, device), use_cache=False).loss)
 
 
 def _trim_spans(record: dict[str, Any]) -> dict[str, Any]:

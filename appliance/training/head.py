@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from appliance.model.weights import strip_adapter
+
 _VALUES = 1 << 19  # at a time, on a CPU: 2 MiB in fp32, in its cache
 _GPU_VALUES = 1 << 26  # 256 MiB, what `plan` counts for a head there; a few rows at a time would be all launches
 
 
 def lighten_loss(model: Any) -> None:
     """Give a causal language model this loss wherever positions were chosen; one with a loss of its own keeps it."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = strip_adapter(model)
     if base.loss_function is ForCausalLMLoss:
         base.loss_function = _find_loss
         base.forward = MethodType(_drop_logits(type(base).forward), base)

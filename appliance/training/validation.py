@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from appliance.model.weights import strip_adapter
+from appliance.training.batches import move_batch
 from appliance.training.head import scoring_only
 from appliance.training.monitor import measure_sameness
 from appliance.training.sharding import gathering_once
@@ -82,7 +84,7 @@ def summarise_scores(scores: Sequence[RowScore]) -> dict[str, float]:
 def _predict(model: Any, batch: dict[str, Any]) -> tuple[list[float], list[int], list[int]]:
     """Loss, most likely token and label at every labelled position, row after row."""
     device = next(model.parameters()).device
-    inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+    inputs = move_batch(batch, device)
     del inputs["labels"]
     wanted = inputs.pop("shift_labels")[0]
     with torch.no_grad():
@@ -112,7 +114,7 @@ def _compute_logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 
 def _find_body(model: Any) -> Any:
     """What the head is put on: the part with the embeddings. Not every class's `get_decoder` is without its head."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = strip_adapter(model)
     embeddings = base.get_input_embeddings()
     return next(part for part in base.children() if any(m is embeddings for m in part.modules()))
 
