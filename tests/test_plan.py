@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from test_silent_failures import ARCHITECTURES, MIXING, build_architecture
-from test_training import make_job
+from test_training import make_job, run_in_process
 from tiny import make_recipe, write_base
 
 from appliance.errors import ModelError, TrainingError
@@ -105,12 +105,13 @@ UNEVEN: dict[str, dict[str, Any]] = {
     "Mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16},
     "Qwen3_5Text": GATED_DELTA,
 }  # fmt: skip
-NOT_ADAPTED = re.compile(r"\.gate\.|router|shared_expert_gate|vision|multi_modal|(mamba|mixer)\.out_proj")
+WITH_VISION = ("Gemma3", "Mistral3", "SmolVLM")  # the first a causal model to transformers, the others listed apart
+NOT_ADAPTED = re.compile(r"\.gate\.|router|shared_expert_gate|vision|multi_modal|connector|(mamba|mixer)\.out_proj")
 
 
-def save_with_vision(folder: Path) -> Path:
+def save_with_vision(folder: Path, name: str) -> Path:
     """A model of text and images: its tower has layers of the same names."""
-    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+    import transformers
 
     text = {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -119,16 +120,19 @@ def save_with_vision(folder: Path) -> Path:
     vision = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28
     }  # fmt: skip
-    Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision)).save_pretrained(folder)
+    config = getattr(transformers, f"{name}Config")()
+    text["model_type"], vision["model_type"] = config.text_config.model_type, config.vision_config.model_type
+    sized = type(config)(text_config=text, vision_config=vision)
+    getattr(transformers, f"{name}ForConditionalGeneration")(sized).save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("name", [*UNEVEN, "Gemma3"])
+@pytest.mark.parametrize("name", [*UNEVEN, *WITH_VISION])
 def test_all_linear_layers_are_those_that_an_adapter_belongs_on(base: Path, tmp_path: Path, name: str) -> None:
     """No router, no tower for images, no gate that the rank does not fit in, and the plan counts what is there."""
     folder = shutil.copytree(base, tmp_path / "base")
-    if name == "Gemma3":
-        save_with_vision(folder)
+    if name in WITH_VISION:
+        save_with_vision(folder, name)
     else:
         build_architecture(base, name, **UNEVEN[name]).save_pretrained(folder)
     shutil.copy(base / "generation_config.json", folder)
@@ -142,6 +146,20 @@ def test_all_linear_layers_are_those_that_an_adapter_belongs_on(base: Path, tmp_
     counted = count_trainable(method, read_weight_shapes(folder), read_sizes(folder))
     shared = 4 * 3 * 8 * (64 + 32) if name == "Qwen3Next" else 0  # PEFT takes their names for those of experts
     assert counted - shared == model.get_nb_trainable_parameters()[0]
+
+
+def test_a_model_that_reads_images_too_trains_on_text(base: Path, tmp_path: Path) -> None:
+    """Of a class that transformers lists apart from causal models the text is trained all the same."""
+    folder = save_with_vision(shutil.copytree(base, tmp_path / "base"), "Mistral3")
+    shutil.copy(base / "generation_config.json", folder)
+    losses: list[float] = []
+
+    def watch(**event: object) -> None:
+        losses.extend([float(str(event["loss"]))] if "loss" in event else [])
+
+    summary = run_in_process(make_job(folder, tmp_path, make_recipe(training={"epochs": 4})), emit=watch)
+    assert summary["packing"], "its rows keep apart"
+    assert losses[-1] < losses[0] - 0.5
 
 
 def test_experts_that_peft_does_not_know_are_refused_where_they_are_asked_for(

@@ -7,25 +7,29 @@ pickles (`.bin`, `.pt`, `.ckpt`) run code when they are read and are refused.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
+import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 from appliance.command import run_command
 from appliance.digest import State, digest_file, digest_folder, digest_json, fsync_folder, list_files, stat_files
 from appliance.errors import CommandError, ModelError
-from appliance.model.shapes import read_sizes
+from appliance.model.shapes import read_quantisation, read_sizes
 from appliance.recipe import BaseSection
 from appliance.store import Store, StoredObject, open_store
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_WIDENED = ("mxfp4", "fp8")
 _NEEDED = ("config.json", "tokenizer.json")
-_CONVERT_TIMEOUT_S = 1800.0
+_CONVERT_TIMEOUT_S = 7200.0
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
 
 Note = Callable[[str], None]
@@ -69,7 +73,31 @@ def resolve_base(section: BaseSection, *, root: Path, cache: Path, note: Note) -
             f"base model {model}: revision is {base.revision}, the recipe pins {section.revision}; "
             "correct base.revision or restore the pinned files"
         )
-    return base
+    return _widen(base, cache=cache, note=note)
+
+
+def _widen(base: Base, *, cache: Path, note: Note) -> Base:
+    """A model that is published in 4 or 8 bits only becomes bf16 safetensors in the cache, once per revision.
+
+    Its identity stays that of the files it came from. Raises `ModelError` for a form that others made of a model in
+    16 bits: that one is the better base, and qlora rounds it as well.
+    """
+    form = read_quantisation(base.folder)
+    if form is None:
+        return base
+    if form not in _WIDENED:
+        raise ModelError(
+            f"base model {base.model}: its weights are quantised ({form}); expected 16 bits, or "
+            f"{' or '.join(_WIDENED)}, which are turned into bf16. Give the model it was made from: method qlora "
+            "trains it in 4 bits"
+        )
+    folder = cache / "bases" / f"bf16-{base.digest[:16]}"
+
+    def make(staged: Path) -> None:
+        note(f"turning the {form} weights of {base.model} into bf16 safetensors (once; kept in {folder})")
+        _convert(base.folder, staged, model=base.model)
+
+    return replace(base, folder=_make_once(folder, make))
 
 
 def _digest(path: Path) -> str:
@@ -143,14 +171,15 @@ def _resolve_gguf(path: Path, *, model: str, cache: Path, note: Note) -> Base:
             raise ModelError(f"base model {model}: {path} is not a GGUF file; download it again")
     digest = _digest(path)
     folder = cache / "bases" / f"gguf-{digest[:16]}"
-    if not folder.is_dir():
+
+    def make(staged: Path) -> None:
         note(f"converting {path.name} to bf16 safetensors (once; kept in {folder})")
-        with _staged(folder) as staged:
-            _convert_gguf(path, staged, model=model)
-    return Base(folder=folder, model=model, revision=f"sha256:{digest}")
+        _convert(path, staged, model=model)
+
+    return Base(folder=_make_once(folder, make), model=model, revision=f"sha256:{digest}")
 
 
-def _convert_gguf(path: Path, folder: Path, *, model: str) -> None:
+def _convert(path: Path, folder: Path, *, model: str) -> None:
     """In a child, so that this process never holds torch or a model's memory."""
     try:
         run_command(
@@ -159,8 +188,8 @@ def _convert_gguf(path: Path, folder: Path, *, model: str) -> None:
             env={"TQDM_DISABLE": "1"},
         )
     except CommandError as fault:
-        last = str(fault).splitlines()[-1]
-        raise ModelError(f"base model {model}: {path} cannot be converted ({last}); is the file complete?") from fault
+        last = str(fault).splitlines()[-1].removeprefix(f"{ModelError.__module__}.{ModelError.__name__}: ")
+        raise ModelError(f"base model {model}: {path} cannot be converted ({last}); is it complete?") from fault
 
 
 def _resolve_hub(model: str, *, revision: str, cache: Path, note: Note) -> Base:
@@ -203,12 +232,13 @@ def _resolve_store(url: str, *, cache: Path, note: Note) -> Base:
         )
     listing = digest_json([[o.key, o.size, o.etag] for o in objects])
     folder = cache / "bases" / f"s3-{listing[:16]}"
-    if not folder.is_dir():
+
+    def make(staged: Path) -> None:
         note(f"base model {url}: {sum(o.size for o in objects) / 1e6:.0f} MB to {folder}")
-        with _staged(folder) as staged:
-            _download(store, objects, staged)
-            _check_folder(staged, model=url)
-    return Base(folder=folder, model=url, revision=f"sha256:{_digest(folder)}")
+        _download(store, objects, staged)
+        _check_folder(staged, model=url)
+
+    return Base(folder=_make_once(folder, make), model=url, revision=f"sha256:{_digest(folder)}")
 
 
 def _download(store: Store, objects: list[StoredObject], folder: Path) -> None:
@@ -220,22 +250,37 @@ def _download(store: Store, objects: list[StoredObject], folder: Path) -> None:
         store.get_file(item.key, target, sha256=None)
 
 
-class _staged:  # noqa: N801 - used as a statement
-    """A folder that appears under its name only when it is complete."""
+def _make_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """`folder`, complete from the moment it has its name; one process at a time makes folders beside it.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    What a killed one left of this folder is removed: a model's weights are many gigabytes.
+    """
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.parent):
+        if not folder.is_dir():
+            for left in folder.parent.glob(f".{folder.name}-*"):
+                shutil.rmtree(left, ignore_errors=True)
+            staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+            try:
+                make(staged)
+                staged.rename(folder)
+                fsync_folder(folder.parent)
+            finally:
+                shutil.rmtree(staged, ignore_errors=True)
+    return folder
 
-    def __enter__(self) -> Path:
-        self._folder.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = Path(tempfile.mkdtemp(prefix=f".{self._folder.name}-", dir=self._folder.parent))
-        return self._temporary
 
-    def __exit__(self, kind: object, *_rest: object) -> None:
-        if kind is None and not self._folder.exists():
-            self._temporary.rename(self._folder)
-            fsync_folder(self._folder.parent)
-        shutil.rmtree(self._temporary, ignore_errors=True)
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The lock of a folder itself, which the kernel gives back whatever becomes of this process."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _first_line(fault: BaseException) -> str:

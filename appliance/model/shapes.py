@@ -25,7 +25,7 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 # What `all-linear` leaves alone: towers for what is not text, routers of experts, and what Mamba's kernels read past
 # any adapter.
 _APART = re.compile(
-    r"(^|\.)(vision|visual|audio|multi_modal|embed_vision|embed_audio)|\.(gate|router)$|\.router\."
+    r"(^|\.)(vision|visual|audio|multi_modal|connector|embed_vision|embed_audio)|\.(gate|router)$|\.router\."
     r"|\.(mamba|mixer)\.out_proj$"
 )
 _SMALL_SHARE = 0.01
@@ -70,6 +70,25 @@ def read_sizes(base: Path) -> ModelSizes:
         raise ModelError(
             f"{base / 'config.json'}: not a model's sizes in JSON ({fault}); copy the model again"
         ) from fault
+
+
+def read_quantisation(base: Path) -> str | None:
+    """The form that the files keep their weights in (`mxfp4`, `fp8`, `gptq`, ...), None for ordinary numbers.
+
+    Raises `ModelError` where the configuration does not tell and weights are in 8 bits: whoever loads them takes them
+    for the values themselves, without their scales.
+    """
+    path = base / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+        form = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
+        if form:
+            return str(form["quant_method"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as fault:
+        raise ModelError(f"{path}: its quantization_config names no quant_method; copy the model again") from fault
+    if small := next((n for n, dtype in read_weight_dtypes(base).items() if dtype.startswith("F8_")), None):
+        raise ModelError(f"{path}: has no quantization_config, and {small} is in 8 bits; copy the model again")
+    return None
 
 
 def _read_inner(config: dict[str, Any], hidden: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from appliance.errors import LostDeviceError, ModelError
@@ -75,6 +75,7 @@ def load_model(
     four_bit: bool = False,
     spread: bool = False,
     attention: str | None = None,
+    dequantise: bool = False,
 ) -> Any:
     """The causal language model of `folder`, on `device`, or layer by layer over all that torch sees if `spread`.
 
@@ -85,8 +86,12 @@ def load_model(
     dtype = _DTYPES[precision]
     quantisation = _build_nf4(dtype) if four_bit else None
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if dequantise:
+            config.quantization_config["dequantize"] = True
+        model, found = select_class(config).from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             attn_implementation=attention,
             quantization_config=quantisation,
@@ -111,6 +116,12 @@ def load_model(
     if four_bit:
         _keep_layout(model)
     return model if four_bit or spread else model.to(device)
+
+
+def select_class(config: Any) -> Any:
+    """The class that reads and writes text: transformers lists models with a tower for images in one of two places."""
+    causal = type(config) in AutoModelForCausalLM._model_mapping  # noqa: SLF001 - its only list
+    return AutoModelForCausalLM if causal else AutoModelForImageTextToText
 
 
 def strip_adapter(model: Any) -> Any:
