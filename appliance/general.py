@@ -190,7 +190,7 @@ def answer_prompts(
         devices=how.devices if how else 1,
         threads=threads,
     )
-    tokens = [evaluation.Prompt(e.id, arm.name, template.encode_prompt(e.prompt)) for e in asked]
+    tokens = [evaluation.Prompt(e.id, arm.name, template.encode_prompt(e.prompt, is_direct=True)) for e in asked]
     workspace.note(f"the base model answers {len(prompts)} general prompts (once; kept in {file.parent})")
     answered = keep_finished(asked, evaluation.generate(job, tokens, note=workspace.note))
     write_atomic(file, encode_examples(answered))

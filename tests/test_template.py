@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import resources
@@ -16,7 +17,8 @@ from tiny import TEMPLATE, write_tokenizer
 from appliance.errors import ModelError, TrainingError
 from appliance.example import Example, Message
 from appliance.model import ChatTemplate, fit_template, load_template, render_row, render_rows, set_thinking
-from appliance.model.template import CallForm
+from appliance.model.calls import CallForm
+from appliance.model.thinking import split_thinking
 
 BY_NAME = {f.name: f for f in FAMILIES}
 THINK = "<think>\nwell\n</think>\n\n"
@@ -62,7 +64,10 @@ def as_sent(messages: Sequence[Message], template: ChatTemplate) -> list[dict[st
     sent: list[dict[str, Any]] = []
     names: list[str] = []
     for message in messages:
-        turn: dict[str, Any] = {"role": message.role, "content": message.content}
+        parts = [{"type": "text", "text": message.content}]
+        turn: dict[str, Any] = {
+            "role": message.role, "content": parts if template.contents == "parts" else message.content
+        }  # fmt: skip
         if message.tool_calls and template.calls:
             turn["tool_calls"] = []
             for made in message.tool_calls:
@@ -132,48 +137,118 @@ def check_said(said: str, message: Message, *, family: Family, prompt: str) -> N
     assert (opened + text).split() == message.content.split()
 
 
-REAL = {
-    "qwen2_5": (1, 1), "qwen3": (3, 2), "qwen3_5_think": (3, 1), "llama3": (1, None), "llama3_1": (1, 1),
-    "llama3_2": (1, 1), "gemma3": (1, None), "phi3": (1, None), "cohere": (1, None), "glm4moe": (None, None),
-    "deepseekv3": (None, None),
-}  # fmt: skip
-REAL_TOKENS = (
-    "<|im_start|> <|endoftext|> <|start_header_id|> <|end_header_id|> <start_of_turn> <|user|> <|assistant|> "
-    "<|system|> <｜User｜> <｜Assistant｜> <think> </think> <tool_call> </tool_call> "  # noqa: RUF001
-    "<|START_OF_TURN_TOKEN|> <|CHATBOT_TOKEN|>"
+REAL_FILES = sorted(f.name.removesuffix(".jinja") for f in resources.files("trl").joinpath("chat_templates").iterdir())
+REAL = [n for n in REAL_FILES if not n.endswith(("_training", ".md"))]
+REAL_TOKEN = re.compile(
+    r"""<\|[^|>\s]{1,40}\|>|</?[a-z_]{2,20}>|<\|[a-z_"]{1,20}>|<[a-z_"]{1,20}\|>|\[/?[A-Z_]{3,25}\]"""
+    r"""|<｜[^>]{1,40}｜>|</?s>|<[A-Z_]{3,20}>"""  # noqa: RUF001
 )
 REAL_STOPS = {
-    "qwen": "<|im_end|>", "llam": "<|eot_id|>", "gemm": "<end_of_turn>", "phi3": "<|end|>", "glm4": "<|endoftext|>",
-    "cohe": "<|END_OF_TURN_TOKEN|>", "deep": "<｜end▁of▁sentence｜>",  # noqa: RUF001
+    "qwen": "<|im_end|>", "lfm2": "<|im_end|>", "nemo": "<|im_end|>", "llam": "<|eot_id|>", "gemma": "<end_of_turn>",
+    "gemma4": "<turn|> <|tool_response>", "diff": "<turn|> <|tool_response>", "phi3": "<|end|>", "llava": "</s>",
+    "glm4": "<|user|> <|observation|> <|endoftext|>", "gptoss": "<|return|> <|call|>", "muse": "<|eot|>",
+    "cohe": "<|END_OF_TURN_TOKEN|>", "idef": "<end_of_utterance>", "smol": "<end_of_utterance>",
+    "deep": "<｜end▁of▁sentence｜>",  # noqa: RUF001
 }  # fmt: skip
+NO_SYSTEM, NO_TOOLS = ("gemma",), ("gemma", "gemma3", "phi3", "phi3_5", "cohere", "cohere2", "llama3", "lfm2")
+NO_TOOLS += ("qwen2_5_vl", "idefics3", "smolvlm", "llava_next", "deepseekv3", "deepseek_r1_distill", "diffusion_gemma")
+MUST_THINK = ("deepseekv3", "deepseek_r1_distill")
+DROPS_THOUGHTS = ("qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6", "gptoss")
+
+
+def write_real(folder: Path, name: str) -> ChatTemplate:
+    """A template as its makers published it (TRL carries the files), on a tokenizer with its tokens."""
+    text = resources.files("trl").joinpath("chat_templates", f"{name}.jinja").read_text("utf-8")
+    stops = REAL_STOPS[max((n for n in REAL_STOPS if name.startswith(n)), key=len)].split()
+    tokens = tuple(dict.fromkeys([*stops, "<bos>", *REAL_TOKEN.findall(text)]))
+    bos = "<bos>" if "bos_token" in text else None
+    return load_template(write_family(folder, Family(name, text, bos, tuple(stops), tokens)))
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_the_families_own_templates_are_masked_or_refused_with_the_reason(tmp_path: Path, name: str) -> None:
-    """As their makers published them (TRL carries the files): as many token rows as they need, or one reason."""
-    file = resources.files("trl").joinpath("chat_templates", f"{name}.jinja")
-    if not file.is_file():
-        pytest.skip(f"this TRL has no {name}.jinja")
-    stop = REAL_STOPS[name[:4]]
-    text = file.read_text("utf-8")
-    family = Family(
-        name, text, "<bos>" if "bos_token" in text else None, (stop,), (stop, "<bos>", *REAL_TOKENS.split())
-    )
-    template = load_template(write_family(tmp_path, family))
-    turns = [t for n in "123" for t in (("user", f"q{n}"), ("assistant", f"a{n}"))]
-    chat = make_example(("system", "Be brief."), *turns)
+    """Every turn once, behind the tokens that a server starts from; what a template does not know is refused."""
+    from transformers import AutoTokenizer
+
+    template = write_real(tmp_path, name)
+    think = THINK if name in MUST_THINK else ""
+    turns = [t for n in "123" for t in (("user", f"q{n}"), ("assistant", f"{think}a{n}"))]
+    chat = make_example(*([] if name in NO_SYSTEM else [("system", "Be brief.")]), *turns)
+    rows = render_rows(chat, template)
+    assert len(rows) == (3 if name in (*DROPS_THOUGHTS, *MUST_THINK) else 1)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    switch = {} if template.thinking == "fixed" else {"enable_thinking": False}
+    spans = sorted(((r.input_ids[:a], r.input_ids[a:b]) for r in rows for a, b in r.spans), key=measure)
+    for number, (before, said) in enumerate(spans, start=1):
+        messages = as_sent(chat.messages[: -2 * (3 - number) - 1], template)
+        assert before == theirs.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, date_string="26 Jul 2024", **switch
+        )["input_ids"] or "urrent date" in template.decode(before)  # transformers' clock goes on  # fmt: skip
+        assert template.read_answer(template.decode(said[:-1])).split()[-1] == f"a{number}"
+        assert said[-1] in template.stop_ids
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_calls_in_the_families_own_templates_are_masked_or_refused(tmp_path: Path, name: str) -> None:
+    """A call, its result and the answer, each ended by a token at which a server stops."""
+    template = write_real(tmp_path, name)
     told = (Message("assistant", "", [call("Paris")]), ("tool", '{"t": 3}'), ("assistant", "cold"))
     tools = make_example(("user", "weather?"), *told, tools=True)
-    for example, count in zip((chat, tools), REAL[name], strict=True):
-        if count is None:
-            with pytest.raises(TrainingError, match=r"^row r1: "):
-                render_rows(example, template)
+    if name in NO_TOOLS:
+        with pytest.raises(TrainingError, match=r"^row r1: "):
+            render_rows(tools, template)
+        return
+    rows = render_rows(tools, template)
+    spans = sorted(((r.input_ids[:a], r.input_ids[a:b]) for r in rows for a, b in r.spans), key=measure)
+    said, answer = (template.decode(s) for _, s in spans)
+    assert "get_weather" in said
+    assert "Paris" in said
+    assert "cold" in answer
+
+
+FRAMED = {
+    "gptoss": (
+        "<|channel|>final<|message|>a<|return|>",
+        "<|channel|>analysis<|message|>well<|end|><|start|>assistant<|channel|>final<|message|>a<|return|>",
+    ),
+    "muse_glimmer": (
+        " to=user<|message|>a<|eot|>",
+        " to=self<|message|>well<|eom|><|start|>assistant to=user<|message|>a<|eot|>",
+    ),
+    "cohere2": ("a<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", None),
+    "gemma4_v5": ("a<turn|>", "<|channel>thought\nwell\n<channel|>a<turn|>"),
+    "glm4moe": ("\na<|user|>", "\n<think>well</think>\na<|user|>"),
+    "qwen3_8": ("a<|im_end|>", "well\n</think>\n\na<|im_end|>"),
+    "smolvlm": (" a<end_of_utterance>", None),
+}
+
+
+@pytest.mark.parametrize("name", FRAMED)
+def test_what_a_template_writes_around_an_answer_is_trained_and_not_read(tmp_path: Path, name: str) -> None:
+    """Channels, tokens around a response, thoughts in a field of their own, a turn that the next one ends."""
+    loaded = write_real(tmp_path, name)
+    for content, expected in zip(("a", f"{THINK}a"), FRAMED[name], strict=True):
+        if expected is None:
             continue
-        rows = render_rows(example, template)
-        assert len(rows) == count
-        said = [template.decode(r.input_ids[a:b]) for r in rows for a, b in r.spans]
-        assert said[-1].strip() == f"{example.answer}{stop}"
-        assert len(said) == len([m for m in example.messages if m.role == "assistant"])
+        example = make_example(("user", "q"), ("assistant", content))
+        template = fit_template(loaded, [example])
+        (row,) = render_rows(example, template)
+        ((start, end),) = row.spans
+        assert template.decode(row.input_ids[start:end]) == expected
+        read = template.read_answer(template.decode(row.input_ids[start : end - 1]))
+        if "<think>" not in template.decode(row.input_ids[:start]):  # else the thought goes on from there
+            assert split_thinking(read) == split_thinking(content)
+            assert template.thinking != "fixed" or content == "a"
+
+
+def test_a_base_model_answers_at_once_where_the_run_does_not_think(tmp_path: Path) -> None:
+    """gpt-oss would think in a channel, be cut off and lose to any candidate; told how to begin, it does not."""
+    template = write_real(tmp_path, "gptoss")
+    asked = (Message("user", "q"),)
+    plain, direct = (template.encode_prompt(asked, is_direct=d) for d in (False, True))
+    assert template.decode(direct) == template.decode(plain) + "<|channel|>final<|message|>"
+    thinking = set_thinking(template, "on")
+    assert thinking.encode_prompt(asked, is_direct=True) == thinking.encode_prompt(asked)
 
 
 @pytest.mark.parametrize("name", ["qwen2.5", "deepseek-v3", "llama3", "command-r"])

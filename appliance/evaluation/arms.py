@@ -76,7 +76,8 @@ def build_prompts(
         if arm.is_prompted:
             shots = _select_nearest(example, index, count=section.few_shot) if index else ()
             messages = _prompt_base(example, system=section.system_prompt, shots=shots)
-        prompts.append(Prompt(example.id, arm.name, template.encode_prompt(messages, tools=example.tools)))
+        tokens = template.encode_prompt(messages, tools=example.tools, is_direct=arm.is_prompted)
+        prompts.append(Prompt(example.id, arm.name, tokens))
     return tuple(prompts)
 
 

@@ -143,7 +143,7 @@ def generate_batch(
         yield Output(
             id=prompt.id,
             arm=prompt.arm,
-            output=template.decode(answer),
+            output=template.read_answer(template.decode(answer)),
             stop="length" if end is None else "eos",
             tokens=len(answer),
             prompt_tokens=len(prompt.input_ids),

@@ -22,7 +22,9 @@ import msgspec
 
 from appliance.errors import TrainingError
 from appliance.example import Example, Message
-from appliance.model.template import CLOSED, OPENED, ChatTemplate, begins_thinking, holds_call, read_tools
+from appliance.model.calls import holds_call, read_tools
+from appliance.model.template import ChatTemplate
+from appliance.model.thinking import CLOSED, OPENED, begins_thinking, split_thinking
 
 _SCAFFOLD = re.compile(r"<think>\s*(</think>\s*)?$")
 _EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
@@ -89,18 +91,6 @@ def render_row(example: Example, template: ChatTemplate) -> TokenRow:
     return row
 
 
-def split_thinking(content: str, *, opened: bool = False) -> tuple[str, str]:
-    """The reasoning and the answer of a content, both trimmed.
-
-    Reasoning is what a content begins with in `<think>...</think>`, or, where the prompt has `opened` the
-    block, what stands before `</think>`. Elsewhere the tags are text like any other.
-    """
-    if not (begins_thinking(content) or (opened and CLOSED in content)):
-        return "", content.strip()
-    before, _, after = content.partition(CLOSED)
-    return before.strip().removeprefix(OPENED).strip(), after.strip()
-
-
 def _build_turn(example: Example, number: int, template: ChatTemplate) -> _Turn:
     """The tokens of one assistant turn, as inference would meet it."""
     stops = (template.decode([s]) for s in sorted(template.stop_ids))
@@ -112,6 +102,9 @@ def _build_turn(example: Example, number: int, template: ChatTemplate) -> _Turn:
     prompt = list(template.encode(before).ids)
     answer = _encode_answer(example, number, prompt=prompt, before=before, tail=tail, template=template)
     stop = next((i for i, token in enumerate(answer) if token in template.stop_ids), None)
+    end = template.ends[bool(example.messages[number].tool_calls)]
+    if stop is None and end is not None:
+        stop, answer = len(answer), [*answer, end]
     if stop is None:
         raise _refuse_ending(example, number, answer, template)
     _check_said(example, number, answer[:stop], opened=_opens_thinking(before), template=template)
@@ -192,7 +185,7 @@ def _encode_answer(
 
 def _check_said(example: Example, number: int, said: list[int], *, opened: bool, template: ChatTemplate) -> None:
     """The trained tokens, decoded, are the answer: its thinking, its text and its tool calls."""
-    message, text = example.messages[number], template.decode(said)
+    message, text = example.messages[number], template.read_answer(template.decode(said))
     goes_on = opened and template.thinking == "fixed"  # with a switch, thinking is what begins with the tag
     wanted, spoken = (
         tuple(unicodedata.normalize("NFC", part) for part in split_thinking(t, opened=is_open))

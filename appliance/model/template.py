@@ -1,9 +1,9 @@
 """The chat template, rendered here once for checks, training and generation alike.
 
 Rendering needs jinja2 and tokenizers only, not torch. What the families of templates disagree on
-is found out when a template is loaded, by rendering a small conversation, and never guessed from
-names: whether tool arguments go in as objects or as text, and whether thinking can be switched.
-The mask of trained tokens is in `appliance.model.mask`.
+is found out when a template is loaded (`appliance.model.probes`): the form of contents, tool calls
+and thoughts, whether thinking can be switched, and what is written around an answer. The mask of
+trained tokens is in `appliance.model.mask`.
 """
 
 from __future__ import annotations
@@ -18,33 +18,13 @@ from typing import Any, Literal
 from appliance.digest import digest_bytes, digest_json
 from appliance.errors import ModelError, TrainingError
 from appliance.example import Example, Message
+from appliance.model.calls import CALL_FORMS, CallForm, build_call, read_tools
 from appliance.model.environment import compile_template
+from appliance.model.probes import NEVER, NO_FRAME, Contents, Frame, Thoughts, probe_template
+from appliance.model.thinking import begins_thinking, join_thinking, split_thinking
 
 Thinking = Literal["fixed", "off", "on"]
 """Whether the template has a switch for thinking, and how it is set for every prompt of a run."""
-
-OPENED, CLOSED = "<think>", "</think>"
-_SPACE = re.compile(r"\s+")
-_NEVER = re.compile(r"(?!)")
-
-
-@dataclass(frozen=True, slots=True)
-class CallForm:
-    """How a template wants tool calls: arguments as an object or as JSON text, no content as "" or none."""
-
-    arguments: Literal["object", "text"]
-    empty: Literal["text", "none"]
-
-
-_FORMS = tuple(CallForm(a, e) for a in ("object", "text") for e in ("text", "none"))
-_PROBE_CALL = {"name": "probe_tool", "arguments": {"city": "Paris", "days": 2}}
-_PROBE_TOOL = {"name": "probe_tool", "description": "d", "parameters": {"type": "object", "properties": {}}}
-_PROBE = (
-    Message("user", "u"),
-    Message("assistant", "", [_PROBE_CALL]),
-    Message("tool", "t"),
-    Message("assistant", "a"),
-)
 
 
 @dataclass(frozen=True)
@@ -52,7 +32,7 @@ class ChatTemplate:
     """The compiled templates (with and without tools) and the tokenizer of one base model.
 
     `digest` is the SHA-256 of the bytes that templates and tokenizer were made from; `control` matches the
-    control tokens.
+    control tokens; `ends` are the stop tokens of an answer and of a call whose end is the next turn's beginning.
     """
 
     compiled: Any
@@ -66,14 +46,18 @@ class ChatTemplate:
     digest: str
     calls: CallForm | None = None
     thinking: Thinking = "fixed"
-    control: re.Pattern[str] = _NEVER
+    control: re.Pattern[str] = NEVER
+    contents: Contents = "text"
+    thoughts: Thoughts = "content"
+    frame: Frame = NO_FRAME
+    ends: tuple[int | None, int | None] = (None, None)
 
     def render(self, messages: Sequence[Message], *, prompt: bool, tools: str | None = None) -> str:
         """The conversation as text; with `prompt`, ending where the assistant begins to speak."""
         from jinja2 import TemplateError
 
         definitions = read_tools(tools)
-        turns = _build_turns(messages, form=self.calls or _FORMS[0])
+        turns = self._build_turns(messages)
         switch = (
             {} if self.thinking == "fixed" else dict.fromkeys(("enable_thinking", "thinking"), self.thinking == "on")
         )
@@ -100,9 +84,54 @@ class ChatTemplate:
         """The control tokens in a text of a row, in order: the model reads them as structure, not as text."""
         return self.control.findall(text)
 
-    def encode_prompt(self, messages: Sequence[Message], *, tools: str | None = None) -> list[int]:
-        """The token ids that generation starts from."""
-        return list(self.encode(self.render(messages, prompt=True, tools=tools)).ids)
+    def read_answer(self, text: str) -> str:
+        """What an assistant said, as a row has it: without the frame, a thought of it in `<think>...</think>`."""
+        frame = self.frame
+        said = text.removesuffix(frame.after)
+        if frame.between and said.startswith(frame.opening) and frame.between in said:
+            thought, _, answer = said.removeprefix(frame.opening).partition(frame.between)
+            return join_thinking(thought, answer)
+        return said.removeprefix(frame.before)
+
+    def encode_prompt(
+        self, messages: Sequence[Message], *, tools: str | None = None, is_direct: bool = False
+    ) -> list[int]:
+        """The token ids that generation starts from; `is_direct` begins the answer, where thinking is off.
+
+        A base model that was not told to answer at once would think first in a channel (gpt-oss), and be cut off.
+        """
+        begun = self.frame.before if is_direct and self.thinking != "on" else ""
+        return list(self.encode(self.render(messages, prompt=True, tools=tools) + begun).ids)
+
+    def _build_turns(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Messages as the template expects them: calls in one shape with ids, and tool turns that name their call."""
+        form = self.calls or CALL_FORMS[0]
+        turns: list[dict[str, Any]] = []
+        waiting: list[dict[str, Any]] = []
+        count = 0
+        for message in messages:
+            turn: dict[str, Any] = {"role": message.role} | self._build_content(message)
+            if message.tool_calls:
+                waiting = [
+                    build_call(c, form=form, number=count + i) for i, c in enumerate(message.tool_calls, start=1)
+                ]
+                count += len(waiting)
+                turn["tool_calls"] = list(waiting)
+                if not message.content and form.empty == "none":
+                    turn["content"] = None
+            elif message.role == "tool" and waiting:
+                call = waiting.pop(0)
+                turn |= {"tool_call_id": call["id"], "name": call["function"]["name"]}
+            turns.append(turn)
+        return turns
+
+    def _build_content(self, message: Message) -> dict[str, Any]:
+        """The content in the template's form, and the thought in its field where it has one."""
+        content, more = message.content, dict[str, str]()
+        if self.thoughts != "content" and message.role == "assistant" and begins_thinking(content):
+            thought, content = split_thinking(content)
+            more[self.thoughts] = thought
+        return {"content": [{"type": "text", "text": content}] if self.contents == "parts" else content, **more}
 
 
 def load_template(folder: Path) -> ChatTemplate:
@@ -132,12 +161,7 @@ def load_template(folder: Path) -> ChatTemplate:
         source=str(folder),
         digest=digest_json([digest_bytes(written), plain, with_tools]),
     )
-    return replace(
-        template,
-        calls=_find_call_form(template),
-        thinking="off" if _can_switch(template) else "fixed",
-        control=_find_control(template),
-    )
+    return probe_template(template)
 
 
 def fit_template(template: ChatTemplate, examples: Sequence[Example]) -> ChatTemplate:
@@ -149,136 +173,9 @@ def fit_template(template: ChatTemplate, examples: Sequence[Example]) -> ChatTem
     return set_thinking(template, "on" if thinks else "off")
 
 
-def begins_thinking(content: str) -> bool:
-    """Whether a content begins with a whole thinking block; one that mentions the tags elsewhere does not think."""
-    return content.lstrip().startswith(OPENED) and CLOSED in content
-
-
 def set_thinking(template: ChatTemplate, thinking: str | None) -> ChatTemplate:
     """The template with thinking "on", or else off; one without the switch stays as it is."""
     return template if template.thinking == "fixed" else replace(template, thinking="on" if thinking == "on" else "off")
-
-
-def holds_call(text: str, call: Any) -> bool:
-    """Whether a rendering says a tool call: its name, and its arguments as one JSON text or value by value."""
-    name, arguments = _read_call(call)
-    if name not in text:
-        return False
-    squeezed, wanted = _SPACE.sub("", text), _SPACE.sub("", json.dumps(arguments, ensure_ascii=False))
-    if wanted in squeezed:
-        return True
-    mangled = (_SPACE.sub("", repr(arguments)), json.dumps(wanted, ensure_ascii=False)[1:-1])
-    return not any(m in squeezed for m in mangled) and all(leaf in text for leaf in _list_leaves(arguments))
-
-
-def _list_leaves(value: Any) -> list[str]:
-    """Keys and scalars of a JSON value as a template would write them one by one."""
-    if isinstance(value, dict):
-        return [leaf for k, v in value.items() for leaf in (str(k), *_list_leaves(v))]
-    if isinstance(value, list):
-        return [leaf for v in value for leaf in _list_leaves(v)]
-    return [value if isinstance(value, str) else json.dumps(value)]
-
-
-def read_tools(tools: str | None) -> list[Any] | None:
-    """The definitions as templates expect them, `None` without any. Raises `TrainingError` for another form."""
-    try:
-        value = json.loads(tools) if tools else None
-    except ValueError as fault:
-        raise TrainingError(f"tools is not JSON ({fault}); write a JSON list of tool definitions") from fault
-    if value is not None and not (isinstance(value, list) and all(isinstance(v, dict) for v in value)):
-        raise TrainingError(f"tools is {tools[:60] if tools else ''!r}; expected a JSON list of tool definitions")
-    return [v if "function" in v else {"type": "function", "function": v} for v in value] if value else None
-
-
-def _build_turns(messages: Sequence[Message], *, form: CallForm) -> list[dict[str, Any]]:
-    """Messages as templates expect them: calls in one shape with ids, and tool turns that name their call."""
-    turns: list[dict[str, Any]] = []
-    waiting: list[dict[str, Any]] = []
-    count = 0
-    for message in messages:
-        turn: dict[str, Any] = {"role": message.role, "content": message.content}
-        if message.tool_calls:
-            waiting = [_build_call(c, form=form, number=count + i) for i, c in enumerate(message.tool_calls, start=1)]
-            count += len(waiting)
-            turn["tool_calls"] = list(waiting)
-            if not message.content and form.empty == "none":
-                turn["content"] = None
-        elif message.role == "tool" and waiting:
-            call = waiting.pop(0)
-            turn |= {"tool_call_id": call["id"], "name": call["function"]["name"]}
-        turns.append(turn)
-    return turns
-
-
-def _build_call(call: Any, *, form: CallForm, number: int) -> dict[str, Any]:
-    """One call in OpenAI's shape; an id of nine characters where the row has none (Mistral wants nine)."""
-    name, arguments = _read_call(call)
-    if form.arguments == "text" and not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    given = call.get("id")
-    return {
-        "id": given if isinstance(given, str) else f"call{number:05d}",
-        "type": "function",
-        "function": {"name": name, "arguments": arguments},
-    }
-
-
-def _read_call(call: Any) -> tuple[str, Any]:
-    """Name and arguments; arguments given as JSON text are read, so that no template encodes them twice."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(function, dict) or not isinstance(name, str) or not name:
-        raise TrainingError(
-            f"tool call {json.dumps(call)[:60]}: no name; expected "
-            '{"type": "function", "function": {"name": ..., "arguments": {...}}}'
-        )
-    arguments = function.get("arguments", function.get("parameters", {}))
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            return name, arguments
-    return name, arguments
-
-
-def _find_call_form(template: ChatTemplate) -> CallForm | None:
-    """The first form in which the template shows a probe call whole; `None` when it shows no calls."""
-    for form in _FORMS:
-        try:
-            text = replace(template, calls=form).render(_PROBE, prompt=False, tools=json.dumps([_PROBE_TOOL]))
-        except TrainingError:
-            continue
-        if holds_call(text, _PROBE_CALL):
-            return form
-    return None
-
-
-def _can_switch(template: ChatTemplate) -> bool:
-    """Whether a prompt reads differently with thinking on and off."""
-    try:
-        off, on = (replace(template, thinking=t).render(_PROBE[:1], prompt=True) for t in ("off", "on"))
-    except TrainingError:
-        return False
-    return off != on
-
-
-def _find_control(template: ChatTemplate) -> re.Pattern[str]:
-    """Special tokens, stop tokens, and the added tokens that the template writes around a plain exchange.
-
-    The last, because not all turn tokens are marked special (DeepSeek's are not). The tags of thinking are
-    what a row writes itself, as those of tools are; white space is text (Gemma has added tokens of it).
-    """
-    added = template.tokenizer.get_added_tokens_decoder()
-    try:
-        exchange = template.render((_PROBE[0], _PROBE[-1]), prompt=False) + template.render(_PROBE[:1], prompt=True)
-    except TrainingError:
-        exchange = ""
-    written = set(template.encode(exchange).ids)
-    texts = {t.content for i, t in added.items() if t.special or i in written}
-    texts |= {template.decode([i]) for i in template.stop_ids}
-    found = sorted((t for t in texts - {OPENED, CLOSED} if t.strip()), key=lambda t: (-len(t), t))
-    return re.compile("|".join(map(re.escape, found))) if found else _NEVER
 
 
 def _read_templates(folder: Path, config: dict[str, Any]) -> tuple[str, str]:
