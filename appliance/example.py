@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from appliance.digest import digest_json
+from appliance.thinking import begins_thinking, drop_thinking
 
 Role = Literal["system", "user", "assistant", "tool"]
 Provenance = Literal["human", "synthetic", "program", "general"]
@@ -46,8 +47,13 @@ class Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
     @property
     def answer(self) -> str:
-        """The content of the last assistant turn."""
-        return self.messages[-1].content
+        """The content of the last assistant turn, without the thinking that it may begin with."""
+        return drop_thinking(self.messages[-1].content)
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the reference answer begins with thinking."""
+        return begins_thinking(self.messages[-1].content)
 
     @property
     def request(self) -> str:

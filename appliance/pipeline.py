@@ -24,7 +24,7 @@ from appliance.method import FullMethod
 from appliance.model import TokenRow, fit_template, load_template
 from appliance.model.shapes import read_weight_shapes
 from appliance.plan import check_device, check_room, plan_answering, read_machine
-from appliance.preparation import Origin, Prepared, Workspace, note_tokens, plan_run, prepare, read_versions
+from appliance.preparation import Origin, Prepared, Workspace, note_cut, note_tokens, plan_run, prepare, read_versions
 from appliance.recipe import Recipe
 from appliance.release import build_manifest, collect_files, promote_by_verdict
 from appliance.run import Run, open_run
@@ -136,6 +136,7 @@ def _prepare_stage(run: Run, prepared: Prepared, *, workspace: Workspace, origin
     kept = training.TokenCache(workspace.cache / "tokens", note=workspace.note)
     general = choose_general(prepared, run=run, workspace=workspace, threads=machine.cores)
     note_tokens(prepared, (*general.replay, *general.ewc), template=template, workspace=workspace)
+    note_cut(prepared, template=template, workspace=workspace)
     for side in ("train", "validation", "test"):
         examples = getattr(prepared.splits, side)
         write_atomic(run.examples / f"{side}.jsonl", encode_examples(examples))

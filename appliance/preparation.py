@@ -163,6 +163,19 @@ def note_tokens(
         workspace.note(f"warning: {line}")
 
 
+def note_cut(prepared: Prepared, *, template: ChatTemplate, workspace: Workspace) -> None:
+    """Tell that answers to test rows are cut before they can be the references."""
+    most = prepared.recipe.evaluation.max_new_tokens
+    lengths = [(len(template.encode(e.messages[-1].content).ids), e.id) for e in prepared.splits.test]
+    cut = [pair for pair in lengths if pair[0] > most]
+    if cut:
+        longest, row = max(cut)
+        workspace.note(
+            f"warning: evaluation.max_new_tokens {most} cuts every answer to {len(cut)} of {len(lengths)} test rows "
+            f"before it can be the reference (row {row} has {longest} tokens); write {longest + 1} or more"
+        )
+
+
 def check_data(recipe: Recipe, *, root: Path) -> Report:
     """The findings for a recipe's dataset that need no base model; places are named from `root`."""
     return _check_data(recipe, root=root).shorten(root)

@@ -15,7 +15,7 @@ from tiny import write_tokenizer
 from appliance.digest import digest_folder
 from appliance.errors import ModelError
 from appliance.model import Base, resolve_base
-from appliance.model.shapes import read_weight_dtypes
+from appliance.model.shapes import read_weight_dtypes, read_weight_shapes
 from appliance.recipe import BaseSection
 
 
@@ -183,7 +183,6 @@ def rewrite(folder: Path, lost: str) -> None:
     [
         (write_fp8, "q_proj.weight_scale_inv", r"q_proj\.weight is in 8 bits and its files have no .*weight_scale_inv"),
         (write_fp8, "up_proj.weight", "weights are not in its files"),
-        (write_fp8, "quantization_config", "has no quantization_config, and .* is in 8 bits"),
         (write_mxfp4, "gate_up_proj_scales", "cannot be converted"),
     ],
 )
@@ -196,6 +195,14 @@ def test_few_bits_without_their_scale_are_refused(
     with pytest.raises(ModelError, match=message):
         resolve("./a", tmp_path)
     assert not list((tmp_path / "cache").glob("bases/*")), "nothing half-made is left in the cache"
+
+
+def test_eight_bits_that_the_configuration_does_not_tell_of_are_refused_by_the_plan(tmp_path: Path) -> None:
+    """They would be loaded as the values themselves."""
+    write_fp8(tmp_path / "a")
+    rewrite(tmp_path / "a", "quantization_config")
+    with pytest.raises(ModelError, match=r"has no quantization_config, and .* is in 8 bits"):
+        read_weight_shapes(resolve("./a", tmp_path).folder)
 
 
 @pytest.mark.parametrize("form", ["gptq", "awq", "bitsandbytes", "compressed-tensors"])

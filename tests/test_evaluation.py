@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from families import FAMILIES, write_family
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
@@ -28,6 +29,7 @@ from appliance.evaluation import (
     build_prompts,
     decode_outputs,
     generate,
+    generation,
     score_outputs,
     worker,
 )
@@ -35,6 +37,7 @@ from appliance.evaluation.arms import Prompt
 from appliance.example import Example, Message
 from appliance.model import load_template
 from appliance.recipe import EvaluationSection
+from appliance.thinking import drop_thinking
 
 TICKET = JsonContract.model_validate(
     {
@@ -87,6 +90,40 @@ def test_the_json_scorer_shows_no_mercy(text: str, exact: int, keeps: int, field
     """What would break a program that reads the answer scores nothing."""
     (result,) = score_outputs([make_output(text)], [make_example()], TICKET)
     assert result.scores == {"exact_match": exact, "contract_valid": keeps, "field_f1": pytest.approx(fields)}
+
+
+@pytest.mark.parametrize(
+    ("text", "exact"),
+    [
+        ('<think>\nanother way\n</think>\n\n{"item": "lamp", "n": 2}', 1),
+        ('{"item": "lamp", "n": 2}', 1),
+        ('<think>\nand on and on {"item": "lamp", "n": 2}', 0),
+        ('so </think> {"item": "lamp", "n": 2}', 0),
+    ],
+)
+def test_thinking_is_not_compared_where_references_think(text: str, exact: int) -> None:
+    """It is trained, and a program that reads the answer does not see it; where no reference thinks it is prose."""
+    reference = '<think>\nwell\n</think>\n\n{"item": "lamp", "n": 2}'
+    thinking, plain = make_example(answer=reference), make_example()
+    assert thinking.answer == plain.answer
+    assert not TICKET.find_faults(thinking.answer)
+    (result,) = score_outputs([make_output(text)], [thinking], TICKET)
+    assert (result.scores["exact_match"], result.scores["contract_valid"]) == (exact, exact)
+    assert result.output == text, "the card shows what was said"
+    (result,) = score_outputs([make_output(text)], [plain], TICKET)
+    assert result.scores["exact_match"] == float("think" not in text)
+
+
+@pytest.mark.parametrize("name", ["deepseek-r1", "qwen3"])
+def test_an_answer_that_goes_on_from_a_thinking_block_is_read_whole(tmp_path: Path, name: str) -> None:
+    """The block that a prompt opened belongs to what the model said; a closed one does not."""
+    family = next(f for f in FAMILIES if f.name == name)
+    template = load_template(write_family(tmp_path, family))
+    asked = template.encode_prompt((Message("user", "q"),))
+    said = template.encode("well\n</think>\n\nred").ids
+    read = generation._read(said, prompt=Prompt("r", "candidate", asked), template=template)
+    assert (drop_thinking(read) == "red") is (name == "deepseek-r1")
+    assert read.endswith("well\n</think>\n\nred")
 
 
 def test_labels_are_compared_after_trimming() -> None:

@@ -58,6 +58,23 @@ def plan(file: Path, *arguments: str, color: bool = False) -> Result:
     return CliRunner().invoke(appliance, given, color=color, env={"APPLIANCE_OUT": str(file.parent / "out")})
 
 
+def test_references_that_no_answer_can_reach_are_told_before_training(tmp_path: Path) -> None:
+    """Else base and candidate score 0 alike on such rows, and the verdict asks for more of them."""
+    file = write_project(tmp_path, family="smollm2", max_length=512)
+    assert "max_new_tokens" not in plan(file).output
+    recipe = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump(recipe | {"evaluation": {**recipe.get("evaluation", {}), "max_new_tokens": 3}}))
+    found = " ".join(plan(file).output.split())
+    told = re.search(
+        r"max_new_tokens 3 cuts every answer to (\d+) of (\d+) test rows .*\(row r\d+ has (\d+) tokens\); write (\d+)",
+        found,
+    )
+    assert told, found
+    cut, rows, longest, enough = map(int, told.groups())
+    assert 0 < cut < rows
+    assert enough == longest + 1 == max(map(len, COLOURS)) + 1
+
+
 @pytest.fixture(scope="module")
 def chatml(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project whose template leaves history alone."""

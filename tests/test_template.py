@@ -18,7 +18,7 @@ from appliance.errors import ModelError, TrainingError
 from appliance.example import Example, Message
 from appliance.model import ChatTemplate, fit_template, load_template, render_row, render_rows, set_thinking
 from appliance.model.calls import CallForm
-from appliance.model.thinking import split_thinking
+from appliance.thinking import split_thinking
 
 BY_NAME = {f.name: f for f in FAMILIES}
 THINK = "<think>\nwell\n</think>\n\n"

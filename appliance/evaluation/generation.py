@@ -22,6 +22,9 @@ from appliance.evaluation.arms import Arm, Prompt
 from appliance.evaluation.outputs import Output
 from appliance.model import ChatTemplate
 from appliance.model.weights import load_model, select_device, select_precision
+from appliance.thinking import OPENED, opens_thinking
+
+_SCAFFOLD_TOKENS = 16
 
 
 def cut_batches(
@@ -143,9 +146,16 @@ def generate_batch(
         yield Output(
             id=prompt.id,
             arm=prompt.arm,
-            output=template.read_answer(template.decode(answer)),
+            output=_read(answer, prompt=prompt, template=template),
             stop="length" if end is None else "eos",
             tokens=len(answer),
             prompt_tokens=len(prompt.input_ids),
             seconds=round(seconds, 4),
         )
+
+
+def _read(answer: Sequence[int], *, prompt: Prompt, template: ChatTemplate) -> str:
+    """The answer as a row would have it, also where it goes on from a thinking block that the prompt opened."""
+    said = template.read_answer(template.decode(answer))
+    opened = opens_thinking(template.decode(prompt.input_ids[-_SCAFFOLD_TOKENS:]))
+    return f"{OPENED}\n{said}" if opened else said

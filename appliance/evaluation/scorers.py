@@ -1,7 +1,8 @@
 """Scorers: each output against its reference and the dataset's contract, without mercy.
 
 An answer in a code fence, with prose around it or with a key too many would break the program that
-reads it, so it scores 0. Nothing is stripped but white space at the ends.
+reads it, so it scores 0. Nothing is stripped but white space at the ends and, where references think,
+the thinking that an answer begins with: it is trained, and nobody compares it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from appliance.contract import Contract, JsonContract
 from appliance.errors import EvaluationError
 from appliance.evaluation.outputs import Output, Result
 from appliance.example import Example
+from appliance.thinking import drop_thinking
 
 _LIMIT = 100_000
 
@@ -25,7 +27,8 @@ def score_outputs(outputs: Sequence[Output], examples: Sequence[Example], contra
     """
     known = {e.id: e for e in examples}
     _check_complete(outputs, set(known))
-    return tuple(_score(output, known[output.id], contract) for output in outputs)
+    read = drop_thinking if any(e.thinks for e in examples) else str
+    return tuple(_score(output, read(output.output), known[output.id], contract) for output in outputs)
 
 
 def _check_complete(outputs: Sequence[Output], ids: set[str]) -> None:
@@ -37,13 +40,13 @@ def _check_complete(outputs: Sequence[Output], ids: set[str]) -> None:
             raise EvaluationError(f"arm {arm}: {what} ({len(answered)} answers, {len(ids)} rows); evaluate again")
 
 
-def _score(output: Output, example: Example, contract: Contract) -> Result:
+def _score(output: Output, answer: str, example: Example, contract: Contract) -> Result:
     scores = {
-        "exact_match": float(is_exact(output.output, example.answer, contract)),
-        "contract_valid": float(keeps_contract(output.output, contract)),
+        "exact_match": float(is_exact(answer, example.answer, contract)),
+        "contract_valid": float(keeps_contract(answer, contract)),
     }
     if isinstance(contract, JsonContract):
-        scores["field_f1"] = score_fields(output.output, example.answer)
+        scores["field_f1"] = score_fields(answer, example.answer)
     return Result(
         id=output.id,
         arm=output.arm,

@@ -24,9 +24,8 @@ from appliance.errors import TrainingError
 from appliance.example import Example, Message
 from appliance.model.calls import holds_call, read_tools
 from appliance.model.template import ChatTemplate
-from appliance.model.thinking import CLOSED, OPENED, begins_thinking, split_thinking
+from appliance.thinking import CLOSED, OPENED, SCAFFOLD, begins_thinking, opens_thinking, split_thinking
 
-_SCAFFOLD = re.compile(r"<think>\s*(</think>\s*)?$")
 _EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
 _THINKING = re.compile(r"\s*(?:<think>)?\s*(.*?</think>\s*)", re.DOTALL)
 _MARK = "7316049258{:04}"
@@ -107,14 +106,8 @@ def _build_turn(example: Example, number: int, template: ChatTemplate) -> _Turn:
         stop, answer = len(answer), [*answer, end]
     if stop is None:
         raise _refuse_ending(example, number, answer, template)
-    _check_said(example, number, answer[:stop], opened=_opens_thinking(before), template=template)
+    _check_said(example, number, answer[:stop], opened=opens_thinking(before), template=template)
     return _Turn(prompt=prompt, answer=answer[: stop + 1])
-
-
-def _opens_thinking(prompt: str) -> bool:
-    """Whether a prompt ends within a thinking block, so that the answer goes on from it."""
-    scaffold = _SCAFFOLD.search(prompt)
-    return scaffold is not None and scaffold[1] is None
 
 
 def _find_tail(example: Example, number: int, *, prompt: str, template: ChatTemplate) -> str:
@@ -142,7 +135,7 @@ def _continue_thinking(example: Example, number: int, *, prompt: str, own: str, 
     one whose thinking it throws away (DeepSeek R1). Inference sees it, so it stays in the prompt.
     """
     content, turn = example.messages[number].content, f"turn {number + 1}"
-    scaffold = _SCAFFOLD.search(prompt)
+    scaffold = SCAFFOLD.search(prompt)
     if scaffold is None or not own.startswith(prompt[: scaffold.start()]):
         raise _refuse(example, f"the prompt of {turn} is not a prefix of the rendering of that turn", template)
     rest = own[scaffold.start() :]

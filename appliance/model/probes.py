@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from appliance.errors import TrainingError
 from appliance.example import Message
 from appliance.model.calls import CALL_FORMS, CallForm, holds_call
-from appliance.model.thinking import CLOSED, OPENED, join_thinking
+from appliance.thinking import CLOSED, OPENED, join_thinking
 
 if TYPE_CHECKING:
     from appliance.model.template import ChatTemplate

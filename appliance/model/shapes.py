@@ -73,22 +73,14 @@ def read_sizes(base: Path) -> ModelSizes:
 
 
 def read_quantisation(base: Path) -> str | None:
-    """The form that the files keep their weights in (`mxfp4`, `fp8`, `gptq`, ...), None for ordinary numbers.
-
-    Raises `ModelError` where the configuration does not tell and weights are in 8 bits: whoever loads them takes them
-    for the values themselves, without their scales.
-    """
+    """The form that the files keep their weights in (`mxfp4`, `fp8`, `gptq`, ...), None for ordinary numbers."""
     path = base / "config.json"
     try:
         config = json.loads(path.read_bytes())
         form = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
-        if form:
-            return str(form["quant_method"])
+        return str(form["quant_method"]) if form else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as fault:
         raise ModelError(f"{path}: its quantization_config names no quant_method; copy the model again") from fault
-    if small := next((n for n, dtype in read_weight_dtypes(base).items() if dtype.startswith("F8_")), None):
-        raise ModelError(f"{path}: has no quantization_config, and {small} is in 8 bits; copy the model again")
-    return None
 
 
 def _read_inner(config: dict[str, Any], hidden: int) -> int:
@@ -114,8 +106,17 @@ def _read_state(config: dict[str, Any]) -> bool:
 
 
 def read_weight_shapes(base: Path) -> dict[str, Shape]:
-    """Name and shape of every weight in the safetensors files, from their headers alone."""
-    return {name: tuple(t["shape"]) for name, t in _read_headers(base).items()}
+    """Name and shape of every weight in the safetensors files, from their headers alone.
+
+    Raises `ModelError` for weights in 8 bits: a configuration that does not tell of them (else they were turned into
+    bf16) has them loaded as the values themselves, without their scales.
+    """
+    headers = _read_headers(base)
+    if small := next((n for n, t in headers.items() if str(t["dtype"]).startswith("F8_")), None):
+        raise ModelError(
+            f"{base / 'config.json'}: has no quantization_config, and {small} is in 8 bits; copy the model again"
+        )
+    return {name: tuple(t["shape"]) for name, t in headers.items()}
 
 
 def count_values(shapes: Mapping[str, Shape]) -> int:

@@ -21,7 +21,7 @@ from appliance.example import Example, Message
 from appliance.model.calls import CALL_FORMS, CallForm, build_call, read_tools
 from appliance.model.environment import compile_template
 from appliance.model.probes import NEVER, NO_FRAME, Contents, Frame, Thoughts, probe_template
-from appliance.model.thinking import begins_thinking, join_thinking, split_thinking
+from appliance.thinking import begins_thinking, join_thinking, split_thinking
 
 Thinking = Literal["fixed", "off", "on"]
 """Whether the template has a switch for thinking, and how it is set for every prompt of a run."""
