@@ -197,6 +197,35 @@ def test_few_bits_without_their_scale_are_refused(
     assert not list((tmp_path / "cache").glob("bases/*")), "nothing half-made is left in the cache"
 
 
+def test_weights_that_lie_there_twice_count_once(tmp_path: Path) -> None:
+    """Mistral's repositories hold them in their own layout too, with names that no class of transformers has."""
+    from safetensors.torch import load_file, save_file
+
+    from appliance.model.weights import read_weights
+
+    write_fp8(tmp_path / "a")
+    folder = resolve("./a", tmp_path).folder
+    once = read_weight_shapes(folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({f"layers.{i}.wq": w for i, w in enumerate(weights.values())}, folder / "consolidated.safetensors")
+    assert read_weight_shapes(folder) == once
+    half = len(weights) // 2
+    parts = {f"model-{n}.safetensors": dict(list(weights.items())[half * n :][: half + n]) for n in (0, 1)}
+    for name, part in parts.items():
+        save_file(part, folder / name)
+    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {w: name for name, part in parts.items() for w in part}}))
+    assert read_weight_shapes(folder) == once
+    assert {n for n, _ in read_weights(folder)} == set(once)
+    (folder / "model-1.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"names model-1\.safetensors, which is not there; copy the model again"):
+        read_weight_shapes(folder)
+    index.write_text("[]")
+    with pytest.raises(ModelError, match="not an index of weights"):
+        read_weight_shapes(folder)
+
+
 def test_eight_bits_that_the_configuration_does_not_tell_of_are_refused_by_the_plan(tmp_path: Path) -> None:
     """They would be loaded as the values themselves."""
     write_fp8(tmp_path / "a")

@@ -31,6 +31,8 @@ _WIDENED = ("mxfp4", "fp8")
 _NEEDED = ("config.json", "tokenizer.json")
 _CONVERT_TIMEOUT_S = 7200.0
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
+# The same weights once more, in the layout of their makers (Meta, Mistral, OpenAI) or for other runtimes.
+_HUB_COPIES = ["original/*", "metal/*", "onnx/*", "consolidated*"]
 
 Note = Callable[[str], None]
 
@@ -204,7 +206,11 @@ def _resolve_hub(model: str, *, revision: str, cache: Path, note: Note) -> Base:
     note(f"base model {model}@{revision[:12]} from the hub")
     hub = cache / "hub"
     try:
-        folder = Path(snapshot_download(model, revision=revision, cache_dir=hub, allow_patterns=_HUB_FILES))
+        folder = Path(
+            snapshot_download(
+                model, revision=revision, cache_dir=hub, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_COPIES
+            )
+        )
     except LocalEntryNotFoundError as fault:
         raise ModelError(
             f"base model {model}: the hub cannot be reached and {hub} has no copy; go online once, "

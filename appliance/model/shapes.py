@@ -129,10 +129,30 @@ def read_weight_dtypes(base: Path) -> dict[str, str]:
     return {name: str(t["dtype"]) for name, t in _read_headers(base).items()}
 
 
+def list_weight_files(base: Path) -> list[Path]:
+    """The files that are loaded, as transformers picks them: `model.safetensors`, else those of the index, else all.
+
+    A folder may hold its weights a second time in its makers' own layout (Mistral's `consolidated.safetensors`).
+    Raises `ModelError` for an index that is damaged or names a file that is not there.
+    """
+    whole, index = base / "model.safetensors", base / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        return sorted(base.glob("*.safetensors"))
+    try:
+        files = sorted({base / str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
+        raise ModelError(f"{index}: not an index of weights ({fault}); copy the model again") from fault
+    if absent := [f.name for f in files if not f.is_file()]:
+        raise ModelError(f"{index}: names {absent[0]}, which is not there; copy the model again")
+    return files
+
+
 def _read_headers(base: Path) -> dict[str, dict[str, Any]]:
     """What the headers say of each weight. Raises `ModelError` for a damaged header or a cut file."""
     weights: dict[str, dict[str, Any]] = {}
-    for file in sorted(base.glob("*.safetensors")):
+    for file in list_weight_files(base):
         with file.open("rb") as stream:
             lead = stream.read(8)
             size = struct.unpack("<Q", lead)[0] if len(lead) == 8 else 0

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from appliance.errors import LostDeviceError, ModelError
 from appliance.model.faults import name_fault
 from appliance.model.processor import has_cpu_bf16
+from appliance.model.shapes import list_weight_files
 
 _DRIVER = Path("/dev/nvidiactl")
 Precision = Literal["bf16", "fp32"]
@@ -162,7 +163,7 @@ def check_finite(model: Any, folder: Path, *, four_bit: bool = False) -> None:
 
 def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and values of every weight in the files of `folder`, one at a time."""
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in list_weight_files(folder):
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 - no mapping
                 yield name, weights.get_tensor(name)
