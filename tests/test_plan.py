@@ -148,6 +148,18 @@ def test_all_linear_layers_are_those_that_an_adapter_belongs_on(base: Path, tmp_
     assert counted - shared == model.get_nb_trainable_parameters()[0]
 
 
+@pytest.mark.parametrize("name", ["GptOss", "Llama4Text"])
+def test_experts_that_no_adapter_is_put_on_are_told(base: Path, tmp_path: Path, name: str) -> None:
+    """Most of gpt-oss is in its experts: who trains it is to know what is trained, and that 4 bits save little."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    build_architecture(base, name, **UNEVEN[name]).save_pretrained(folder)
+    (left,) = (w for w in plan(make_recipe(method={"type": "lora", "rank": 4}), folder).warnings if "experts" in w)
+    assert re.search(r"adapters leave the experts of this model, \d\d% of its weights, as they are", left)
+    warned = plan(make_recipe(method={"type": "qlora", "rank": 4}), folder).warnings
+    assert [w for w in warned if re.search(r"qlora leaves the experts .* in 16 bits", w)]
+    assert not [w for w in plan(make_recipe(method={"type": "full"}), folder).warnings if "experts" in w]
+
+
 def test_a_model_that_reads_images_too_trains_on_text(base: Path, tmp_path: Path) -> None:
     """Of a class that transformers lists apart from causal models the text is trained all the same."""
     folder = save_with_vision(shutil.copytree(base, tmp_path / "base"), "Mistral3")

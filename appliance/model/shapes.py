@@ -184,6 +184,11 @@ def list_experts(weights: Mapping[str, Shape]) -> dict[str, Shape]:
     return {n: s for n, s in list_linears(weights).items() if is_expert(n)}
 
 
+def list_stacked_experts(weights: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Weights that hold the experts of a layer as one tensor in the files too (gpt-oss, Llama 4): none is adapted."""
+    return {n: s for n, s in weights.items() if len(s) == 3 and ".experts." in n}
+
+
 def is_expert(layer: str) -> bool:
     """Whether the matrix of this name is one of the experts of a mixture."""
     return _EXPERT.search(layer) is not None

@@ -127,7 +127,8 @@ class ChatTemplate:
 
     def _build_content(self, message: Message) -> dict[str, Any]:
         """The content in the template's form, and the thought in its field where it has one."""
-        content, more = message.content, dict[str, str]()
+        content = message.content
+        more: dict[str, str] = {}
         if self.thoughts != "content" and message.role == "assistant" and begins_thinking(content):
             thought, content = split_thinking(content)
             more[self.thoughts] = thought

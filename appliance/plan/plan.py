@@ -27,6 +27,7 @@ from appliance.model.shapes import (
     is_expert,
     list_experts,
     list_linears,
+    list_stacked_experts,
     read_sizes,
     read_weight_dtypes,
     read_weight_shapes,
@@ -281,12 +282,21 @@ def _warn(recipe: Recipe, *, rows: int, peak: int, machine: Machine, penalty: Pe
 
 
 def _warn_of_experts(method: Method, weights: Mapping[str, Shape]) -> list[str]:
-    """Where 4 bits are of little use."""
-    share = count_values(list_experts(weights)) / max(1, count_values(weights))
-    if not isinstance(method, QloraMethod) or not share:
-        return []
-    kept = f"qlora leaves the experts of this model, {share:.0%} of its weights, in 16 bits"
-    return [f"{kept}: bitsandbytes rounds linear layers, and they are one tensor; lora takes about the same memory"]
+    """Where 4 bits are of little use, and where adapters leave out most of a model."""
+    stacked = list_stacked_experts(weights)
+    share = count_values(list_experts(weights) | stacked) / max(1, count_values(weights))
+    found = []
+    if isinstance(method, QloraMethod) and share:
+        kept = f"qlora leaves the experts of this model, {share:.0%} of its weights, in 16 bits"
+        found.append(
+            f"{kept}: bitsandbytes rounds linear layers, and they are one tensor; lora takes about the same memory"
+        )
+    if isinstance(method, LoraMethod) and stacked:
+        found.append(
+            f"adapters leave the experts of this model, {share:.0%} of its weights, as they are: its files hold those "
+            "of a layer as one tensor"
+        )
+    return found
 
 
 def _warn_of_state(recipe: Recipe, sizes: ModelSizes) -> list[str]:
