@@ -15,9 +15,11 @@ from families import DEEPSEEK_NONE, FAMILIES, QWEN3, TOOL, Family, call, make_ex
 from tiny import TEMPLATE, write_tokenizer
 
 from appliance.errors import ModelError, TrainingError
+from appliance.evaluation import Arm, build_prompts
 from appliance.example import Example, Message
 from appliance.model import ChatTemplate, fit_template, load_template, render_row, render_rows, set_thinking
 from appliance.model.calls import CallForm
+from appliance.recipe import EvaluationSection
 from appliance.thinking import split_thinking
 
 BY_NAME = {f.name: f for f in FAMILIES}
@@ -247,6 +249,18 @@ def test_a_base_model_answers_at_once_where_the_run_does_not_think(tmp_path: Pat
     asked = (Message("user", "q"),)
     plain, direct = (template.encode_prompt(asked, is_direct=d) for d in (False, True))
     assert template.decode(direct) == template.decode(plain) + "<|channel|>final<|message|>"
+    section, rows = (
+        EvaluationSection(few_shot=0),
+        [make_example(("user", "q"), ("assistant", "a"), tools=t) for t in (0, 1)],
+    )
+    prompted, tuned = (
+        build_prompts(
+            Arm(n, tmp_path, None, is_prompted=n == "zero_shot"), rows, section=section, train=(), template=template
+        )
+        for n in ("zero_shot", "candidate")
+    )
+    begun = [a.input_ids[len(b.input_ids) :] for a, b in zip(prompted, tuned, strict=True)]
+    assert [template.decode(b) for b in begun] == ["<|channel|>final<|message|>", ""], "a call would begin otherwise"
     thinking = set_thinking(template, "on")
     assert thinking.encode_prompt(asked, is_direct=True) == thinking.encode_prompt(asked)
 

@@ -76,7 +76,8 @@ def build_prompts(
         if arm.is_prompted:
             shots = _select_nearest(example, index, count=section.few_shot) if index else ()
             messages = _prompt_base(example, system=section.system_prompt, shots=shots)
-        tokens = template.encode_prompt(messages, tools=example.tools, is_direct=arm.is_prompted)
+        is_direct = arm.is_prompted and not example.tools  # an answer that was begun could be no call
+        tokens = template.encode_prompt(messages, tools=example.tools, is_direct=is_direct)
         prompts.append(Prompt(example.id, arm.name, tokens))
     return tuple(prompts)
 
