@@ -335,6 +335,26 @@ def test_a_method_that_a_class_of_model_does_not_take_is_refused_with_a_reason(b
     )
 
 
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
+def test_virtual_tokens_are_refused_for_a_class_that_keeps_positions(base: Path, tmp_path: Path, method: str) -> None:
+    """Qwen 3 VL would be trained, and its evaluation would fail: batches of answers differ in size."""
+    import transformers
+
+    folder = shutil.copytree(base, tmp_path / "base")
+    size = load_template(base).tokenizer.get_vocab_size()
+    text = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": size,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+    }  # fmt: skip
+    vision = {"hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64}
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision)
+    transformers.Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
+    shutil.copy(base / "generation_config.json", folder)
+    job = make_job(folder, tmp_path / "job", make_recipe(method={"type": method, "tokens": 4}))
+    refuse_training(job, message=f"method: Qwen3VL.* cannot be trained with {method} .*; use lora, or full")
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("prefix", ["standard", "shared"])
 @pytest.mark.parametrize("name", [*MIXING, "Qwen3Moe"])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from appliance.errors import TrainingError
-from appliance.method import FullMethod, Method
+from appliance.method import VIRTUAL_TOKENS, FullMethod, Method
 from appliance.model import TokenRow
 from appliance.model.faults import name_fault
 from appliance.model.weights import Precision, compute_as_trained, strip_adapter
@@ -63,6 +63,11 @@ def check_start(
         raise TrainingError(
             f"base model: its loss on row {row.id} is {loss}, with finite weights; set training.precision: fp32, "
             "or use another base model"
+        )
+    if isinstance(method, VIRTUAL_TOKENS) and any(hasattr(part, "rope_deltas") for part in base.modules()):
+        raise TrainingError(
+            f"method: {type(base).__name__} cannot be trained with {method.type} (it keeps positions from one call to "
+            "the next, and virtual tokens move them); use lora, or full"
         )
     try:
         measure(model)
