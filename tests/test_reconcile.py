@@ -249,7 +249,7 @@ def test_an_interruption_at_any_stage_loses_nothing(make_project: Callable[[], P
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # thirty starts of up to 20 s, what they take to stop, and two whole runs
+@pytest.mark.timeout(1800)  # thirty starts of up to 8 s, what they take to stop, and two whole runs
 @pytest.mark.parametrize("seed", range(4))
 def test_interruptions_at_random_moments_lose_nothing(make_project: Callable[[], Project], seed: int) -> None:
     """Ctrl-C again and again, wherever it hits."""
@@ -259,7 +259,7 @@ def test_interruptions_at_random_moments_lose_nothing(make_project: Callable[[],
     for _ in range(30):
         child = project.start("reconcile")
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=rng.uniform(0.5, 20.0))
+            child.wait(timeout=rng.uniform(0.5, 8.0))
         if not stop(child):
             break
         stops += 1
