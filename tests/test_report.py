@@ -62,7 +62,7 @@ def make_card(*, champion: bool = False, **changes: Any) -> dict[str, Any]:
             },
             "kept_validation_loss": 0.25, "kept_validation_exact_match": 0.75,
             "alerts": [{"step": 4, "kind": "overfitting", "words": "validation loss <rose>", "numbers": {}}],
-            "thinking": "off",
+            "thinking": "off", "switch": "enable_thinking",
             "rows": {
                 "train": {"rows": 960, "token_rows": 961, "split": ["r2"], "dropped": ["r9"]},
                 "validation": {"rows": 120, "token_rows": 120, "split": [], "dropped": []},
@@ -281,6 +281,23 @@ def test_the_mask_on_the_page_is_the_mask() -> None:
     assert marked == ["marked", "red<|end|>", "blue<|end|>", "red<|end|>"]
     assert html.count("<span class='tok'>&lt;|end|&gt;</span>") == 3
     assert "[... 100 characters ...]" in html
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"thinking": "off", "switch": "thinking"}, "off; serve with thinking: false"),
+        ({"thinking": "on", "switch": "enable_thinking"}, "on; serve with enable_thinking: true"),
+        ({"thinking": "off", "switch": ""}, "off"),
+        ({"thinking": "off"}, "off; serve with enable_thinking: false"),  # a card of an earlier release
+        ({"thinking": "fixed", "switch": ""}, None),
+    ],
+)
+def test_the_card_names_what_a_server_must_be_given(told: dict[str, str], said: str | None) -> None:
+    """The template's own variable, and nothing where it has none."""
+    card = make_card()
+    card["training"] = {k: v for k, v in card["training"].items() if k not in ("thinking", "switch")} | told
+    assert list_facts(card)["Mask"].get("thinking") == said
 
 
 def test_a_card_with_little_in_it_is_still_a_card() -> None:

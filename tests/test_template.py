@@ -112,7 +112,7 @@ def test_every_turn_is_trained_once_on_the_tokens_that_inference_would_see(tmp_p
                 add_generation_prompt=True,
                 return_dict=True,
                 date_string="26 Jul 2024",
-                **({"enable_thinking": template.thinking == "on"} if template.thinking != "fixed" else {}),
+                **({template.switch: template.thinking == "on"} if template.switch else {}),
             )
             if "current date" not in loaded.decode(before):  # transformers' clock goes on
                 assert before == prompt["input_ids"], name
@@ -179,7 +179,7 @@ def test_the_families_own_templates_are_masked_or_refused_with_the_reason(tmp_pa
     rows = render_rows(chat, template)
     assert len(rows) == (3 if name in (*DROPS_THOUGHTS, *MUST_THINK) else 1)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    switch = {} if template.thinking == "fixed" else {"enable_thinking": False}
+    switch = {template.switch: False} if template.switch else {}
     spans = sorted(((r.input_ids[:a], r.input_ids[a:b]) for r in rows for a, b in r.spans), key=measure)
     for number, (before, said) in enumerate(spans, start=1):
         messages = as_sent(chat.messages[: -2 * (3 - number) - 1], template)
@@ -391,6 +391,22 @@ def test_thinking_is_one_setting_for_all_prompts_of_a_run(tmp_path: Path) -> Non
         render_row(thought, template)
     fixed = load_template(write_family(tmp_path, BY_NAME["qwen2.5"]))
     assert fit_template(fixed, [thought]).thinking == "fixed"
+
+
+@pytest.mark.parametrize(("name", "switch"), [("qwen3", "enable_thinking"), ("deepseek", "thinking"), ("none", "")])
+def test_the_switch_is_the_variable_that_the_template_reads(tmp_path: Path, name: str, switch: str) -> None:
+    """Servers are told its name on the card; DeepSeek's later templates have another one than Qwen's."""
+    family = BY_NAME["qwen2.5" if name == "none" else "qwen3"]
+    text = family.template.replace("enable_thinking", "thinking") if name == "deepseek" else family.template
+    template = load_template(write_family(tmp_path, replace(family, template=text)))
+    assert template.switch == switch
+    assert (template.thinking == "off") is bool(switch)
+
+
+def test_a_template_without_a_switch_may_still_tell_thoughts_apart(tmp_path: Path) -> None:
+    """gpt-oss writes them in a channel: the run has a setting, and there is nothing to serve with."""
+    template = write_real(tmp_path, "gptoss")
+    assert (template.switch, template.thinking) == ("", "off")
 
 
 MENTIONS = "write `</think>` at the end"

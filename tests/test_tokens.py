@@ -113,6 +113,7 @@ def test_each_thing_that_rows_depend_on_is_in_the_name(template: ChatTemplate, t
         "no limit": build_key(examples, template=template, max_length=None, overlong="refuse"),
         "overlong": build_key(examples, template=template, max_length=256, overlong="drop"),
         "thinking": build_key(examples, template=replace(template, thinking="on"), **LIMITS),
+        "switch": build_key(examples, template=replace(template, switch="thinking"), **LIMITS),
         "stops": build_key(examples, template=replace(template, stop_ids=frozenset({1})), **LIMITS),
         **{
             n: build_key(examples, template=load_template(tmp_path / n), **LIMITS)

@@ -54,8 +54,8 @@ def probe_template(template: ChatTemplate) -> ChatTemplate:
     """The template with all that rendering tells of it."""
     template = replace(template, contents=_find_contents(template))
     template = replace(template, calls=_find_calls(template), control=_find_control(template))
-    if _can_switch(template):
-        template = replace(template, thinking="off")
+    if switch := _find_switch(template):
+        template = replace(template, switch=switch, thinking="off")
     template = replace(template, thoughts=_find_thoughts(template))
     template = replace(template, frame=_find_frame(template), ends=_find_ends(template))
     return replace(template, thinking="off") if template.frame.between else template
@@ -85,10 +85,13 @@ def _find_calls(template: ChatTemplate) -> CallForm | None:
     return next(shown, None)
 
 
-def _can_switch(template: ChatTemplate) -> bool:
-    """Whether a prompt reads differently with thinking on and off."""
-    off, on = (_render(replace(template, thinking=t), _ASKED, prompt=True) for t in ("off", "on"))
-    return bool(off and on) and off != on
+def _find_switch(template: ChatTemplate) -> str:
+    """The variable that lets a prompt read differently with thinking on and off; empty where none does."""
+    for name in ("enable_thinking", "thinking"):
+        off, on = (_render(replace(template, switch=name, thinking=t), _ASKED, prompt=True) for t in ("off", "on"))
+        if off and on and off != on:
+            return name
+    return ""
 
 
 def _find_control(template: ChatTemplate) -> re.Pattern[str]:

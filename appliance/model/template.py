@@ -24,7 +24,7 @@ from appliance.model.probes import NEVER, NO_FRAME, Contents, Frame, Thoughts, p
 from appliance.thinking import begins_thinking, join_thinking, split_thinking
 
 Thinking = Literal["fixed", "off", "on"]
-"""Whether the template has a switch for thinking, and how it is set for every prompt of a run."""
+"""Whether a run's answers think or not; fixed where the template tells neither apart."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class ChatTemplate:
     """The compiled templates (with and without tools) and the tokenizer of one base model.
 
     `digest` is the SHA-256 of the bytes that templates and tokenizer were made from; `control` matches the
-    control tokens; `ends` are the stop tokens of an answer and of a call whose end is the next turn's beginning.
+    control tokens; `switch` names the variable that turns thinking on and off, empty where there is none; `ends` are
+    the stop tokens of an answer and of a call whose end is the next turn's beginning.
     """
 
     compiled: Any
@@ -45,6 +46,7 @@ class ChatTemplate:
     source: str
     digest: str
     calls: CallForm | None = None
+    switch: str = ""
     thinking: Thinking = "fixed"
     control: re.Pattern[str] = NEVER
     contents: Contents = "text"
@@ -58,9 +60,7 @@ class ChatTemplate:
 
         definitions = read_tools(tools)
         turns = self._build_turns(messages)
-        switch = (
-            {} if self.thinking == "fixed" else dict.fromkeys(("enable_thinking", "thinking"), self.thinking == "on")
-        )
+        switch = {self.switch: self.thinking == "on"} if self.switch else {}
         try:
             text = (self.compiled_tools if definitions else self.compiled).render(
                 messages=turns, add_generation_prompt=prompt, tools=definitions, **self.constants, **switch

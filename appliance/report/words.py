@@ -197,8 +197,10 @@ def _list_mask(training: dict[str, Any]) -> dict[str, dict[str, str]]:
     if len(dropped) > _LISTED:
         facts["left out, too long"] += ", ..."
     thinking = training.get("thinking", "fixed")
+    switch = training.get("switch", "enable_thinking")
     if thinking != "fixed":
-        facts["thinking"] = f"{thinking}; serve with enable_thinking: {'true' if thinking == 'on' else 'false'}"
+        served = f"; serve with {switch}: {'true' if thinking == 'on' else 'false'}" if switch else ""
+        facts["thinking"] = thinking + served
     return {"Mask": facts}
 
 

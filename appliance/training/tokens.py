@@ -53,7 +53,7 @@ def build_key(examples: Sequence[Example], *, template: ChatTemplate, **limits: 
             "added_ids": sorted(template.added_ids),
             "bos_id": template.bos_id,
             "calls": asdict(template.calls) if template.calls else None,
-            "thinking": template.thinking,
+            "thinking": [template.switch, template.thinking],
             "limits": limits,
             "code": digest_code(Path(appliance.__file__).parent),
         }
