@@ -37,8 +37,9 @@ def run_command(
 ) -> str:
     """Run a program to its end and return its standard output.
 
-    `env` is added to this process's environment. Raises `CommandError` with the last lines of the
-    program's output when it is missing, fails or exceeds `timeout_s`.
+    `env` is added to this process's environment. On Linux the program is terminated when this process ends (by
+    SIGKILL too): it would hold locks, memory and folders that the next run needs. Raises `CommandError` with the
+    last lines of the program's output when it is missing, fails or exceeds `timeout_s`.
     """
     try:
         done = subprocess.run(
@@ -51,6 +52,7 @@ def run_command(
             timeout=timeout_s,
             check=False,
             stdin=subprocess.DEVNULL,
+            preexec_fn=_die_with_parent(signal.SIGTERM),
         )
     except FileNotFoundError as fault:
         message = f"{argv[0]}: program not found; install it or use the image, which has it"

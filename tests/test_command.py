@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 from test_training import make_job, quiet
@@ -59,6 +61,42 @@ def run_killed(events: Path, *, kills: int, number: str = "SIGKILL") -> WorkerEn
     text = EVENTS.format(kills=kills).encode()
     code = KILLED.format(path=str(events), text=text, number=int(getattr(signal, number)))
     return run_worker([sys.executable, "-c", code], log=events.parent / "log", on_event=lambda _event: None)
+
+
+HOLDS = (
+    "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, 2); f.write('x'); f.flush(); time.sleep(99)"
+)
+RUNS = "import sys; from appliance.command import run_command; run_command(sys.argv[1:])"
+
+
+def test_a_program_does_not_outlive_the_process_that_ran_it(tmp_path: Path) -> None:
+    """A base that is made ready or rows that are pulled: the next run would do it beside them, in the same memory."""
+    file = tmp_path / "lock"
+    parent = subprocess.Popen([sys.executable, "-c", RUNS, sys.executable, "-c", HOLDS, str(file)])
+    try:
+        wait_until(lambda: file.exists() and file.read_text() == "x")
+    finally:
+        parent.kill()
+        parent.wait()
+    with file.open() as lock:
+        wait_until(lambda: is_free(lock))
+
+
+def is_free(lock: TextIO) -> bool:
+    """Nobody holds the lock any more."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """At most half a minute."""
+    until = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def test_a_kill_by_the_kernel_for_memory_is_out_of_memory(events: Path) -> None:
