@@ -116,6 +116,13 @@ def publish_run(prepared: Prepared, *, workspace: Workspace, store: Store, origi
     with run.lock():
         if not run.is_done("card"):
             raise DatasetError(f"{run.folder}: this run has no card yet; run `appliance evaluate` first")
+        compared, champion = run.read("evaluate")["champion"], _find_champion(prepared, workspace, store)
+        if compared != champion:
+            raise DatasetError(
+                f"{run.folder}: this run was compared with {compared or 'no version in use'}, and "
+                f"{prepared.recipe.publish.alias} is {champion or 'nothing to compare with'} now; "
+                "run `appliance evaluate` with --store first"
+            )
         return _publish_stage(run, prepared, workspace=workspace, store=store, origin=origin)
 
 
@@ -237,11 +244,13 @@ def _is_intact(run: Run) -> bool:
 
 
 def _evaluate_stage(run: Run, prepared: Prepared, *, workspace: Workspace, store: Store | None) -> None:
-    """One scored result per test row and arm."""
-    if run.is_done("evaluate"):
+    """One scored result per test row and arm; again where the alias has moved since, for that is what is replaced."""
+    champion = _find_champion(prepared, workspace, store) if store is not None else None
+    if run.is_done("evaluate") and (store is None or run.read("evaluate")["champion"] == champion):
         return
     recipe, section = prepared.recipe, prepared.recipe.evaluation
-    champion = _fetch_champion(run, prepared, workspace=workspace, store=store)
+    if store is not None and champion is not None:
+        _fetch_champion(run, f"{recipe.name}@{champion}", store)
     train = decode_examples((run.examples / "train.jsonl").read_bytes())
     template = fit_template(load_template(prepared.base.folder), train)
     arms = evaluation.build_arms(
@@ -268,6 +277,7 @@ def _evaluate_stage(run: Run, prepared: Prepared, *, workspace: Workspace, store
         four_bit=how.four_bit,
         devices=how.devices,
         threads=run.read("prepare")["cores"],
+        weights=(prepared.base.digest, run.read("train")["summary"]["adapter_sha256"], champion),
     )
     outputs = evaluation.generate(job, prompts, note=workspace.note)
     results = evaluation.score_outputs(outputs, test, prepared.dataset.card.contract)
@@ -275,19 +285,22 @@ def _evaluate_stage(run: Run, prepared: Prepared, *, workspace: Workspace, store
     run.finish("evaluate", champion=champion, four_bit=how.four_bit)
 
 
-def _fetch_champion(run: Run, prepared: Prepared, *, workspace: Workspace, store: Store | None) -> str | None:
-    """Pull the version behind the alias, when it was trained on the same base."""
+def _find_champion(prepared: Prepared, workspace: Workspace, store: Store) -> str | None:
+    """The version behind the alias, when it was trained on the same base."""
     name, alias = prepared.recipe.name, prepared.recipe.publish.alias
-    if store is None or registry.read_alias(store, name, alias) is None:
+    if registry.read_alias(store, name, alias) is None:
         return None
     version, manifest = registry.resolve(store, f"{name}@{alias}")
     if manifest.base.get("revision") != prepared.base.revision:
         workspace.note(f"the champion {version} has another base model; it is not compared")
         return None
+    return version
+
+
+def _fetch_champion(run: Run, reference: str, store: Store) -> None:
     folder = run.folder / "champion"
     shutil.rmtree(folder, ignore_errors=True)
-    registry.pull(store, f"{name}@{version}", folder)
-    return version
+    registry.pull(store, reference, folder)
 
 
 def _judge_stage(run: Run, prepared: Prepared) -> None:

@@ -102,9 +102,9 @@ def judge_alias(
 ) -> Standing:
     """Whether the alias should move, when `version` is what HEAD asks for (docs/decisions/0043).
 
-    A version that ships and has never been behind the alias gets it. One that was there gets it back when a
-    verdict moved the alias last and HEAD is newer than the commit that asked for that; a person's move stays.
-    A commit older than the one that asked for what is there now moves nothing, however late it is done.
+    A version that ships and has never been behind the alias gets it from the one that it was compared with. One that
+    was there gets it back when a verdict moved the alias last and HEAD is newer than the commit that asked for that; a
+    person's move stays. A commit older than the one that asked for what is there now moves nothing, however late.
     """
     name, alias = recipe.name, recipe.publish.alias
     current = registry.read_alias(store, name, alias)
@@ -122,14 +122,17 @@ def judge_alias(
     where = f"{alias} is at {current.version}"
     if _is_ancestor(head, asked, root=root):
         return Standing(current, note=f"{where}, which the newer commit {str(asked)[:12]} asked for; it stays")
+    command = f"appliance promote {name}@{target} {alias} --expected {current.version}"
     if all(move.version != target for move in registry.read_reflog(store, name, alias)):
-        return Standing(current, target, reason)
+        parent = registry.load_manifest(store, name, target).parent
+        is_compared = parent == current.version or manifest.base.get("revision") != there.base.get("revision")
+        said = f"{where}, and {target} was compared with {parent or 'no version in use'}; to move it: `{command}`"
+        return Standing(current, target, reason) if is_compared else Standing(current, note=said)
     if there.run_key == manifest.run_key:
         return Standing(current)
     if _MADE_BY_VERDICT.fullmatch(current.reason) and _is_ancestor(asked, head, root=root):
         note = f"{alias} goes back from {current.version} to {target}, which HEAD asks for again"
         return Standing(current, target, f"{reason} again", note)
-    command = f"appliance promote {name}@{target} {alias} --expected {current.version}"
     said = f"{where} ({current.actor}: {current.reason}), HEAD asks for {target}; to move it: `{command}`"
     return Standing(current, note=said)
 

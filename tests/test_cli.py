@@ -253,6 +253,28 @@ def test_a_run_goes_from_rows_to_a_pulled_version(project: Path, tmp_path: Path)
     assert [o["arm"] for o in json.loads(said.stdout)] == ["candidate", "zero_shot"], said.stderr
 
 
+def test_what_is_published_was_compared_with_what_it_replaces(project: Path, tmp_path: Path) -> None:
+    """An evaluation without the store, or from before the alias moved, is done again with the version in use."""
+    store = f"file://{tmp_path / 'store'}"
+    env = {"APPLIANCE_CACHE": str(tmp_path / "cache")}
+    other = tmp_path / "other.yaml"
+    other.write_text((project / "recipes" / "colours.yaml").read_text().replace("seed: 17", "seed: 18"))
+    call("run", "recipes/colours.yaml", "--store", store, cwd=project, env=env)
+    (first,) = json.loads(call("list", "--store", store, "--json", cwd=project, env=env).stdout)
+    version = f"colours@{first['version']}"
+    assert call("promote", version, "production", "--force", "--store", store, cwd=project, env=env).returncode == 0
+    assert call("evaluate", str(other), cwd=project, env=env).returncode in (0, 3)
+    refused = call("publish", str(other), "--store", store, cwd=project, env=env)
+    assert refused.returncode == 1
+    assert f"compared with no version in use, and production is {first['version']} now" in refused.stderr
+    done = call("run", str(other), "--store", store, cwd=project, env=env)
+    assert done.returncode in (0, 3), done.stderr
+    newest = json.loads(call("list", "--store", store, "--json", cwd=project, env=env).stdout)[-1]["version"]
+    shown = call("show", f"colours@{newest}", "--store", store, "--json", cwd=project, env=env)
+    assert newest != first["version"]
+    assert json.loads(shown.stdout)["parent"] == first["version"]
+
+
 @pytest.mark.parametrize("was_done", [False, True])
 @pytest.mark.parametrize(("outcome", "code"), [("ship", 0), ("hold", 3), ("reject", 3), ("inconclusive", 0), ("", 0)])
 def test_the_exit_code_is_the_verdicts_whenever_it_was_made(outcome: str, code: int, was_done: bool) -> None:

@@ -273,7 +273,7 @@ def killed_after(job: GenerationJob, prompts: list[Prompt], *, lines: int) -> No
 def test_a_changed_job_does_not_continue_old_answers(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another limit is another job: its answers are all new. The worker's program, in this process."""
+    """Another limit, or other weights in the same folder: all is answered anew. The worker's program, here."""
 
     def run(argv: list[str], **_options: object) -> WorkerEnd:
         return WorkerEnd(worker.main(Path(argv[-1])), "")
@@ -285,6 +285,11 @@ def test_a_changed_job_does_not_continue_old_answers(
     generate(job, prompts[:4], note=lambda _: None)
     shorter, _ = make_job(base, tmp_path / "job", adapter, max_new_tokens=3)
     assert all(o.tokens <= 3 for o in generate(shorter, prompts[:4], note=lambda _: None))
+    timed = (job.folder / "outputs.jsonl").read_bytes()
+    generate(shorter, prompts[:4], note=lambda _: None)
+    assert (job.folder / "outputs.jsonl").read_bytes() == timed, "nothing changed, nothing is done"
+    generate(shorter.model_copy(update={"weights": ("another",)}), prompts[:4], note=lambda _: None)
+    assert (job.folder / "outputs.jsonl").read_bytes() != timed, "answered again, in another time"
 
 
 def test_a_failed_child_is_one_message_with_its_log(base: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from test_reconcile import TRAINING, Project, base, build_project, wait_for  # noqa: F401 - one is a fixture
-from test_registry import publish_new
+from test_registry import AT, promote, publish_new
 from tiny import make_recipe, write_dataset
 
 from appliance import registry
@@ -542,10 +542,14 @@ def test_an_older_commit_never_replaces_a_newer_one(tmp_path: Path, store: Store
     for text in "abc":
         (project.root / "file").write_text(text)
         commits.append(project.commit(text))
-    older, middle, newest = (
-        publish_new(store, tmp_path / c, c, git_commit=c, name="colours", created_at=f"2026-01-0{9 - i}T00:00:00Z")
-        for i, c in enumerate(commits)
-    )
+
+    def publish(number: int, **facts: Any) -> str:
+        commit, at = commits[number], f"2026-01-0{9 - number}T00:00:00Z"
+        facts = {"git_commit": commit, "name": "colours", "created_at": at, **facts}
+        return publish_new(store, tmp_path / commit, commit, **facts)
+
+    older, middle = publish(0), publish(1)
+    newest = publish(2, parent=middle)
     recipe = make_recipe(publish={"alias": "staging"})
 
     def promote(version: str) -> str:
@@ -560,6 +564,31 @@ def test_an_older_commit_never_replaces_a_newer_one(tmp_path: Path, store: Store
     move = registry.read_alias(store, "colours", "staging")
     assert move is not None
     assert move.version == newest
+
+
+@pytest.mark.parametrize(("revision", "moves"), [("tiny", False), ("another", True)])
+def test_an_alias_moves_only_from_the_version_that_was_compared(
+    tmp_path: Path, store: Store, revision: str, moves: bool
+) -> None:
+    """What it replaces must have answered the same rows; one of another base cannot be compared and stops nobody."""
+    made = {"name": "colours", "verdict": "ship"}
+    first, second, rival = (
+        publish_new(store, tmp_path / t, t, **made, created_at=f"2026-01-0{i}T00:00:00Z", base={"revision": b})
+        for i, (t, b) in enumerate([("first", "tiny"), ("second", "tiny"), ("rival", revision)], start=1)
+    )
+    promote(store, first, name="colours")
+    late = publish_new(store, tmp_path / "late", "late", **made, parent=first, created_at=AT, base={"revision": "tiny"})
+    recipe, origin = make_recipe(), Origin(commit=None, time=AT, actor="x")
+
+    def go(version: str) -> tuple[str, str]:
+        manifest = registry.load_manifest(store, "colours", version)
+        return promote_by_verdict(recipe, version, manifest, store=store, origin=origin, root=tmp_path)
+
+    alias, note = go(second)
+    assert not alias
+    assert f"production is at {first}, and {second} was compared with no version in use; to move it: " in note
+    promote(store, rival, name="colours")
+    assert bool(go(late)[0]) is moves, "it was compared with the first, which is not what it would replace"
 
 
 def test_without_a_store_only_a_plan_can_be_had(tmp_path: Path) -> None:

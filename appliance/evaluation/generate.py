@@ -27,7 +27,8 @@ from appliance.progress import Progress
 class GenerationJob(BaseModel):
     """What the generation child needs; prompts are in `prompts.jsonl`, outputs in `outputs.jsonl`.
 
-    The base lies in 4 bits if `four_bit`, over so many `devices`.
+    The base lies in 4 bits if `four_bit`, over so many `devices`. `weights` tell what the arms' files are: answers
+    of others are not continued.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,6 +41,7 @@ class GenerationJob(BaseModel):
     four_bit: bool = False
     devices: int = 1
     threads: int | None = None
+    weights: tuple[str | None, ...] = ()
 
 
 def generate(
@@ -111,7 +113,7 @@ def _explain(end: WorkerEnd) -> EvaluationError | InterruptedRunError | DeviceEr
 
 
 def _start_over_if_changed(job: GenerationJob, prompts: Sequence[Prompt]) -> None:
-    """Outputs of another job (other prompts, adapter or settings) are not continued."""
+    """Outputs of another job (other prompts, weights or settings) are not continued."""
     stamp = job.folder / "outputs.of"
     digest = digest_json([job.model_dump(mode="json"), [msgspec.to_builtins(p) for p in prompts]])
     if not stamp.is_file() or stamp.read_text("ascii") != digest:
