@@ -24,7 +24,7 @@ from appliance.method import FullMethod
 from appliance.model import TokenRow, fit_template, load_template
 from appliance.model.shapes import read_weight_shapes
 from appliance.plan import check_device, check_room, plan_answering, read_machine
-from appliance.preparation import Origin, Prepared, Workspace, note_cut, note_tokens, plan_run, prepare, read_versions
+from appliance.preparation import Origin, Prepared, Workspace, note_tokens, plan_run, prepare, read_versions, rehearse
 from appliance.recipe import Recipe
 from appliance.release import build_manifest, collect_files, promote_by_verdict
 from appliance.run import Run, open_run
@@ -131,7 +131,8 @@ def _prepare_stage(run: Run, prepared: Prepared, *, workspace: Workspace, origin
     if run.is_done("prepare"):
         if run.read("prepare")["commit"] is None and origin.commit is not None:  # committed after it was tried
             run.amend("prepare", commit=origin.commit, time=origin.time)
-        return
+        if not _has_new_needs(run, prepared, workspace=workspace):
+            return
     workspace.note(
         f"{len(prepared.splits.train)} train, {len(prepared.splits.validation)} validation, "
         f"{len(prepared.splits.test)} test rows; run {prepared.key[:12]}"
@@ -143,7 +144,7 @@ def _prepare_stage(run: Run, prepared: Prepared, *, workspace: Workspace, origin
     kept = training.TokenCache(workspace.cache / "tokens", note=workspace.note)
     general = choose_general(prepared, run=run, workspace=workspace, threads=machine.cores)
     note_tokens(prepared, (*general.replay, *general.ewc), template=template, workspace=workspace)
-    note_cut(prepared, template=template, workspace=workspace)
+    rehearse(prepared, template=template, workspace=workspace)
     for side in ("train", "validation", "test"):
         examples = getattr(prepared.splits, side)
         write_atomic(run.examples / f"{side}.jsonl", encode_examples(examples))
@@ -178,12 +179,24 @@ def _prepare_stage(run: Run, prepared: Prepared, *, workspace: Workspace, origin
         rows=became,
         thinking=template.thinking,
         switch=template.switch,
+        needs=prepared.recipe.needs.model_dump(mode="json"),
         masks=training.select_masks(trained, template),
         time=origin.time,
         commit=origin.commit,
         cores=machine.cores,
         replayed=len(general.replay),
     )
+
+
+def _has_new_needs(run: Run, prepared: Prepared, *, workspace: Workspace) -> bool:
+    """Whether to plan again: the run key leaves `needs` out, and from its first checkpoint on a training keeps them."""
+    needs = prepared.recipe.needs.model_dump(mode="json")
+    if run.is_done("train") or run.read("prepare").get("needs", needs) == needs:
+        return False
+    if any(run.training.glob("checkpoints/checkpoint-*")):
+        workspace.note(f"warning: {run.folder} goes on with the needs that it began with; delete it to change them")
+        return False
+    return True
 
 
 def _train_stage(run: Run, prepared: Prepared, *, workspace: Workspace, precision: str | None = None) -> None:

@@ -36,9 +36,11 @@ from appliance.data import (
     split_dataset,
 )
 from appliance.digest import State, stat_files
-from appliance.errors import CommandError, DatasetError, ModelError, StoreError
+from appliance.errors import CommandError, DatasetError, EvaluationError, ModelError, StoreError
+from appliance.evaluation import rehearse_prompts
 from appliance.example import Example
 from appliance.model import Base, ChatTemplate, TokenRow, fit_template, load_template, resolve_base
+from appliance.model.shapes import has_position_table, read_sizes, read_weight_shapes
 from appliance.plan import Machine, Plan, build_plan
 from appliance.recipe import ForgettingSection, GateSection, Recipe, SplitSection
 from appliance.run import build_run_key
@@ -163,7 +165,23 @@ def note_tokens(
         workspace.note(f"warning: {line}")
 
 
-def note_cut(prepared: Prepared, *, template: ChatTemplate, workspace: Workspace) -> None:
+def rehearse(prepared: Prepared, *, template: ChatTemplate, workspace: Workspace) -> None:
+    """Refuse before the training what evaluation would fail at after it; tell what it would cut, or ask too much of."""
+    section, base = prepared.recipe.evaluation, prepared.base
+    longest = rehearse_prompts(section, test=prepared.splits.test, train=prepared.splits.train, template=template)
+    context = read_sizes(base.folder).context
+    if context and longest + section.max_new_tokens > context:
+        said = (
+            f"evaluation: the longest prompt has {longest} tokens, with max_new_tokens {section.max_new_tokens} more "
+            f"than the {context} that {base.model} was made for"
+        )
+        if has_position_table(read_weight_shapes(base.folder)):
+            raise EvaluationError(f"{said}; write a smaller evaluation.few_shot or evaluation.max_new_tokens")
+        workspace.note(f"warning: {said}: answers there count for little; a smaller evaluation.few_shot may help")
+    _note_cut(prepared, template=template, workspace=workspace)
+
+
+def _note_cut(prepared: Prepared, *, template: ChatTemplate, workspace: Workspace) -> None:
     """Tell that answers to test rows are cut before they can be the references."""
     most = prepared.recipe.evaluation.max_new_tokens
     lengths = [(len(template.encode(e.messages[-1].content).ids), e.id) for e in prepared.splits.test]
@@ -225,8 +243,18 @@ def _check_recipe(recipe: Recipe, *, workspace: Workspace) -> Report:
     }
     fitted = fit_template(template, [r.example for r in sides["train"]])
     masks, lengths = check_masks(sound, template=fitted, training=recipe.training)
+    if not any(f.severity == "error" for f in (*findings, *masks)):
+        findings += _rehearse_sides(recipe, sides, template=fitted)
     counts = report.counts | (describe_lengths(lengths) if lengths else {})
     return replace(report, findings=tuple(dict.fromkeys((*findings, *masks))), counts=counts)
+
+
+def _rehearse_sides(recipe: Recipe, sides: dict[str, list[Row]], *, template: ChatTemplate) -> Iterator[Finding]:
+    test, train = ([r.example for r in sides[side]] for side in ("test", "train"))
+    try:
+        rehearse_prompts(recipe.evaluation, test=test, train=train, template=template)
+    except EvaluationError as fault:
+        yield find_in_fault("error", "prompt", f"recipe {recipe.name}", fault)
 
 
 def _check_split(dataset: Dataset, recipe: Recipe) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from appliance.cli.lines import say_count, show_example, wrap
 from appliance.general import preview_ewc, preview_replay, preview_rows
 from appliance.model import ChatTemplate, TokenRow, fit_template, load_template
 from appliance.plan import Plan, read_machine
-from appliance.preparation import note_cut, note_tokens, plan_run, prepare
+from appliance.preparation import note_tokens, plan_run, prepare, rehearse
 from appliance.recipe import load_recipe
 from appliance.training import TokenCache, describe_rows, show_mask
 
@@ -38,7 +38,7 @@ def command(*, recipe: Path, root: Path, cache: Path, runs: Path | None, masks: 
     kept = TokenCache(workspace.cache / "tokens", note=say)
     rows, general = preview_rows(prepared, template=template, cache=kept)
     note_tokens(prepared, (*preview_replay(prepared), *preview_ewc(prepared)), template=template, workspace=workspace)
-    note_cut(prepared, template=template, workspace=workspace)
+    rehearse(prepared, template=template, workspace=workspace)
     became = describe_rows(prepared.splits.train, rows)
     if prepared.replay is not None and prepared.replay.examples is None:
         say("replay rows are not counted: the base model answers them when the recipe is run")

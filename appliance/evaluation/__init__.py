@@ -10,6 +10,7 @@ from __future__ import annotations
 from appliance.evaluation.arms import Arm, Prompt, build_arms, build_prompts
 from appliance.evaluation.generate import GenerationJob, generate
 from appliance.evaluation.outputs import Output, Result, decode_outputs, decode_results, encode_results
+from appliance.evaluation.rehearsal import rehearse_prompts
 from appliance.evaluation.scorers import score_outputs
 from appliance.evaluation.verdict import Verdict, judge
 
@@ -27,5 +28,6 @@ __all__ = [
     "encode_results",
     "generate",
     "judge",
+    "rehearse_prompts",
     "score_outputs",
 ]

@@ -28,6 +28,7 @@ _APART = re.compile(
     r"(^|\.)(vision|visual|audio|multi_modal|connector|embed_vision|embed_audio)|\.(gate|router)$|\.router\."
     r"|\.(mamba|mixer)\.out_proj$"
 )
+_POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)\.weight$")
 _SMALL_SHARE = 0.01
 _STATE = re.compile("mamba|conv|linear|recurrent|delta|ssm")
 _STATE_SIZES = ("state_size", "ssm_state_size", "mamba_d_state", "conv_L_cache", "linear_conv_kernel_dim")
@@ -38,7 +39,8 @@ class ModelSizes:
     """Widths and counts of a decoder: of one token in one layer `queries` and `keys`, and `inner` of its MLP.
 
     Of a mixture of experts `inner` is that of all experts which a token meets. `carries_state` where layers hand a
-    state from token to token, as convolutions and recurrences do, through all that is in a batch.
+    state from token to token, as convolutions and recurrences do, through all that is in a batch. `context` is the
+    longest row that the model was made for, 0 where it is not told.
     """
 
     hidden: int
@@ -48,6 +50,7 @@ class ModelSizes:
     queries: int = 0
     inner: int = 0
     carries_state: bool = False
+    context: int = 0
 
 
 def read_sizes(base: Path) -> ModelSizes:
@@ -65,6 +68,7 @@ def read_sizes(base: Path) -> ModelSizes:
             queries=width * heads,
             inner=_read_inner(config, hidden),
             carries_state=_read_state(config),
+            context=_read_context(config),
         )
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as fault:
         raise ModelError(
@@ -95,6 +99,18 @@ def _read_inner(config: dict[str, Any], hidden: int) -> int:
 
     each = read("moe_intermediate_size") or read("intermediate_size") or int(3.5 * hidden)
     return max(1, read("num_experts_per_tok")) * each + read("shared_expert_intermediate_size")
+
+
+def _read_context(config: dict[str, Any]) -> int:
+    """As it is stated, or as YaRN and its like stretch it."""
+    stated = int(config.get("max_position_embeddings") or config.get("n_positions") or 0)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return max(stated, int(float(rope.get("factor") or 0) * float(rope.get("original_max_position_embeddings") or 0)))
+
+
+def has_position_table(weights: Mapping[str, Shape]) -> bool:
+    """Whether positions are rows of a table: then there are no further ones, and a longer row is an error."""
+    return any(_POSITIONS.search(name) and not _APART.search(name) for name in weights)
 
 
 def _read_state(config: dict[str, Any]) -> bool:

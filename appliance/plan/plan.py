@@ -24,6 +24,7 @@ from appliance.model.shapes import (
     Shape,
     check_method,
     count_values,
+    has_position_table,
     is_expert,
     list_experts,
     list_linears,
@@ -106,6 +107,9 @@ def build_plan(
     section, weights, sizes = recipe.training, read_weight_shapes(base), read_sizes(base)
     check_method(recipe.method, list_linears(weights), base=base)
     _check_penalty(recipe, weights)
+    beyond = _find_beyond(recipe, sizes, longest=max(lengths))
+    if beyond and has_position_table(weights):
+        raise TrainingError(f"{beyond}, and there are no others; write that as training.max_length, or another base")
     trainable = count_trainable(recipe.method, weights, sizes)
     width, is_full = measure_width(recipe, machine), isinstance(recipe.method, FullMethod)
     memory = Memory(
@@ -152,6 +156,11 @@ def build_plan(
             *_warn(recipe, rows=len(lengths), peak=peak, machine=machine, penalty=memory.penalty),
             *_warn_of_experts(recipe.method, weights),
             *_warn_of_state(recipe, sizes),
+            *(
+                [f"{beyond}: what it learns there may not hold; a shorter training.max_length leaves such rows out"]
+                if beyond
+                else []
+            ),
             *plan_answering(recipe, weights=weights, machine=machine).warn(),
         ),
     )
@@ -297,6 +306,15 @@ def _warn_of_experts(method: Method, weights: Mapping[str, Shape]) -> list[str]:
             "of a layer as one tensor"
         )
     return found
+
+
+def _find_beyond(recipe: Recipe, sizes: ModelSizes, *, longest: int) -> str:
+    """What is longer than the base was made for; empty where nothing is, or its configuration does not tell."""
+    virtual = count_virtual(recipe.method)
+    if not sizes.context or longest + virtual <= sizes.context:
+        return ""
+    more = f" and {virtual} virtual ones" if virtual else ""
+    return f"the longest row has {longest} tokens{more}, and the base was made for {sizes.context} (its config.json)"
 
 
 def _warn_of_state(recipe: Recipe, sizes: ModelSizes) -> list[str]:
