@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from appliance.evaluation import (
     score_outputs,
     worker,
 )
-from appliance.evaluation.arms import Prompt
+from appliance.evaluation.arms import Prompt, _index_rows, _select_nearest, _words
 from appliance.example import Example, Message
 from appliance.model import load_template
 from appliance.recipe import EvaluationSection
@@ -177,6 +178,29 @@ def test_the_base_gets_the_best_prompt_and_the_tuned_its_own(base: Path) -> None
     assert texts["few_shot"].count("<|im_start|>user") == 3
     assert texts["few_shot"].index("blue boat now") > texts["few_shot"].index("red car"), "the nearest comes last"
     assert all(t.endswith("<|im_start|>assistant\n") for t in texts.values())
+
+
+REQUESTS = st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=5).map(" ".join), min_size=1, max_size=40)
+
+
+@given(REQUESTS, st.lists(st.sampled_from("abcdxyz"), max_size=5).map(" ".join), st.integers(1, 16), st.randoms())
+def test_demonstrations_are_the_nearest_rows_by_the_plain_definition(
+    asks: list[str], ask: str, count: int, chance: random.Random
+) -> None:
+    """Jaccard of the words against every training row, ties by id, rows without a common word too, nearest last."""
+
+    def far(row: Example) -> tuple[float, str]:
+        both, either = _words(row) & words, _words(row) | words
+        return -len(both) / len(either) if either else 0.0, row.id
+
+    train = [
+        Example(f"t{chance.randrange(60)}", (Message("user", a), Message("assistant", str(n))), provenance="human")
+        for n, a in enumerate(asks)
+    ]
+    example = make_example(ask=ask) if ask else Example("q", (Message("assistant", "x"),), provenance="human")
+    words = _words(example)
+    expected = sorted(train, key=far)[:count][::-1]
+    assert list(_select_nearest(example, _index_rows(train), count=count)) == expected
 
 
 def test_without_few_shot_the_arm_is_left_out(base: Path) -> None:
