@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from appliance.evaluation import (
     worker,
 )
 from appliance.evaluation.arms import Prompt, _index_rows, _select_nearest, _words
-from appliance.example import Example, Message
+from appliance.example import Example, Message, normalise_text
 from appliance.model import load_template
 from appliance.recipe import EvaluationSection
 from appliance.thinking import drop_thinking
@@ -201,6 +202,34 @@ def test_demonstrations_are_the_nearest_rows_by_the_plain_definition(
     words = _words(example)
     expected = sorted(train, key=far)[:count][::-1]
     assert list(_select_nearest(example, _index_rows(train), count=count)) == expected
+
+
+# what is asked, what is near it, and what is not but has the lower id
+UNSPACED = {
+    "chinese": ("打印机坏了请派人来看看", "打印机坏了请派人来修理", "请把会议改到星期五下午"),
+    "japanese": ("プリンターが壊れた見て", "プリンターが壊れたので修理", "会議を金曜日に変更"),
+    "thai": ("เครื่องพิมพ์เสียช่วยดูให้หน่อย", "เครื่องพิมพ์เสียส่งช่างมาซ่อม", "ขอเลื่อนประชุมเป็นวันศุกร์"),
+    "lao": ("ເຄື່ອງພິມເພຊ່ວຍເບິ່ງ", "ເຄື່ອງພິມເພສົ່ງຊ່າງ", "ຂໍເລື່ອນປະຊຸມ"),
+    "khmer": ("ម៉ាស៊ីនបោះពុម្ពខូចសូមមើល", "ម៉ាស៊ីនបោះពុម្ពខូចសូមជួសជុល", "សូមប្តូរការប្រជុំ"),
+    "burmese": ("ပရင်တာပျက်နေတယ်ကြည့်ပေးပါ", "ပရင်တာပျက်နေတယ်ပြင်ပေးပါ", "အစည်းအဝေးရွှေ့ချင်တယ်"),
+}
+
+
+@pytest.mark.parametrize("language", UNSPACED)
+def test_the_nearest_row_is_found_where_words_have_no_spaces(language: str) -> None:
+    """A clause is no word: what two requests share is pairs of characters."""
+    ask, near, far = UNSPACED[language]
+    train = [make_example(1, ask=far), make_example(2, ask=near)]
+    (shot,) = _select_nearest(make_example(0, ask=ask), _index_rows(train), count=1)
+    assert shot.request == near
+
+
+@given(st.text(st.characters(max_codepoint=0x0DFF)))
+def test_words_between_spaces_are_words(text: str) -> None:
+    """Latin, Greek, Cyrillic, Arabic, the scripts of India: the same words as ever; Korean is written with spaces."""
+    assert _words(make_example(ask=text)) == set(re.findall(r"\w+", normalise_text(text or "question 0")))
+    assert _words(make_example(ask="프린터가 고장 났어요 iPhone 12")) == {"프린터가", "고장", "났어요", "iphone", "12"}
+    assert _words(make_example(ask="iPhoneを買う。好")) == {"iphone", "を買", "買う", "好"}
 
 
 def test_without_few_shot_the_arm_is_left_out(base: Path) -> None:

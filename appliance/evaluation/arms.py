@@ -21,7 +21,15 @@ from appliance.model import ChatTemplate
 from appliance.recipe import EvaluationSection
 
 ArmName = Literal["zero_shot", "few_shot", "champion", "candidate"]
-_WORD = re.compile(r"\w+")
+# Written without spaces: Han, kana, Thai, Lao, Myanmar and Khmer; their marks belong to them, their digits do not.
+_UNSPACED = (
+    r"\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+    r"\u3041-\u3096\u3099\u309a\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff"
+    r"\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ece\u0edc-\u0edf"
+    r"\u1000-\u103f\u1050-\u108f\u109a-\u109d\ua9e0-\ua9ef\ua9fa-\ua9fe\uaa60-\uaa7f"
+    r"\u1780-\u17d3\u17d7\u17dc\u17dd"
+)
+_WORD = re.compile(rf"([{_UNSPACED}]+)|[^\W{_UNSPACED}]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,4 +161,9 @@ def _measure_likeness(words: frozenset[str], index: _Index) -> Any:
 
 
 def _words(example: Example) -> frozenset[str]:
-    return frozenset(_WORD.findall(normalise_text(example.request)))
+    """The words of the request; where a script has no spaces between them, its pairs of neighbouring characters."""
+    found: set[str] = set()
+    for match in _WORD.finditer(normalise_text(example.request)):
+        run = match[0]
+        found.update((run[i : i + 2] for i in range(max(1, len(run) - 1))) if match[1] else (run,))
+    return frozenset(found)
