@@ -293,7 +293,7 @@ def _evaluate_stage(run: Run, prepared: Prepared, *, workspace: Workspace, store
         weights=(prepared.base.digest, run.read("train")["summary"]["adapter_sha256"], champion),
     )
     outputs = evaluation.generate(job, prompts, note=workspace.note)
-    results = evaluation.score_outputs(outputs, test, prepared.dataset.card.contract)
+    results = evaluation.score_outputs(outputs, test, prepared.dataset.card.contract, template=template)
     write_atomic(run.evaluation / "results.jsonl", evaluation.encode_results(results))
     run.finish("evaluate", champion=champion, four_bit=how.four_bit)
 

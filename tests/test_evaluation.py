@@ -11,33 +11,37 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
-from families import FAMILIES, write_family
+from families import FAMILIES, call, write_family
+from families import make_example as make_row
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
-from tiny import write_base
+from tiny import write_base, write_tokenizer
 
 from appliance.command import WorkerEnd
-from appliance.contract import Contract, JsonContract
+from appliance.contract import Contract, JsonContract, TextContract
 from appliance.errors import EvaluationError, InterruptedRunError
 from appliance.evaluation import (
     Arm,
     GenerationJob,
     Output,
+    Result,
     build_arms,
     build_prompts,
     decode_outputs,
     generate,
-    generation,
     score_outputs,
     worker,
 )
 from appliance.evaluation.arms import Prompt, _index_rows, _select_nearest, _words
+from appliance.evaluation.outputs import read_said
 from appliance.example import Example, Message, normalise_text
-from appliance.model import load_template
+from appliance.model import ChatTemplate, TokenRow, fit_template, load_template, render_rows
 from appliance.recipe import EvaluationSection
 from appliance.thinking import drop_thinking
 
@@ -70,6 +74,17 @@ def make_output(text: str, *, number: int = 0, arm: str = "candidate") -> Output
     return Output(id=f"t{number}", arm=arm, output=text, stop="eos", tokens=1, prompt_tokens=1, seconds=0.0)
 
 
+Score = Callable[[list[Output], list[Example], Contract], tuple[Result, ...]]
+
+
+@pytest.fixture(scope="module")
+def score(tmp_path_factory: pytest.TempPathFactory) -> Score:
+    """Scoring with a plain chat template."""
+    folder = tmp_path_factory.mktemp("plain")
+    write_tokenizer(folder)
+    return partial(score_outputs, template=load_template(folder))
+
+
 @pytest.mark.parametrize(
     ("text", "exact", "keeps", "fields"),
     [
@@ -88,9 +103,9 @@ def make_output(text: str, *, number: int = 0, arm: str = "candidate") -> Output
         ("", 0, 0, 0.0),
     ],
 )
-def test_the_json_scorer_shows_no_mercy(text: str, exact: int, keeps: int, fields: float) -> None:
+def test_the_json_scorer_shows_no_mercy(score: Score, text: str, exact: int, keeps: int, fields: float) -> None:
     """What would break a program that reads the answer scores nothing."""
-    (result,) = score_outputs([make_output(text)], [make_example()], TICKET)
+    (result,) = score([make_output(text)], [make_example()], TICKET)
     assert result.scores == {"exact_match": exact, "contract_valid": keeps, "field_f1": pytest.approx(fields)}
 
 
@@ -103,16 +118,16 @@ def test_the_json_scorer_shows_no_mercy(text: str, exact: int, keeps: int, field
         ('so </think> {"item": "lamp", "n": 2}', 0),
     ],
 )
-def test_thinking_is_not_compared_where_references_think(text: str, exact: int) -> None:
+def test_thinking_is_not_compared_where_references_think(score: Score, text: str, exact: int) -> None:
     """It is trained, and a program that reads the answer does not see it; where no reference thinks it is prose."""
     reference = '<think>\nwell\n</think>\n\n{"item": "lamp", "n": 2}'
     thinking, plain = make_example(answer=reference), make_example()
     assert thinking.answer == plain.answer
     assert not TICKET.find_faults(thinking.answer)
-    (result,) = score_outputs([make_output(text)], [thinking], TICKET)
+    (result,) = score([make_output(text)], [thinking], TICKET)
     assert (result.scores["exact_match"], result.scores["contract_valid"]) == (exact, exact)
     assert result.output == text, "the card shows what was said"
-    (result,) = score_outputs([make_output(text)], [plain], TICKET)
+    (result,) = score([make_output(text)], [plain], TICKET)
     assert result.scores["exact_match"] == float("think" not in text)
 
 
@@ -123,35 +138,61 @@ def test_an_answer_that_goes_on_from_a_thinking_block_is_read_whole(tmp_path: Pa
     template = load_template(write_family(tmp_path, family))
     asked = template.encode_prompt((Message("user", "q"),))
     said = template.encode("well\n</think>\n\nred").ids
-    read = generation._read(said, prompt=Prompt("r", "candidate", asked), template=template)
+    read = read_said(said, asked=asked, template=template)
     assert (drop_thinking(read) == "red") is (name == "deepseek-r1")
     assert read.endswith("well\n</think>\n\nred")
 
 
-def test_labels_are_compared_after_trimming() -> None:
+CALLS = [
+    *((f.name, "") for f in FAMILIES if "tools" in f.can),
+    *((name, "Let me look.") for name in ("qwen2.5", "qwen3", "deepseek-v3", "command-r")),
+    ("qwen3", "<think>\nwell\n</think>\n\nLet me look."),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), CALLS)
+def test_a_call_is_compared_as_the_template_writes_it(tmp_path: Path, name: str, text: str) -> None:
+    """What the candidate is trained to say scores 1; the text beside the call alone, or another call, scores 0."""
+    family = next(f for f in FAMILIES if f.name == name)
+    rows = [make_row(("user", "q"), Message("assistant", text, [call(city)]), tools=True) for city in ("Paris", "Oslo")]
+    template = fit_template(load_template(write_family(tmp_path, family)), rows)
+    said = [read_last(render_rows(row, template)[-1], template) for row in rows]
+    outputs = [
+        Output("r1", arm, answer, stop="eos", tokens=1, prompt_tokens=1, seconds=0.0)
+        for arm, answer in (("candidate", f" {said[0]}\n"), ("few_shot", said[1]), ("zero_shot", text))
+    ]
+    results = score_outputs(outputs, rows[:1], TextContract(), template=template)
+    assert [r.scores["exact_match"] for r in results] == [1.0, 0.0, 0.0]
+
+
+def read_last(row: TokenRow, template: ChatTemplate) -> str:
+    """What a candidate says that has learned the last turn by heart."""
+    start, end = row.spans[-1]
+    return read_said(row.input_ids[start : end - 1], asked=row.input_ids[:start], template=template)
+
+
+def test_labels_are_compared_after_trimming(score: Score) -> None:
     """`red` is red, `Red` is not."""
     row = make_example(answer="red")
-    scores = [
-        score_outputs([make_output(t)], [row], LABELS)[0].scores["exact_match"] for t in (" red\n", "Red", "reds")
-    ]
+    scores = [score([make_output(t)], [row], LABELS)[0].scores["exact_match"] for t in (" red\n", "Red", "reds")]
     assert scores == [1.0, 0.0, 0.0]
 
 
-@given(st.text(max_size=300))
-def test_no_output_can_crash_a_scorer(text: str) -> None:
+@given(text=st.text(max_size=300))
+def test_no_output_can_crash_a_scorer(score: Score, text: str) -> None:
     """A model may say anything."""
-    (result,) = score_outputs([make_output(text)], [make_example()], TICKET)
+    (result,) = score([make_output(text)], [make_example()], TICKET)
     assert all(0 <= s <= 1 for s in result.scores.values())
 
 
-def test_a_missing_a_double_or_an_unknown_answer_is_an_error() -> None:
+def test_a_missing_a_double_or_an_unknown_answer_is_an_error(score: Score) -> None:
     """An arm that lacks rows must not look good on the others."""
     rows = [make_example(0), make_example(1)]
     both = [make_output("x", number=n, arm=a) for a in ("zero_shot", "candidate") for n in (0, 1)]
-    assert len(score_outputs(both, rows, TICKET)) == 4
+    assert len(score(both, rows, TICKET)) == 4
     for bad in (both[:-1], [*both, both[-1]], [*both, make_output("x", number=9)]):
         with pytest.raises(EvaluationError, match="evaluate again"):
-            score_outputs(bad, rows, TICKET)
+            score(bad, rows, TICKET)
 
 
 @pytest.fixture(scope="module")

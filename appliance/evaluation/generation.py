@@ -19,12 +19,9 @@ from peft import PeftModel
 
 from appliance.errors import EvaluationError
 from appliance.evaluation.arms import Arm, Prompt
-from appliance.evaluation.outputs import Output
+from appliance.evaluation.outputs import Output, read_said
 from appliance.model import ChatTemplate
 from appliance.model.weights import load_model, select_device, select_precision
-from appliance.thinking import OPENED, opens_thinking
-
-_SCAFFOLD_TOKENS = 16
 
 
 def cut_batches(
@@ -146,16 +143,9 @@ def generate_batch(
         yield Output(
             id=prompt.id,
             arm=prompt.arm,
-            output=_read(answer, prompt=prompt, template=template),
+            output=read_said(answer, asked=prompt.input_ids, template=template),
             stop="length" if end is None else "eos",
             tokens=len(answer),
             prompt_tokens=len(prompt.input_ids),
             seconds=round(seconds, 4),
         )
-
-
-def _read(answer: Sequence[int], *, prompt: Prompt, template: ChatTemplate) -> str:
-    """The answer as a row would have it, also where it goes on from a thinking block that the prompt opened."""
-    said = template.read_answer(template.decode(answer))
-    opened = opens_thinking(template.decode(prompt.input_ids[-_SCAFFOLD_TOKENS:]))
-    return f"{OPENED}\n{said}" if opened else said

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import msgspec
 
 from appliance.errors import EvaluationError
+from appliance.model import ChatTemplate
+from appliance.thinking import OPENED, opens_thinking
+
+_SCAFFOLD_TOKENS = 16
 
 
 class Output(msgspec.Struct, frozen=True):
@@ -35,6 +39,13 @@ class Result(msgspec.Struct, frozen=True):
     category: str | None
     group: str
     scores: dict[str, float]
+
+
+def read_said(said: Sequence[int], *, asked: Sequence[int], template: ChatTemplate) -> str:
+    """Tokens as a row would have them, also where they go on from a thinking block that the prompt opened."""
+    text = template.read_answer(template.decode(said))
+    opened = opens_thinking(template.decode(asked[-_SCAFFOLD_TOKENS:]))
+    return f"{OPENED}\n{text}" if opened else text
 
 
 def decode_outputs(content: bytes) -> tuple[Output, ...]:

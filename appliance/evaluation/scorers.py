@@ -13,22 +13,34 @@ from typing import Any
 
 from appliance.contract import Contract, JsonContract
 from appliance.errors import EvaluationError
-from appliance.evaluation.outputs import Output, Result
+from appliance.evaluation.outputs import Output, Result, read_said
 from appliance.example import Example
+from appliance.model import ChatTemplate, render_rows
 from appliance.thinking import drop_thinking
 
 _LIMIT = 100_000
 
 
-def score_outputs(outputs: Sequence[Output], examples: Sequence[Example], contract: Contract) -> tuple[Result, ...]:
+def score_outputs(
+    outputs: Sequence[Output], examples: Sequence[Example], contract: Contract, *, template: ChatTemplate
+) -> tuple[Result, ...]:
     """One result per output, in the outputs' order.
 
     Raises `EvaluationError` when an arm lacks a row, answers one twice, or answers an unknown one.
     """
-    known = {e.id: e for e in examples}
+    known = {e.id: (e, _find_reference(e, template)) for e in examples}
     _check_complete(outputs, set(known))
     read = drop_thinking if any(e.thinks for e in examples) else str
-    return tuple(_score(output, read(output.output), known[output.id], contract) for output in outputs)
+    return tuple(_score(o, read(o.output), *known[o.id], contract=contract) for o in outputs)
+
+
+def _find_reference(example: Example, template: ChatTemplate) -> str:
+    """What answers are compared with: the row's own, or, where it calls tools, all that the template writes for it."""
+    if not example.messages[-1].tool_calls:
+        return example.answer
+    row = render_rows(example, template)[-1]
+    start, end = row.spans[-1]
+    return drop_thinking(read_said(row.input_ids[start : end - 1], asked=row.input_ids[:start], template=template))
 
 
 def _check_complete(outputs: Sequence[Output], ids: set[str]) -> None:
@@ -40,13 +52,13 @@ def _check_complete(outputs: Sequence[Output], ids: set[str]) -> None:
             raise EvaluationError(f"arm {arm}: {what} ({len(answered)} answers, {len(ids)} rows); evaluate again")
 
 
-def _score(output: Output, answer: str, example: Example, contract: Contract) -> Result:
+def _score(output: Output, answer: str, example: Example, reference: str, *, contract: Contract) -> Result:
     scores = {
-        "exact_match": float(is_exact(answer, example.answer, contract)),
+        "exact_match": float(is_exact(answer, reference, contract)),
         "contract_valid": float(keeps_contract(answer, contract)),
     }
     if isinstance(contract, JsonContract):
-        scores["field_f1"] = score_fields(answer, example.answer)
+        scores["field_f1"] = score_fields(answer, reference)
     return Result(
         id=output.id,
         arm=output.arm,
