@@ -30,13 +30,15 @@ class JsonContract(BaseModel):
         except SchemaError as fault:
             message = f"not a JSON Schema: {_where(fault.absolute_path)}: {fault.message}"
             raise ValueError(message) from fault
+        _check_references(schema)
         return schema
 
     @cached_property
     def _validator(self) -> Any:
         from jsonschema import Draft202012Validator
+        from jsonschema_specifications import REGISTRY
 
-        return Draft202012Validator(self.json_schema)
+        return Draft202012Validator(self.json_schema, registry=REGISTRY)  # which fetches nothing
 
     def find_faults(self, text: str) -> list[str]:
         """What is wrong with `text`, in words; empty when it keeps the contract."""
@@ -44,7 +46,10 @@ class JsonContract(BaseModel):
             value = json.loads(text, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as fault:
             return [f"not valid JSON: {fault}"]
-        return [f"{_where(e.absolute_path)}: {e.message}" for e in self._validator.iter_errors(value)]
+        try:
+            return [f"{_where(e.absolute_path)}: {e.message}" for e in self._validator.iter_errors(value)]
+        except (ArithmeticError, RecursionError) as fault:  # 1e999 as a multiple of 0.01, lists in lists
+            return [f"$: too large or too deep for the schema: {fault}"]
 
 
 class LabelContract(BaseModel):
@@ -71,6 +76,49 @@ class TextContract(BaseModel):
 
 
 Contract = Annotated[JsonContract | LabelContract | TextContract, Field(discriminator="type")]
+
+
+def _check_references(schema: dict[str, Any]) -> None:
+    """Every reference leads to a schema inside this one. Raises `ValueError` naming the first that does not."""
+    from jsonschema_specifications import REGISTRY
+    from referencing.jsonschema import DRAFT202012
+
+    root = DRAFT202012.create_resource(schema)
+    waiting = [(root, REGISTRY.resolver_with_root(root))]
+    seen: set[int] = set()
+    while waiting:
+        resource, resolver = waiting.pop()
+        part = resource.contents
+        if not isinstance(part, dict) or id(part) in seen:
+            continue
+        seen.add(id(part))
+        for key in ("$ref", "$dynamicRef"):
+            if key in part:
+                found = _follow(part[key], resolver, place=f"{_where(_locate(schema, part) or ())}.{key}")
+                waiting.append((DRAFT202012.create_resource(found.contents), found.resolver))
+        waiting += [(inner, resolver.in_subresource(inner)) for inner in resource.subresources()]
+
+
+def _follow(reference: str, resolver: Any, *, place: str) -> Any:
+    """What a reference leads to. Raises `ValueError` where that is no schema, or elsewhere: nothing is fetched."""
+    from jsonschema import Draft202012Validator, SchemaError
+    from referencing.exceptions import Unresolvable
+
+    try:
+        found = resolver.lookup(reference)
+        Draft202012Validator.check_schema(found.contents)
+    except (Unresolvable, SchemaError, ValueError, TypeError) as fault:  # the last two for pointers into values
+        message = f"not a JSON Schema: {place}: {reference!r} leads to no schema inside this one"
+        raise ValueError(message) from fault
+    return found
+
+
+def _locate(value: Any, part: Any) -> tuple[Any, ...] | None:
+    """The keys from `value` down to the very `part`."""
+    if value is part:
+        return ()
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return next(((key, *path) for key, v in inner if (path := _locate(v, part)) is not None), None)
 
 
 def _where(path: Any) -> str:
