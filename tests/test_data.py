@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,13 +17,17 @@ from tiny import TEMPLATE, load_dataset, make_recipe, write_dataset, write_token
 
 from appliance.cli import main
 from appliance.data import (
+    Dataset,
+    DatasetCard,
     Report,
+    Row,
     check_dataset,
     order_general,
     select_side,
     split_dataset,
     summarise_dataset,
 )
+from appliance.data.check import _check_duplicates, _check_prompts, _check_turns
 from appliance.errors import DatasetError, TrainingError
 from appliance.evaluation import Result, judge
 from appliance.example import Example, Message
@@ -90,6 +96,61 @@ def test_each_fault_is_found_at_its_line_by_its_rule(tmp_path: Path, rule: str, 
     places = {(f.rule, f.where) for f in report.errors}
     assert (rule, f"{tmp_path / 'd' / 'rows.jsonl'}:8") in places, report.errors
     assert all(f.fix for f in report.errors)
+
+
+def chat(*contents: str, **changes: Any) -> dict[str, Any]:
+    """A row of user and assistant turns in turn, and what else it has."""
+    return {**talk(*zip(("user", "assistant") * len(contents), contents, strict=False)), **changes}
+
+
+def test_a_conversation_row_by_row_stays_on_one_side(tmp_path: Path) -> None:
+    """The turns before the last are trained on too, so a row that ends with one of them is of the same group."""
+    rows = [make_row(n) for n in range(12)]
+    rows[2] |= {**chat("Hi", "red"), "messages": [{"role": "system", "content": "s"}, *chat("Hi", "red")["messages"]]}
+    rows[4] |= chat("hi ", "red", "And \n you?", "blue")
+    rows[6] |= chat("hi", "red", "and you?", "blue", "sure?", "green")
+    rows[8] |= chat("red thing 0", "red", "again?", "red", group="r0")
+    rows[9] |= chat("red thing 99", "red", "again?", "red")
+    file = write_rows(tmp_path / "d", rows) / "rows.jsonl"
+    report = check_dataset(file.parent)
+    said = {(f.id, f.where, f.message.split(" in another")[0]) for f in report.errors}
+    assert said == {
+        ("r4", f"{file}:5", f"the prompt of turn 2 is that of row r2 at {file}:3"),
+        ("r6", f"{file}:7", f"the prompt of turn 2 is that of row r2 at {file}:3"),
+        ("r6", f"{file}:7", f"the prompt of turn 4 is that of row r4 at {file}:5"),
+        ("r8", f"{file}:9", f"the prompt of turn 2 is that of row r0 at {file}:1"),
+    }
+    assert {(f.rule, f.fix) for f in report.errors} == {("shared-prompt", "give both rows the same group")}
+    for number, group in {0: "r0", 2: "hi", 4: "hi", 6: "hi"}.items():
+        rows[number]["group"] = group
+    assert not check_dataset(write_rows(tmp_path / "d", rows)).errors
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from(["a", "A ", "b", ""]), min_size=2, max_size=6), min_size=1, max_size=12),
+    st.sampled_from([None, "g"]),
+)
+def test_what_the_check_lets_pass_is_never_trained_on_and_tested(talks: list[list[str]], group: str | None) -> None:
+    """No turn that one side trains has the prompt of a row on another side, whatever the conversations."""
+    rows = [
+        Row(
+            msgspec.convert(make_row(n, **chat(*t[: len(t) // 2 * 2]), group=group if n % 2 else None), Example), "f", n
+        )
+        for n, t in enumerate(talks)
+    ]
+    dataset = Dataset(Path("f"), DatasetCard(name="d"), tuple(rows), "")
+    findings = chain(_check_duplicates(dataset), _check_prompts(dataset), _check_turns(dataset))
+    if {f.rule for f in findings} & {"shared-prompt", "duplicate"}:
+        return
+    for row in rows:
+        trained = [row.example.messages[:n] for n, m in enumerate(row.example.messages) if m.role == "assistant"]
+        prompts = {
+            msgspec.structs.replace(row.example, messages=(*t, Message("assistant", ""))).normalised_prompt
+            for t in trained
+        }
+        tested = {r.example.group_key for r in rows if r.example.normalised_prompt in prompts}
+        assert tested <= {row.example.group_key}
 
 
 def test_a_good_dataset_has_no_errors(tmp_path: Path) -> None:
@@ -366,6 +427,10 @@ def test_general_rows_are_checked_like_those_beside_them(tmp_path: Path) -> None
     found = {(f.where, f.rule) for f in check(tmp_path, forgetting=asked).errors}
     file = "general/rows.jsonl"
     assert found == {(f"{file}:4", "mask"), (f"{file}:6", "shared-prompt"), (f"{file}:8", "unreviewed")}
+    rows[1] |= chat("why 0?", "so", "and then?", "so")
+    write_rows(tmp_path / "general", rows, contract={"type": "text"})
+    found = {(f.where, f.rule) for f in check(tmp_path, forgetting=asked).errors}
+    assert (f"{file}:2", "shared-prompt") not in found, "general rows are never split, so they need no groups"
     (missing,) = check(tmp_path, forgetting={"ewc": {"path": "nowhere"}}).errors
     assert "run `dvc pull`, correct the path, or leave it out" in missing.fix
     few = check(tmp_path, forgetting={"ewc": {"path": "general", "rows": 1}}).errors

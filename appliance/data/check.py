@@ -6,6 +6,7 @@ rule is one function from the rows to findings, added to `_RULES`.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from typing import Any
 from appliance.data.findings import Finding, Rule, Severity
 from appliance.data.rows import Dataset, Row, read_dataset
 from appliance.data.split import select_side
-from appliance.example import Example
+from appliance.example import Example, normalise_text
 from appliance.recipe import GateSection, SplitSection
 from appliance.statistics import smallest_gain
 
@@ -151,6 +152,42 @@ def _check_prompts(dataset: Dataset) -> Iterator[Finding]:
             yield _error(row, "contradiction", message, "keep the right answer")
 
 
+def _check_turns(dataset: Dataset) -> Iterator[Finding]:
+    """No turn before the last has the prompt of a row in another group: every turn is trained on."""
+    several = [r for r in dataset.rows if sum(m.role == "assistant" for m in r.example.messages) > 1]
+    asked: dict[bytes, Row] = {}
+    for row in dataset.rows if several else ():
+        asked.setdefault(_start_hash(row.example.normalised_prompt).digest(), row)
+    for row in several:
+        for turn, prompt in _list_earlier(row.example):
+            seen = asked.get(prompt)
+            if seen is not None and seen.example.group_key != row.example.group_key:
+                place = f"row {seen.example.id} at {seen.where}"
+                message = (
+                    f"the prompt of turn {turn} is that of {place} in another group, so it could be trained on "
+                    "here and tested there"
+                )
+                yield _error(row, "shared-prompt", message, "give both rows the same group")
+
+
+def _list_earlier(example: Example) -> Iterator[tuple[int, bytes]]:
+    """The assistant's turns before the last one, by number, with the hash of the normalised prompt of each."""
+    hashed: hashlib.blake2b | None = None
+    for number, message in enumerate(example.prompt, start=1):
+        if message.role == "assistant" and hashed is not None:
+            yield number, hashed.digest()
+        if message.role != "system":
+            text = normalise_text(message.content)
+            if hashed is None:
+                hashed = _start_hash(text)
+            else:
+                hashed.update(f"\n{text}".encode("utf-8", "surrogatepass"))
+
+
+def _start_hash(text: str) -> hashlib.blake2b:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16)
+
+
 def _check_provenance(dataset: Dataset) -> Iterator[Finding]:
     """Model-generated rows need a person's review; there is no review record that could show one."""
     for row in dataset.rows:
@@ -188,6 +225,7 @@ _RULES: tuple[Callable[[Dataset], Iterator[Finding]], ...] = (
     _check_ids,
     _check_duplicates,
     _check_prompts,
+    _check_turns,
     _check_provenance,
     _check_categories,
 )

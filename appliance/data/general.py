@@ -51,7 +51,10 @@ def load_general(section: ReplaySection | EwcSection, *, root: Path) -> GeneralR
 
 
 def check_general(folder: Path) -> tuple[Dataset | None, tuple[Finding, ...]]:
-    """The folder of general rows, and what keeps it from being used; no dataset where it cannot be read."""
+    """The folder of general rows, and what keeps it from being used; no dataset where it cannot be read.
+
+    They may be few and share prompts, since they are never split.
+    """
     if not folder.is_dir():
         fix = "run `dvc pull`, correct the path, or leave it out to use the base model's own answers"
         return None, (Finding("error", "missing", str(folder), "no such folder", fix),)
@@ -59,7 +62,9 @@ def check_general(folder: Path) -> tuple[Dataset | None, tuple[Finding, ...]]:
     rows = report.dataset.rows if report.dataset is not None else ()
     general = {r.where for r in rows if r.example.provenance == "general"}
     return report.dataset, tuple(
-        f for f in report.errors if f.rule != "volume" and not (f.rule == "unreviewed" and f.where in general)
+        f
+        for f in report.errors
+        if f.rule not in ("volume", "shared-prompt") and not (f.rule == "unreviewed" and f.where in general)
     )
 
 
