@@ -82,7 +82,7 @@ FAULTS: list[tuple[str, dict[str, Any]]] = [
     ("schema", talk(("robot", "a"), ("assistant", "red"))),
     ("id", {"id": "r0"}),
     ("duplicate", talk(("user", "red thing 0"), ("assistant", "red"))),
-    ("contradiction", talk(("user", "RED  thing 0"), ("assistant", "blue"))),
+    ("contradiction", talk(("user", " red thing 0\n"), ("assistant", "blue"))),
     ("shared-prompt", {**talk(("user", "Red thing 0"), ("assistant", "red")), "group": "other"}),
 ]
 
@@ -96,6 +96,53 @@ def test_each_fault_is_found_at_its_line_by_its_rule(tmp_path: Path, rule: str, 
     places = {(f.rule, f.where) for f in report.errors}
     assert (rule, f"{tmp_path / 'd' / 'rows.jsonl'}:8") in places, report.errors
     assert all(f.fix for f in report.errors)
+
+
+TWO_ANSWERS: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]] = {
+    "same": (talk(("user", "a"), ("assistant", "red")), talk(("user", "a "), ("assistant", "blue")), "error"),
+    "unicode": (
+        talk(("user", "caf\u00e9"), ("assistant", "red")),
+        talk(("user", "cafe\u0301"), ("assistant", "blue")),
+        "error",
+    ),
+    "system": (
+        talk(("system", "To French."), ("user", "a"), ("assistant", "red")),
+        talk(("system", "To German."), ("user", "a"), ("assistant", "blue")),
+        None,
+    ),
+    "tools": (
+        {**talk(("user", "a"), ("assistant", "red")), "tools": '[{"name": "look"}]'},
+        talk(("user", "a"), ("assistant", "blue")),
+        None,
+    ),
+    "powers": (
+        talk(("user", "Is it 2\u00b2?"), ("assistant", "red")),
+        talk(("user", "Is it 22?"), ("assistant", "blue")),
+        "warning",
+    ),
+    "case": (talk(("user", "US?"), ("assistant", "red")), talk(("user", "us?"), ("assistant", "blue")), "warning"),
+    "indent": (
+        talk(("user", "if a:\n  b\nc"), ("assistant", "red")),
+        talk(("user", "if a:\n  b\n  c"), ("assistant", "blue")),
+        "warning",
+    ),
+    "agree": (talk(("user", "US?"), ("assistant", "red")), talk(("user", "us?"), ("assistant", "red")), None),
+}
+
+
+@pytest.mark.parametrize("kind", TWO_ANSWERS)
+def test_only_one_request_with_two_answers_contradicts_itself(tmp_path: Path, kind: str) -> None:
+    """Another system prompt or other tools ask another thing; another case or spacing may, so a person decides."""
+    rows = [make_row(n) for n in range(100)]
+    one, other, severity = TWO_ANSWERS[kind]
+    rows[3] |= one
+    rows[5] |= other
+    rows[8] |= {**one, **talk(("system", "Between."), *[(m["role"], m["content"]) for m in one["messages"][-2:]])}
+    file = write_rows(tmp_path / "d", rows) / "rows.jsonl"
+    found = [
+        (f.severity, f.rule, f.where, f"row r3 at {file}:4" in f.message) for f in check_dataset(file.parent).findings
+    ]
+    assert found == ([(severity, "contradiction", f"{file}:6", True)] if severity else [])
 
 
 def chat(*contents: str, **changes: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ rule is one function from the rows to findings, added to `_RULES`.
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from typing import Any
 from appliance.data.findings import Finding, Rule, Severity
 from appliance.data.rows import Dataset, Row, read_dataset
 from appliance.data.split import select_side
+from appliance.digest import digest_json
 from appliance.example import Example, normalise_text
 from appliance.recipe import GateSection, SplitSection
 from appliance.statistics import smallest_gain
@@ -137,19 +139,46 @@ def _find_repeats(
 
 
 def _check_prompts(dataset: Dataset) -> Iterator[Finding]:
-    """A prompt has one answer and one group: else it contradicts itself, or could stand in train and test."""
+    """A prompt has one group, or it could stand in train and in test, and one answer."""
     first: dict[str, Row] = {}
+    same: dict[str, Row] = {}
+    alike: dict[str, Row] = {}
     for row in dataset.rows:
         seen = first.setdefault(row.example.normalised_prompt, row)
         if seen is row or seen.example.content_hash == row.example.content_hash:
             continue
-        place = f"row {seen.example.id} at {seen.where}"
         if seen.example.group_key != row.example.group_key:
+            place = f"row {seen.example.id} at {seen.where}"
             message = f"the prompt is that of {place} in another group, so it could stand in train and in test"
             yield _error(row, "shared-prompt", message, "give both rows the same group")
-        if seen.example.answer.strip() != row.example.answer.strip():
-            message = f"the prompt is that of {place}, with another answer"
-            yield _error(row, "contradiction", message, "keep the right answer")
+        for one in (seen, row):
+            same.setdefault(_hash_request(one.example, _trim), one)
+            alike.setdefault(_hash_request(one.example, normalise_text), one)
+        yield from _compare_answers(
+            row, same[_hash_request(row.example, _trim)], alike[_hash_request(row.example, normalise_text)]
+        )
+
+
+def _compare_answers(row: Row, same: Row, alike: Row) -> Iterator[Finding]:
+    """The answer against that of the first row with the same request, and the first with one that reads alike."""
+    if same.example.answer.strip() != row.example.answer.strip():
+        message = f"the prompt is that of row {same.example.id} at {same.where}, with another answer"
+        yield _error(row, "contradiction", message, "keep the right answer")
+    elif same is row and alike.example.answer.strip() != row.example.answer.strip():
+        place = f"row {alike.example.id} at {alike.where}"
+        message = f"the prompt is that of {place} but for case, spaces or forms of characters, with another answer"
+        fix = "where both ask the same, keep the right answer"
+        yield Finding("warning", "contradiction", row.where, message, fix, id=row.example.id)
+
+
+def _hash_request(example: Example, read: Callable[[str], str]) -> str:
+    """What a row asks: its tools, its system prompt and its turns as `read` takes them."""
+    turns = [[m.role, (_trim if m.role == "system" else read)(m.content), m.tool_calls] for m in example.prompt]
+    return digest_json([example.tools, turns])
+
+
+def _trim(text: str) -> str:
+    return unicodedata.normalize("NFC", text).strip()
 
 
 def _check_turns(dataset: Dataset) -> Iterator[Finding]:
