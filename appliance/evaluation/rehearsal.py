@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from appliance.errors import EvaluationError, TrainingError
@@ -25,8 +26,11 @@ def rehearse_prompts(
 ) -> int:
     """The longest prompt, in tokens, of all arms but the champion's, which is the candidate's.
 
-    Raises `EvaluationError` where the chat template refuses an arm's prompt, or leaves the system prompt out.
+    The light core has no numpy to find demonstrations with, and leaves those prompts to the run. Raises
+    `EvaluationError` where the chat template refuses an arm's prompt, or leaves the system prompt out.
     """
+    if find_spec("numpy") is None:
+        section = section.model_copy(update={"few_shot": 0})
     arms = build_arms(section, base=_NOWHERE, artifact=_NOWHERE, is_adapter=True, champion=None)
     prompts = [p for arm in arms for p in _build(arm, section=section, test=test, train=train, template=template)]
     if section.system_prompt is not None and test:
