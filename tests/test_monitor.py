@@ -169,6 +169,25 @@ def test_small_noisy_batches_are_not_divergence() -> None:
     assert seen.alerts == ()
 
 
+@pytest.mark.parametrize(("untrained", "is_refused"), [(6.9, False), (2.4, True)])
+def test_an_easy_first_batch_is_no_level_to_judge_by(untrained: float, is_refused: bool) -> None:
+    """Where a run began is told by some rows, whatever the first batch was; a jump from there is refused."""
+    records = make_curve([0.06, *[7.7 - 0.03 * i for i in range(60)]], [])
+    records[0]["untrained_loss"] = untrained
+    assert bool(watch_records(records, RULES).refusal) == is_refused
+
+
+def test_the_first_step_records_where_the_run_began(base: Path, tmp_path: Path) -> None:
+    """The mean loss over rows before any update, once: a first batch of one row may be far from it."""
+    recipe = make_recipe(training={"effective_batch": 1, "epochs": 0.25, "warmup_ratio": 0.0})
+    job = make_job(base, tmp_path, recipe, micro_batch=1)
+    run_in_process(job)
+    first, *later = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+    assert first["untrained_loss"] == pytest.approx(first["loss"], abs=1.0)
+    assert first["untrained_loss"] != first["loss"]
+    assert not any("untrained_loss" in r for r in later)
+
+
 def test_a_plateau_is_said_once_and_not_at_the_end_of_a_schedule() -> None:
     """Four evaluations within 1%, at a rate that could still move something."""
     flat = [1.0, 0.5, 0.5, 0.499, 0.498, 0.4981, 0.4982]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -38,8 +39,10 @@ from appliance.training.levers import Levers
 from appliance.training.methods import keep_dtypes, keep_router, load_encoder, save_encoder
 from appliance.training.ranks import Ranks
 from appliance.training.sharding import gather_weights, is_trained_in_parts, share_optimizer
-from appliance.training.validation import score_rows, summarise_scores
+from appliance.training.validation import RowScore, score_rows, summarise_scores
 from appliance.training.watch import Watch
+
+_UNTRAINED_ROWS = 16  # from all over the data
 
 
 def build_trainer(
@@ -196,15 +199,30 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
 
     def evaluate(self, *_arguments: Any, **_options: Any) -> dict[str, float]:
         """One pass over the validation rows, see `validation`; TRL's averages over batches."""
-        size = self.args.per_device_eval_batch_size
         with self.compute_loss_context_manager():
-            rows = self.eval_dataset.to_list()
-            share = self.ranks.take_filled_share(rows)
-            scores = score_rows(self.model, share, collate=self.data_collator.collate, size=size)
-        metrics = summarise_scores(self.ranks.gather(scores)[: len(rows)])
+            metrics = summarise_scores(self._score(self.eval_dataset.to_list()))
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def measure_untrained(self) -> dict[str, float]:
+        """`untrained_loss` for the journal: the mean loss of some training rows; nothing where none is finite.
+
+        A row counts as one, so that a few long answers do not tell for all.
+        """
+        rows = self.train_dataset.to_list()
+        with self.compute_loss_context_manager():
+            some = rows[:: max(1, len(rows) // _UNTRAINED_ROWS)][:_UNTRAINED_ROWS]
+            losses = [s.loss / s.tokens for s in self._score(some)]
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        return {"untrained_loss": sum(finite) / len(finite)} if finite else {}
+
+    def _score(self, records: Sequence[dict[str, Any]]) -> list[RowScore]:
+        """A score per record, each rank computing its share of them."""
+        share, size = self.ranks.take_filled_share(records), self.args.per_device_eval_batch_size
+        scores = score_rows(self.model, share, collate=self.data_collator.collate, size=size)
+        gathered: list[RowScore] = self.ranks.gather(scores)[: len(records)]
+        return gathered
 
     def load_last(self, checkpoint: Path) -> None:
         """The weights of the last step, for a run that was killed after it."""

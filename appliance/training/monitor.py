@@ -77,7 +77,7 @@ class Watched:
     refusal: str = ""
     alerts: tuple[Alert, ...] = ()
     active: frozenset[Kind] = frozenset()
-    untrained: float | None = None
+    untrained: float = -math.inf
     has_moved: bool = False
     steps: int = 0
     smoothed: float = 0.0
@@ -138,7 +138,7 @@ def _watch_step(seen: Watched, record: Record) -> Watched:
     weight = max(_SMOOTHING, 1 / count)
     smoothed = seen.smoothed + weight * (loss - seen.smoothed)
     jump = abs(loss - seen.last_loss) if seen.steps else 0.0
-    start = loss if seen.untrained is None else seen.untrained if seen.has_moved else max(seen.untrained, loss)
+    start = seen.untrained if seen.has_moved else max(seen.untrained, loss, record.get("untrained_loss", loss))
     seen = replace(
         seen,
         steps=count,
@@ -157,8 +157,8 @@ def _watch_step(seen: Watched, record: Record) -> Watched:
 def _judge_divergence(seen: Watched, step: int, *, start: float) -> Watched:
     """Refuse a loss that has left the region where training can come back.
 
-    `start` is the loss before the first update: while the rate is 0, as in the first step of a warm-up, the
-    largest of several steps.
+    `start` is the loss before the first update: the larger of the first step's and of the mean over some rows, as a
+    first batch may be easy; while the rate is 0, as in the first step of a warm-up, the largest of several steps.
     """
     times, nats, patience = _EXPLODED
     high = seen.last_loss > max(times * start, start + nats)
@@ -170,7 +170,7 @@ def _judge_divergence(seen: Watched, step: int, *, start: float) -> Watched:
     )
     numbers = {"loss": seen.last_loss, "smoothed": seen.smoothed, "start": start}
     if seen.exploded >= patience:
-        what = f"loss {seen.last_loss:.2f} stays above {times:.0f} times its first value {start:.2f}"
+        what = f"loss {seen.last_loss:.2f} stays above {times:.0f} times {start:.2f}, where it began"
         return _refuse(seen, step, f"{what}: training diverged", numbers)
     if seen.lost >= _SETTLED:
         what = f"loss {seen.smoothed:.2f} (smoothed) stays above {start:.2f}, where it began"

@@ -40,6 +40,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.journal, self.rules, self.ranks, self.yardstick = journal, rules, ranks, yardstick
         self.seen: Watched = watch_records(journal.records, rules)
         self.trainer: Any = None
+        self.untrained: dict[str, float] = {}  # what the first step's record says of the time before it
         self.seal_seconds = 0.0
         self._began = self._step_began = time.monotonic()
         self._before = self._counted = (0, 0)
@@ -48,6 +49,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_rest: Any) -> None:
         """The clock starts with the first step; the best checkpoint so far is protected from rotation."""
+        if not self.journal.records:
+            self.untrained = self.trainer.measure_untrained()
         self._began = time.monotonic()
         self._protect_best(args, state)
 
@@ -114,6 +117,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         }
         if self.yardstick is not None:
             record["mfu"] = self.yardstick.measure((computed - self._before[1]) / seconds)
+        if not self.journal.records:
+            record |= self.untrained
         if "penalty" in logs:
             record["penalty"] = float(logs["penalty"])
         self._observe(record)
