@@ -218,15 +218,15 @@ def test_an_adapter_that_is_not_finite_or_changes_nothing_is_not_saved(base: Pat
     device = torch.device("cpu")
     model, job, row = train_live(base, tmp_path)
     with pytest.raises(TrainingError, match="the adapter changes no logit"):
-        check_trained(model, job, row, start={}, device=device)
+        check_trained(model, job, row, start={}, precision="fp32", device=device)
     weights = [p for n, p in model.named_parameters() if "lora_B" in n]
     with torch.no_grad():
         weights[0].fill_(0.01)
-    check_trained(model, job, row, start={}, device=device)
+    check_trained(model, job, row, start={}, precision="fp32", device=device)
     with torch.no_grad():
         weights[-1][0, 0] = float("inf")
     with pytest.raises(TrainingError, match=r"lora_B.*not finite"):
-        check_trained(model, job, row, start={}, device=device)
+        check_trained(model, job, row, start={}, precision="fp32", device=device)
 
 
 @pytest.mark.parametrize("forgotten", [("cu_seq_lens_q", "max_length_q"), ("row_places", "row_origins")])
@@ -524,6 +524,26 @@ def test_a_training_that_changes_nothing_leaves_no_adapter(base: Path, tmp_path:
     with pytest.raises(TrainingError, match=r"the adapter changes no logit; raise training\.learning_rate"):
         run_in_process(job)
     assert not job.adapter.exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_full_training_that_changes_nothing_leaves_no_model(base: Path, tmp_path: Path, precision: str) -> None:
+    """Weights that are the base's again, in the precision that is published, are refused as an adapter would be."""
+    training = {"learning_rate": 1e-38, "precision": precision, "epochs": 1}
+    job = make_job(base, tmp_path, make_recipe(method={"type": "full"}, training=training))
+    with pytest.raises(TrainingError, match=r"training changed no weight .*; raise training\.learning_rate"):
+        run_in_process(job)
+    assert not job.adapter.exists()
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_run_of_one_step_trains_in_it(base: Path, tmp_path: Path, kind: str) -> None:
+    """A warm-up leaves at least the last step: at a rate of 0 the one step would teach nothing."""
+    recipe = make_recipe(method={"type": kind}, training={"effective_batch": 32, "epochs": 1, "learning_rate": 0.01})
+    job = make_job(base, tmp_path, recipe)
+    assert run_in_process(job)["steps"] == 1
+    (rate,) = re.findall(r'"learning_rate":([0-9.e-]+)', (job.folder / "metrics.jsonl").read_text())
+    assert float(rate) == 0.01
 
 
 @pytest.fixture(scope="module")

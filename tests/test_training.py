@@ -269,6 +269,15 @@ def test_out_of_memory_is_answered_with_half_the_micro_batch(
     assert said[2:] == [f"out of memory; again with {way}, the effective batch stays" for way in ways]
 
 
+def test_a_constant_rate_rises_over_its_warm_up_first(base: Path, tmp_path: Path) -> None:
+    """`warmup_ratio` counts whatever the schedule; what follows differs."""
+    training = {"schedule": "constant", "warmup_ratio": 0.25, "epochs": 2}
+    job = make_job(base, tmp_path, make_recipe(training=training))
+    run_in_process(job)
+    rates = [json.loads(line).get("learning_rate") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r for r in rates if r is not None] == pytest.approx([0.0, 0.005, *[0.01] * 6])
+
+
 def test_arguments_are_what_the_recipe_says(tmp_path: Path) -> None:
     """Golden: the arguments of TRL and PEFT for the demo-like recipe."""
     recipe = make_recipe()

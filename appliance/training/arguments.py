@@ -24,6 +24,7 @@ from appliance.recipe import TrainingSection, count_steps, select_learning_rate
 CHANGING_THE_BASE = ("pissa", "olora", "loftq")
 _STARTS = ("gaussian", "orthogonal", "pissa", "olora", "mica")
 _PROMPT_STARTS = {"vocabulary": "SAMPLE_VOCAB", "text": "TEXT", "random": "RANDOM"}
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 def build_adapter_arguments(method: Method) -> dict[str, Any]:
@@ -96,8 +97,8 @@ def build_training_arguments(
         "per_device_eval_batch_size": micro_batch,
         "gradient_accumulation_steps": section.effective_batch // (micro_batch * devices),
         "learning_rate": select_learning_rate(section, method),
-        "lr_scheduler_type": section.schedule,
-        "warmup_steps": math.ceil(section.warmup_ratio * steps),
+        "lr_scheduler_type": _SCHEDULES[section.schedule],
+        "warmup_steps": min(math.ceil(section.warmup_ratio * steps), steps - 1),  # its first step has rate 0
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
         "optim": "paged_adamw_8bit" if isinstance(method, QloraMethod) else "adamw_torch_fused",

@@ -13,7 +13,7 @@ from appliance.errors import TrainingError
 from appliance.method import VIRTUAL_TOKENS, FullMethod, Method
 from appliance.model import TokenRow
 from appliance.model.faults import name_fault
-from appliance.model.weights import Precision, compute_as_trained, strip_adapter
+from appliance.model.weights import Precision, compute_as_trained, read_weights, strip_adapter
 from appliance.training import attention
 from appliance.training.batches import (
     build_records,
@@ -27,7 +27,7 @@ from appliance.training.head import scoring_only
 from appliance.training.launch import TrainingJob
 from appliance.training.levers import Levers, Prefix
 from appliance.training.methods import Weights, without_training
-from appliance.training.sharding import get_local
+from appliance.training.sharding import get_local, get_whole
 
 _PARITY = {"bf16": 0.05, "fp32": 1e-3}
 # Of logits, as root mean square. Another order of the same sums moved SmolLM2-135M's by 0.05 in bf16 and 0.0000 in
@@ -273,12 +273,15 @@ def _count_trained(record: dict[str, Any]) -> int:
     return sum(end - start for start, end in _trim_spans(record)["spans"])
 
 
-def check_trained(model: Any, job: TrainingJob, row: TokenRow, *, start: Weights, device: torch.device) -> None:
-    """Every trained tensor is finite, and the adapter changes the logits."""
+def check_trained(
+    model: Any, job: TrainingJob, row: TokenRow, *, start: Weights, precision: Precision, device: torch.device
+) -> None:
+    """Every trained tensor is finite, and training changed something: the logits, or a weight that is published."""
     for name, weight in model.named_parameters():
         if weight.requires_grad and not bool(torch.isfinite(get_local(weight)).all()):
             raise TrainingError(f"{name}: not finite after training; lower training.learning_rate")
     if isinstance(job.method, FullMethod):
+        _check_changed(model, job, precision=precision)
         return
     model.eval()
     ids = torch.tensor([row.input_ids], device=device)
@@ -288,3 +291,24 @@ def check_trained(model: Any, job: TrainingJob, row: TokenRow, *, start: Weights
             plain = model(input_ids=ids, logits_to_keep=1).logits
     if torch.equal(tuned, plain):
         raise TrainingError("the adapter changes no logit; raise training.learning_rate or training.epochs")
+
+
+def _check_changed(model: Any, job: TrainingJob, *, precision: Precision) -> None:
+    """A weight differs from the base's file, as it is published; the first that does ends the search.
+
+    Where the file has other names for some, these are taken to have changed.
+    """
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    left = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for name, before in read_weights(job.base):
+        if (weight := left.pop(name, None)) is None:
+            continue
+        if weight.shape != before.shape or not torch.equal(
+            get_whole(weight).to(kind).cpu(), before.to(torch.float32).to(kind)
+        ):
+            return
+    if not left:
+        raise TrainingError(
+            f"training changed no weight (all are the base's, in {precision}); "
+            "raise training.learning_rate or training.epochs"
+        )

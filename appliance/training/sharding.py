@@ -150,6 +150,11 @@ def _take_part(value: Any, *, like: Any) -> Any:
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
+def get_whole(tensor: Any) -> Any:
+    """The whole of a tensor, also where each rank holds a part; all ranks ask at once."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
 def get_local(tensor: Any) -> Any:
     """The part of a tensor that this rank holds: all of it where it is whole."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

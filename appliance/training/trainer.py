@@ -131,7 +131,7 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit, rank: int = 0, meet
         kept_step = select_kept_step(watch.seen, rules, last=last)
         if kept_step != trainer.state.global_step:
             ranks.one_by_one(lambda: load_kept_weights(model, job.checkpoints, step=kept_step))
-        check_trained(model, job, train_rows[0], start=start, device=device)
+        check_trained(model, job, train_rows[0], start=start, precision=precision, device=device)
         weights = finish_weights(model, job, precision=precision, keeps=ranks.is_lead)
         ranks.part()
         if not ranks.is_lead:
