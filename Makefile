@@ -28,7 +28,7 @@ test-slow: .venv/ready .cache/act/bin/act  ## The tests that train the real base
 	@$(PYTHON) -m pytest -m 'slow and not image' --timeout 1800 $(ARGS)
 
 .PHONY: gpu-test
-gpu-test: .venv/ready  ## The tests that need a GPU: kernels, kills, want of memory, the plan's peak, doctor
+gpu-test: $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)  ## The tests that need a GPU: kernels, kills, want of memory, the plan's peak, doctor
 	@$(PYTHON) -m pytest -m gpu --timeout 900 -rs $(ARGS)
 
 .PHONY: e2e

@@ -15,8 +15,16 @@ the command ends with exit code 1.
     python benchmarks/gpu.py --only 8b-lora        # one job
     python benchmarks/gpu.py --tiny                # the same code on a CPU in a few minutes: a test of this file
 
-It needs torch, transformers, trl, peft, bitsandbytes and datasets, and what the product imports: boto3, click,
-msgspec, pydantic, pyyaml, rich. On a machine without network carry their wheels and those that they need.
+It needs torch and transformers, trl, peft, bitsandbytes and datasets, and what the product imports. On a machine
+without network that has torch and transformers carry these wheels (a test holds the list to what packages ask for):
+
+    accelerate annotated-types attrs bitsandbytes boto3 botocore click datasets dill jmespath jsonschema
+    jsonschema-specifications markdown-it-py mdurl msgspec multiprocess pandas peft psutil pyarrow pydantic
+    pydantic-core pygments python-dateutil referencing rich rpds-py s3transfer six trl typing-inspection urllib3
+    xxhash
+
+and for the tests that need a GPU, `make gpu-test PYTHON=python3`: hypothesis iniconfig pluggy pytest pytest-timeout
+sortedcontainers.
 
 MFU is the product's own (`appliance.training.utilisation`): 6 FLOPs a parameter of matrix products and
 token for full training, 4 for LoRA, over the device's dense bf16 peak: from its table, else the rate

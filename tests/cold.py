@@ -11,12 +11,15 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from warm import QUIET, _read_peak
 
 from appliance.command import name_gpus
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass
@@ -33,8 +36,8 @@ class Cold:
         with (folder / "worker.log").open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "cold", str(folder), str(address_space or 0)],
-                cwd=Path(__file__).parent,
-                env={**os.environ, **QUIET, **seen},
+                cwd=ROOT / "tests",
+                env={**os.environ, **QUIET, **seen, "PYTHONPATH": name_paths(os.environ)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -53,6 +56,11 @@ class Cold:
     def run(self, folder: Path, *, address_space: int | None = None) -> int:
         """Start and wait."""
         return self.wait(self.start(folder, address_space=address_space))
+
+
+def name_paths(environment: Mapping[str, str]) -> str:
+    """`PYTHONPATH` with this checkout before all else: a child works from a bare one, with nothing installed."""
+    return os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
 
 
 def main(folder: Path, limit: int) -> int:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cold import Cold
+from packaging.requirements import Requirement
 
 from appliance.training import loop
 
@@ -31,6 +36,59 @@ def load_benchmark(name: str) -> Any:
 
 
 gpu = load_benchmark("gpu")
+
+
+WANTED = ("trl", "peft", "bitsandbytes", "datasets", "boto3", "click", "jsonschema", "msgspec", "pydantic", "rich")
+
+
+def list_required(names: Iterable[str]) -> set[str]:
+    """These packages and all that they need, as installed here."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
+        if name in found:
+            continue
+        found.add(name)
+        asked = [Requirement(r) for r in metadata.requires(name) or []]
+        waiting += [r.name for r in asked if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return found
+
+
+def test_the_wheels_to_carry_are_all_that_the_gpu_benchmark_and_tests_need() -> None:
+    """On a machine that has torch and transformers, and what those bring, and no network."""
+    told = set(re.findall(r"[a-z0-9-]+", gpu.__doc__.partition("ask for):")[2].partition("MFU is")[0]))
+    wanted = list_required([*WANTED, "pytest", "pytest-timeout", "hypothesis"])
+    assert sorted(wanted - list_required(["torch", "transformers"]) - told) == []
+
+
+@pytest.mark.parametrize(("options", "installs"), [([], True), (["PYTHON=python3"], False)])
+def test_the_gpu_tests_start_without_a_registry(options: list[str], installs: bool) -> None:
+    """With a Python that is named nothing is installed; the default one is made first."""
+    argv = ["make", "--dry-run", "--always-make", "gpu-test", *options]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (".ci/setup" in done.stdout) == installs
+    assert "-m pytest -m gpu" in done.stdout
+
+
+def test_a_child_of_the_gpu_tests_finds_the_product_where_nothing_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bare checkout: packages are there, the product is not one of them."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p.endswith("-packages")))
+    monkeypatch.setattr(sys, "executable", write_bare_python(tmp_path))
+    Cold("cpu").run(tmp_path)
+    log = (tmp_path / "worker.log").read_text()
+    assert "No module named" not in log
+    assert "job.json" in log, "the real worker looked for its job"
+
+
+def write_bare_python(folder: Path) -> str:
+    """This interpreter without what its environment adds to its paths."""
+    bare = folder / "python"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    bare.chmod(0o755)
+    return str(bare)
 
 
 @pytest.mark.slow
