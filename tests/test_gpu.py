@@ -281,9 +281,12 @@ def write_larger_base(folder: Path, *, layers: int) -> Path:
 
 @pytest.mark.parametrize("wanted", [CUDA])
 def test_doctor_finds_the_gpu_that_is_there(tmp_path: Path, wanted: str) -> None:
-    """`doctor --gpu` passes where torch multiplies on a GPU; what it says without one, `test_doctor` asks."""
-    options = ["--gpu", "--runs", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache")]
+    """And multiplies on it; the lines of other tools, which training does without, are `test_doctor`'s."""
+    options = ["--gpu", "--json", "--runs", str(tmp_path / "runs"), "--cache", str(tmp_path / "cache")]
     done = CliRunner().invoke(command, options, standalone_mode=False)
-    assert done.return_value == 0, done.output
-    assert "torch sees it" in done.output
-    assert f"multiplies on {wanted}" in done.output
+    assert done.exception is None, done.output
+    lines = {c["subject"]: c for c in json.loads(done.stdout)}
+    assert lines["GPU"]["outcome"] != "fault", lines["GPU"]
+    assert "torch sees it" in lines["GPU"]["found"]
+    assert lines["torch"]["outcome"] != "fault", lines["torch"]
+    assert f"multiplies on {wanted}" in lines["torch"]["found"]
