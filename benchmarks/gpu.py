@@ -12,7 +12,7 @@ nats, or after equal real tokens it is further from the appliance's than `PARITY
 the command ends with exit code 1.
 
     python benchmarks/gpu.py                       # everything, about 25 minutes on one 80 GB GPU
-    python benchmarks/gpu.py --only 8b-lora        # one job
+    python benchmarks/gpu.py --only 8b-lora        # one job; the others' figures stay in the JSON
     python benchmarks/gpu.py --tiny                # the same code on a CPU in a few minutes: a test of this file
 
 It needs torch and transformers, trl, peft, bitsandbytes and datasets, and what the product imports. On a machine
@@ -129,7 +129,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=JOBS, default=[])
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on whatever device there is")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--timeout", type=float, default=900.0, metavar="SECONDS", help="of one contender (default 900)"
+    )
+    parser.add_argument("--out", type=Path, help="the JSON; jobs in it of the same device and versions are kept")
     parser.add_argument("--run", nargs=2, metavar=("JOB", "CONTENDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
@@ -137,30 +140,59 @@ def main() -> None:
         return
     if not torch.cuda.is_available() and not options.tiny:
         raise SystemExit("no CUDA device here; run it on a GPU, or with --tiny to try the code")
-    results = {**describe_machine(), "jobs": {}}
-    for job in options.only or JOBS:
+    target = options.out or (None if options.tiny else name_results())  # a tiny run is no result
+    results = read_results(target)
+    asked = options.only or list(JOBS)
+    for job in asked:
+        results["jobs"][job] = {}
         for contender in JOBS[job].get("contenders", CONTENDERS):
-            figure = run_contender(job, contender, is_tiny=options.tiny)
-            results["jobs"].setdefault(job, {})[contender] = figure
+            figure = run_contender(job, contender, is_tiny=options.tiny, timeout_s=options.timeout, target=target)
+            results["jobs"][job][contender] = figure
             print(describe_figure(job, contender, figure), flush=True)
         results["jobs"][job] = judge_parity(results["jobs"][job])
-        write_results(results, out=options.out, is_tiny=options.tiny)
-    print_ratios(results["jobs"])
-    if faults := list_parity_faults(results["jobs"]):
+        write_results(results, target)
+    measured = {job: results["jobs"][job] for job in asked}
+    print_ratios(measured)
+    if faults := list_parity_faults(measured):
         raise SystemExit("\n".join(faults))
 
 
-def run_contender(job: str, contender: str, *, is_tiny: bool) -> dict[str, Any]:
-    """One figure from a process of its own; a failure is a figure too."""
+def run_contender(job: str, contender: str, *, is_tiny: bool, timeout_s: float, target: Path | None) -> dict[str, Any]:
+    """One figure from a process of its own; a failure is a figure too, and all that it said lies beside the JSON."""
     argv = [sys.executable, __file__, "--run", job, contender, *(["--tiny"] if is_tiny else [])]
-    try:
-        done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=900, env=build_environment())
-    except subprocess.TimeoutExpired:
-        return {"failed": "no end after 900 s"}
-    if done.returncode != 0:
-        return {"failed": (done.stderr.strip().splitlines() or ["?"])[-1][-300:]}
-    figure: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figure
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+        try:
+            done = subprocess.run(
+                argv,
+                check=False,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+                timeout=timeout_s,
+                env=build_environment(),
+            )
+        except subprocess.TimeoutExpired:
+            why = f"no end after {timeout_s:g} s"
+        else:
+            if done.returncode == 0:
+                figure: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+                return figure
+            why = ""
+        said.seek(0)
+        return tell_failure(
+            said.read(), why=why, log=target and target.with_name(f"{target.stem}-{job}-{contender}.log")
+        )
+
+
+def tell_failure(said: str, *, why: str, log: Path | None) -> dict[str, Any]:
+    """The last line of what a contender said, where it gives no other reason; and the file with all of it."""
+    failed = {"failed": why or (said.strip().splitlines() or ["?"])[-1][-300:]}
+    if log is None:
+        sys.stderr.write(said)
+        return failed
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text(said, "utf-8")
+    return {**failed, "log": log.name}
 
 
 def build_environment() -> dict[str, str]:
@@ -172,7 +204,8 @@ def build_environment() -> dict[str, str]:
 def describe_figure(job: str, contender: str, figure: dict[str, Any]) -> str:
     """One line of the table."""
     if "failed" in figure:
-        return f"{job:<10} {contender:<10} failed: {figure['failed']}"
+        log = f" (all of it in {figure['log']})" if "log" in figure else ""
+        return f"{job:<10} {contender:<10} failed: {figure['failed']}{log}"
     mfu = f"{figure['mfu']:6.1%}" if figure["mfu"] is not None else "     -"
     predicted = f", predicted {figure['predicted_gib']:.1f}" if figure.get("predicted_gib") else ""
     return (
@@ -217,11 +250,23 @@ def print_ratios(jobs: dict[str, dict[str, Any]]) -> None:
             print(f"{job:<10} " + "  ".join(f"{ours / rate:.2f} x {name}" for name, rate in peers.items()))
 
 
-def write_results(results: dict[str, Any], *, out: Path | None, is_tiny: bool) -> None:
-    """After every job, so that a broken run leaves what it has; a tiny run is no result."""
-    if is_tiny and out is None:
+def name_results() -> Path:
+    """The committed result of this device."""
+    return RESULTS / f"gpu-{describe_machine()['device'].replace(' ', '-').lower()}.json"
+
+
+def read_results(target: Path | None) -> dict[str, Any]:
+    """What calls of single jobs have measured on the same device with the same packages; what differs is left."""
+    here = describe_machine()
+    found = json.loads(target.read_bytes()) if target and target.exists() else {}
+    is_same = all(found.get(key) == here[key] for key in ("device", "versions"))
+    return {**here, "jobs": found["jobs"] if is_same else {}}
+
+
+def write_results(results: dict[str, Any], target: Path | None) -> None:
+    """After every job, so that a broken run leaves what it has."""
+    if target is None:
         return
-    target = out or RESULTS / f"gpu-{results['device'].replace(' ', '-').lower()}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 

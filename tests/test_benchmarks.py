@@ -91,6 +91,47 @@ def write_bare_python(folder: Path) -> str:
     return str(bare)
 
 
+def call_benchmark(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    """`python benchmarks/gpu.py --tiny` in this process."""
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", *options])
+    gpu.main()
+
+
+def test_calls_of_single_jobs_add_up_in_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of other jobs stay, those of the same job are replaced; with other packages all begin anew."""
+    out, seen = tmp_path / "figures.json", iter(range(100))
+
+    def count(*_arguments: Any, **_options: Any) -> dict[str, Any]:
+        return {"failed": str(next(seen))}
+
+    def list_figures() -> dict[str, Any]:
+        return {job: f["appliance"]["failed"] for job, f in json.loads(out.read_bytes())["jobs"].items()}
+
+    monkeypatch.setattr(gpu, "run_contender", count)
+    for job in ("1b-full", "70b-qlora", "1b-full"):
+        call_benchmark(monkeypatch, "--only", job, "--out", str(out))
+    assert list_figures() == {"1b-full": "6", "70b-qlora": "3"}
+    monkeypatch.setattr(gpu, "describe_machine", lambda: {"date": "d", "device": "cpu", "versions": {"torch": "0"}})
+    call_benchmark(monkeypatch, "--only", "70b-qlora", "--out", str(out))
+    assert list_figures() == {"70b-qlora": "7"}
+
+
+def test_all_that_a_failed_contender_said_lies_beside_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table has its last line; one that is stopped at `--timeout` leaves what it said until then."""
+    script = tmp_path / "contender.py"
+    lines = "import sys, time; print('first\\n' + 'x' * 999 + '\\nlast', file=sys.stderr, flush=True)"
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    for end, seconds, word in (("sys.exit(1)", 60.0, "last"), ("time.sleep(60)", 5.0, "no end after 5 s")):
+        script.write_text(f"{lines}; {end}")
+        target = tmp_path / f"{len(end)}.json"
+        figure = gpu.run_contender("1b-lora", "trl", is_tiny=True, timeout_s=seconds, target=target)
+        assert figure["failed"] == word
+        assert (tmp_path / figure["log"]).read_text() == f"first\n{'x' * 999}\nlast\n"
+        assert figure["log"] in gpu.describe_figure("1b-lora", "trl", figure)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("job", ["8b-lora", "8b-qlora", "1b-full", "70b-qlora"])
@@ -164,7 +205,7 @@ def test_a_contender_whose_labels_are_off_by_one_fails_the_benchmark(
         batch = collate(*arguments, **options)
         return {**batch, **{k: batch[k].roll(-1, -1) for k in ("labels", "shift_labels")}}
 
-    def run_here(job: str, contender: str, *, is_tiny: bool) -> dict[str, Any]:
+    def run_here(job: str, contender: str, *, is_tiny: bool, **_rest: Any) -> dict[str, Any]:
         return gpu.measure(job, contender, is_tiny=is_tiny)
 
     out = tmp_path / "figures.json"
