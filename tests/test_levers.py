@@ -241,6 +241,30 @@ def test_every_kernel_gives_each_row_its_own_copy_of_the_prefix(base: Path, monk
             torch.testing.assert_close(found[weight], gradient, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("release", ["old", "new"])
+def test_the_kernel_of_rows_end_to_end_gets_grouped_heads_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, release: str
+) -> None:
+    """No copy of a key for each query head, whether this release of torch wants to be told of groups or not."""
+    given: list[tuple[int, dict[str, Any]]] = []
+
+    def old(q: Any, k: Any, v: Any, *rest: Any, scale: float, window_size: tuple[int, int]) -> Any:
+        assert k.shape == v.shape
+        given.append((k.shape[1], {"window_size": window_size}))
+        return q
+
+    def new(*arguments: Any, window_size: tuple[int, int], enable_gqa: bool = False, **options: Any) -> Any:
+        assert enable_gqa
+        return old(*arguments, window_size=window_size, **options)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", {"old": old, "new": new}[release])
+    query, key = torch.randn(1, 6, 5, 8), torch.randn(1, 2, 5, 8)
+    ends = torch.tensor([0, 2, 5])
+    mixed = attention._attend_varlen(query, key, key, cumulative=ends, longest=3, scale=1.0, window=None)
+    assert mixed.shape == (1, 5, 6, 8)
+    assert given == [(2, {"window_size": (-1, 0)})]
+
+
 TOKENS = st.lists(st.integers(0, 2), min_size=2, max_size=8)
 
 

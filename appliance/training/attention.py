@@ -149,14 +149,14 @@ def _attend_varlen(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    """The flash kernel over documents end to end, (1, T, H, D): no padding and no mask."""
+    """The flash kernel over documents end to end, (1, T, H, D): no padding, no mask, and no copy of keys for each head.
+
+    The kernel itself takes grouped heads and sums their gradients in every release (flash_api.cpp, `mha_varlen_bwd`).
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     causal = _name_causal(varlen_attn, window)
     queries, keys, values = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    if "enable_gqa" not in causal:
-        groups = queries.shape[1] // keys.shape[1]
-        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     lengths = cumulative.to(torch.int32)
     mixed: torch.Tensor = varlen_attn(queries, keys, values, lengths, lengths, longest, longest, scale=scale, **causal)
     return mixed[None]
@@ -164,7 +164,10 @@ def _attend_varlen(
 
 @cache
 def _name_causal(kernel: Any, window: int | None) -> dict[str, Any]:
-    """What this release of torch calls causal attention of grouped heads; looked up once, not in every layer."""
+    """What this release of torch calls causal attention of grouped heads; looked up once, not in every layer.
+
+    Releases without `enable_gqa` ask nothing about heads.
+    """
     known = inspect.signature(kernel).parameters
     if window is not None and "window_size" not in known:
         raise ValueError(f"this torch has no windows of {window} tokens in its packed attention")
