@@ -52,11 +52,16 @@ def paired_gain_interval(
     low1, high1 = wilson_interval(both + wins, n, confidence=confidence)
     low2, high2 = wilson_interval(both + losses, n, confidence=confidence)
     spread = math.sqrt((both + wins) * (losses + neither) * (both + losses) * (wins + neither))
-    phi = (both * neither - wins * losses) / spread if spread else 0.0
+    phi = _correct(both * neither - wins * losses, n) / spread if spread else 0.0
     gain = ours - theirs
     below = (ours - low1) ** 2 - 2 * phi * (ours - low1) * (high2 - theirs) + (high2 - theirs) ** 2
     above = (high1 - ours) ** 2 - 2 * phi * (high1 - ours) * (theirs - low2) + (theirs - low2) ** 2
     return max(-1.0, gain - math.sqrt(max(0.0, below))), min(1.0, gain + math.sqrt(max(0.0, above)))
+
+
+def _correct(product: int, n: int) -> float:
+    """The numerator of phi, corrected for continuity where the arms agree more than by chance: no tighter by luck."""
+    return max(product - n / 2, 0.0) if product > 0 else product
 
 
 @lru_cache(maxsize=256)

@@ -203,8 +203,31 @@ def test_intervals_hold_the_estimate_and_stay_in_range(counts: tuple[int, int, i
     assert wins / n - 1e-9 <= high <= 1
 
 
-def test_newcombe_by_the_book() -> None:
-    """Newcombe (1998), table II, method 10, the contrast 43/7/1/... is close to the printed interval."""
-    low, high = paired_gain_interval(both=36, wins=12, losses=2, neither=0)
-    assert low == pytest.approx(0.0569, abs=0.002)
-    assert high == pytest.approx(0.3404, abs=0.002)
+@pytest.mark.parametrize(
+    ("counts", "printed"),
+    [
+        ((36, 12, 2, 0), (0.0569, 0.3404)),  # Newcombe (1998), table II, method 10
+        ((20, 12, 2, 16), (0.0562, 0.3292)),  # the same, where the arms agree more than by chance
+        ((1, 1, 7, 12), (-0.507, -0.026)),  # Fagerland, Lydersen, Laake (2014), airways of children
+    ],
+)
+def test_newcombe_by_the_book(counts: tuple[int, int, int, int], printed: tuple[float, float]) -> None:
+    """Method 10 has the correlation corrected for continuity; without that (method 8) it is narrower."""
+    both, wins, losses, neither = counts
+    interval = paired_gain_interval(both=both, wins=wins, losses=losses, neither=neither)
+    assert interval == pytest.approx(printed, abs=0.0005)
+
+
+@pytest.mark.parametrize("chances", [(0.3, 0.3, 0.1, 0.3), (0.3, 0.2, 0.2, 0.3), (0.4, 0.3, 0.1, 0.2)])
+def test_an_interval_of_95_percent_holds_the_gain_so_often(chances: tuple[float, float, float, float]) -> None:
+    """Over every outcome of 16 rows, each with its chance, where the arms agree more than by chance."""
+    n, (_, win, loss, _) = 16, chances
+    held = 0.0
+    for counts in product(range(n + 1), repeat=4):
+        if sum(counts) != n:
+            continue
+        both, wins, losses, neither = counts
+        low, high = paired_gain_interval(both=both, wins=wins, losses=losses, neither=neither)
+        ways = math.factorial(n) / math.prod(math.factorial(c) for c in counts)
+        held += ways * math.prod(p**c for p, c in zip(chances, counts, strict=True)) * (low <= win - loss <= high)
+    assert held >= 0.94
