@@ -43,8 +43,8 @@ class JsonContract(BaseModel):
     def find_faults(self, text: str) -> list[str]:
         """What is wrong with `text`, in words; empty when it keeps the contract."""
         try:
-            value = json.loads(text, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as fault:
+            value = parse_json(text)
+        except ValueError as fault:
             return [f"not valid JSON: {fault}"]
         try:
             return [f"{_where(e.absolute_path)}: {e.message}" for e in self._validator.iter_errors(value)]
@@ -128,3 +128,22 @@ def _where(path: Any) -> str:
 def _refuse_constant(name: str) -> None:
     message = f"{name} is not JSON"
     raise ValueError(message)
+
+
+def parse_json(text: str) -> Any:
+    """The value of strict JSON: no NaN, no key twice. Raises `ValueError`."""
+    try:
+        return json.loads(text, object_pairs_hook=_refuse_repeats, parse_constant=_refuse_constant)
+    except RecursionError as fault:
+        message = "too many brackets within brackets"
+        raise ValueError(message) from fault
+
+
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for key, held in pairs:
+        if key in value:
+            message = f"the key {key!r} is given twice"
+            raise ValueError(message)
+        value[key] = held
+    return value

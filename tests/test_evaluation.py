@@ -93,7 +93,7 @@ def score(tmp_path_factory: pytest.TempPathFactory) -> Score:
         ('{"item": "lamp", "n": 3}', 0, 1, 0.5),
         ('{"item": "lamp", "n": 2.0}', 0, 1, 0.5),  # JSON Schema calls 2.0 an integer; a strict reader does not
         ('{"item": "lamp", "n": true}', 0, 0, 0.5),
-        ('{"item": "lamp", "n": 2, "n": 2}', 0, 1, 0.0),
+        ('{"item": "lamp", "n": 2, "n": 2}', 0, 0, 0.0),
         ('{"item": "lamp", "n": 2, "x": 1}', 0, 0, 0.8),
         ('```json\n{"item": "lamp", "n": 2}\n```', 0, 0, 0.0),
         ('Here you are: {"item": "lamp", "n": 2}', 0, 0, 0.0),

@@ -45,6 +45,7 @@ def test_normalisation_folds_case_width_and_space() -> None:
         ('{"n": "1"}', False),
         ('```json\n{"n": 1}\n```', False),
         ('{"n": NaN}', False),
+        ('{"n": 1, "n": 2}', False),
         ('{"n": 1} and more', False),
         ("[" * 100_000, False),
         ("", False),

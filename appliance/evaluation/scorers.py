@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from appliance.contract import Contract, JsonContract
+from appliance.contract import Contract, JsonContract, parse_json
 from appliance.errors import EvaluationError
 from appliance.evaluation.outputs import Output, Result, read_said
 from appliance.example import Example
@@ -83,41 +83,30 @@ def is_exact(text: str, reference: str, contract: Contract) -> bool:
 
     Types count: 1, 1.0 and true differ.
     """
-    if not isinstance(contract, JsonContract):
+    expected = _parse(reference) if isinstance(contract, JsonContract) else None
+    if expected is None:
         return text.strip() == reference.strip()
     found = _parse(text)
-    return found is not None and _canonical(found[0]) == _canonical(json.loads(reference))
+    return found is not None and _canonical(found[0]) == _canonical(expected[0])
 
 
 def score_fields(text: str, reference: str) -> float:
     """F1 over top-level (key, value) pairs; 0 when either is no object."""
-    found, expected = _parse(text), json.loads(reference)
-    if found is None or not isinstance(found[0], dict) or not isinstance(expected, dict):
+    found, expected = _parse(text), _parse(reference)
+    if found is None or expected is None or not isinstance(found[0], dict) or not isinstance(expected[0], dict):
         return 0.0
     ours = {(k, _canonical(v)) for k, v in found[0].items()}
-    theirs = {(k, _canonical(v)) for k, v in expected.items()}
+    theirs = {(k, _canonical(v)) for k, v in expected[0].items()}
     return 2 * len(ours & theirs) / (len(ours) + len(theirs)) if ours or theirs else 1.0
 
 
 def _parse(text: str) -> tuple[Any] | None:
-    """The value of strict JSON without repeated keys, in a tuple; `None` for anything else."""
-    if len(text) > _LIMIT:
-        return None
+    """The value of an answer in JSON, in a tuple; `None` for what the contract would not read."""
     try:
-        return (json.loads(text.strip(), object_pairs_hook=_refuse_repeats, parse_constant=_refuse_constant),)
-    except (ValueError, RecursionError):
+        return (parse_json(text.strip()),) if len(text) <= _LIMIT else None
+    except ValueError:
         return None
 
 
 def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
-
-
-def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({k for k, _ in pairs}) != len(pairs):
-        raise ValueError("a key is given twice")
-    return dict(pairs)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
