@@ -1,12 +1,14 @@
 """The output contract: what every answer of a task must look like.
 
 The same contract judges the reference answers (data check) and the model's outputs (scorers), so
-the two can never disagree. Free text has no contract to break.
+the two can never disagree. Free text has no contract to break. Composed characters (NFC) and those
+they are made of are the same text: a tokenizer may make the one of the other.
 """
 
 from __future__ import annotations
 
 import json
+import unicodedata
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -38,7 +40,7 @@ class JsonContract(BaseModel):
         from jsonschema import Draft202012Validator
         from jsonschema_specifications import REGISTRY
 
-        return Draft202012Validator(self.json_schema, registry=REGISTRY)  # which fetches nothing
+        return Draft202012Validator(compose(self.json_schema), registry=REGISTRY)  # which fetches nothing
 
     def find_faults(self, text: str) -> list[str]:
         """What is wrong with `text`, in words; empty when it keeps the contract."""
@@ -61,7 +63,7 @@ class LabelContract(BaseModel):
 
     def find_faults(self, text: str) -> list[str]:
         """What is wrong with `text`, in words; empty when it is one of the labels."""
-        return [] if text in self.labels else [f"{text!r} is not one of {', '.join(self.labels)}"]
+        return [] if compose(text) in compose(self.labels) else [f"{text!r} is not one of {', '.join(self.labels)}"]
 
 
 class TextContract(BaseModel):
@@ -131,19 +133,28 @@ def _refuse_constant(name: str) -> None:
 
 
 def parse_json(text: str) -> Any:
-    """The value of strict JSON: no NaN, no key twice. Raises `ValueError`."""
+    """The value of strict JSON: no NaN, no key twice; its texts in composed characters. Raises `ValueError`."""
     try:
-        return json.loads(text, object_pairs_hook=_refuse_repeats, parse_constant=_refuse_constant)
+        return compose(json.loads(text, object_pairs_hook=_refuse_repeats, parse_constant=_refuse_constant))
     except RecursionError as fault:
         message = "too many brackets within brackets"
         raise ValueError(message) from fault
 
 
+def compose(value: Any) -> Any:
+    """The value with every text of it in composed characters (NFC)."""
+    if isinstance(value, str):
+        return unicodedata.normalize("NFC", value)
+    if isinstance(value, dict):
+        return {compose(k): compose(v) for k, v in value.items()}
+    return [compose(v) for v in value] if isinstance(value, list | tuple) else value
+
+
 def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value: dict[str, Any] = {}
     for key, held in pairs:
-        if key in value:
+        if compose(key) in value:
             message = f"the key {key!r} is given twice"
             raise ValueError(message)
-        value[key] = held
+        value[compose(key)] = held
     return value

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -176,6 +177,31 @@ def test_labels_are_compared_after_trimming(score: Score) -> None:
     row = make_example(answer="red")
     scores = [score([make_output(t)], [row], LABELS)[0].scores["exact_match"] for t in (" red\n", "Red", "reds")]
     assert scores == [1.0, 0.0, 0.0]
+
+
+NAME = "Zu\u0308rich"  # in two characters, as some systems write it
+SCHEMA = {"type": "object", "properties": {NAME: {"enum": [NAME]}}, "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("contract", "reference"),
+    [
+        ({"type": "text"}, NAME),
+        ({"type": "labels", "labels": [NAME, "Bern"]}, NAME),
+        ({"type": "json", "schema": SCHEMA}, json.dumps({NAME: NAME}, ensure_ascii=False)),
+        ({"type": "json", "schema": SCHEMA}, json.dumps({NAME: NAME})),
+    ],
+)
+def test_composed_characters_are_those_they_are_made_of(
+    score: Score, contract: dict[str, object], reference: str
+) -> None:
+    """A tokenizer that composes them (NFC) trains other bytes than the row has; they are the same text."""
+    known: Contract = TypeAdapter(Contract).validate_python(contract)
+    row = make_example(answer=reference)
+    for form in ("NFC", "NFD"):
+        text = unicodedata.normalize(form, reference)
+        assert not known.find_faults(text)
+        assert set(score([make_output(text)], [row], known)[0].scores.values()) == {1.0}
 
 
 @given(text=st.text(max_size=300))

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from appliance.contract import Contract, JsonContract, parse_json
+from appliance.contract import Contract, JsonContract, compose, parse_json
 from appliance.errors import EvaluationError
 from appliance.evaluation.outputs import Output, Result, read_said
 from appliance.example import Example
@@ -79,13 +79,13 @@ def keeps_contract(text: str, contract: Contract) -> bool:
 
 
 def is_exact(text: str, reference: str, contract: Contract) -> bool:
-    """Equal after trimming; for JSON contracts equal as values, whatever the order of keys.
+    """Equal after trimming, in composed characters; for JSON contracts equal as values, whatever the order of keys.
 
     Types count: 1, 1.0 and true differ.
     """
     expected = _parse(reference) if isinstance(contract, JsonContract) else None
     if expected is None:
-        return text.strip() == reference.strip()
+        return bool(compose(text.strip()) == compose(reference.strip()))
     found = _parse(text)
     return found is not None and _canonical(found[0]) == _canonical(expected[0])
 
