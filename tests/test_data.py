@@ -523,6 +523,22 @@ def test_tool_turns_follow_calls(tmp_path: Path) -> None:
     assert [f.rule for f in report.errors] == ["volume"]
 
 
+@pytest.mark.parametrize("content", ["", "red"])
+def test_a_call_as_the_answer_is_fine_until_a_contract_is_asked_of_it(tmp_path: Path, content: str) -> None:
+    """Without a contract it is an answer like any other; with one, the message says that contracts are of text."""
+    rows = [make_row(n) for n in range(100)]
+    rows[4]["messages"][1] |= {"content": content, "tool_calls": [CALL]}
+    folder = write_rows(tmp_path / "d", rows, contract={"type": "text"})
+    assert check_dataset(folder).findings == ()
+    for contract in ({"type": "labels", "labels": ["red", "blue"]}, {"type": "json", "schema": {}}):
+        if contract["type"] == "json":
+            rows = [{**r, "messages": [r["messages"][0], {**r["messages"][1], "content": "1"}]} for r in rows]
+        (finding,) = check_dataset(write_rows(folder, rows, contract=contract)).errors
+        assert (finding.rule, finding.id) == ("contract", "r4")
+        assert "the answer calls a tool" in finding.message
+        assert "remove the row" in finding.fix
+
+
 def make_examples(texts: list[str], groups: list[str | None]) -> list[Example]:
     """Examples with these prompts and groups."""
     return [

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from appliance.contract import TextContract
 from appliance.data.findings import Finding, Rule, Severity
 from appliance.data.rows import Dataset, Row, read_dataset
 from appliance.data.split import select_side
@@ -110,8 +111,14 @@ def _check_text(dataset: Dataset) -> Iterator[Finding]:
 
 
 def _check_contract(dataset: Dataset) -> Iterator[Finding]:
-    """Every reference answer keeps the contract."""
+    """Every reference answer keeps the contract, which is of text: a call of a tool has none to keep."""
+    is_text = isinstance(dataset.card.contract, TextContract)
     for row in dataset.rows:
+        if row.example.messages[-1].tool_calls:
+            if not is_text:
+                message = "the answer calls a tool, and the contract of dataset.yaml is for answers in text"
+                yield _error(row, "contract", message, "remove the row, or leave the contract out")
+            continue
         for fault in dataset.card.contract.find_faults(row.example.answer):
             yield _error(row, "contract", f"the answer breaks the contract: {fault}", "correct the answer")
 
