@@ -1,11 +1,12 @@
 """YAML that people write, read in one way: whatever is wrong with it is one error with its file and line.
 
-Dates stay the text that they are, as in YAML 1.2. Anchors may be used, but nothing may hold itself or
-grow without end by them.
+Dates, `yes`, `no`, `on` and `off` stay the text that they are, as in YAML 1.2, and keys are text. Anchors may
+be used, but nothing may hold itself or grow without end by them.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import yaml
 from appliance.errors import ApplianceError
 
 _DEPTH, _VALUES, _BITS = 64, 100_000, 4096  # Python writes no integer of more than 4300 digits
-_DATE = "tag:yaml.org,2002:timestamp"
+_DATE, _BOOL = "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:bool"
+_TRUTH = re.compile("^(?:true|True|TRUE|false|False|FALSE)$")
+_KEYS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +59,10 @@ def parse_document(text: str, *, source: str, error: type[ApplianceError]) -> Do
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which knows no dates, and says where a value is that cannot be what it looks like."""
+    """PyYAML's safe loader with the dates and truths of YAML 1.2; says where a value is not what it looks like."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in found if tag != _DATE]
+        first: [(tag, _TRUTH if tag == _BOOL else pattern) for tag, pattern in found if tag != _DATE]
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -88,9 +91,22 @@ def _check_extent(root: yaml.Node) -> None:
             problem = f"more than {words} (anchors count wherever they are used)"
             raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
         if isinstance(node, yaml.MappingNode):
+            _check_keys(node)
             waiting += [(part, depth + 1) for pair in node.value for part in pair]
         elif isinstance(node, yaml.SequenceNode):
             waiting += [(part, depth + 1) for part in node.value]
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    """Refuse a key that YAML reads as something else than text: nobody would ever look it up."""
+    for key, _ in node.value:
+        if key.tag not in _KEYS:
+            kind = key.tag.rpartition(":")[2]
+            is_value = isinstance(key, yaml.ScalarNode)
+            words = (
+                f"the key {key.value[:32]!r} is a value of type {kind}" if is_value else "a key is a list or a mapping"
+            )
+            raise yaml.composer.ComposerError(None, None, f"{words}, not text", key.start_mark)
 
 
 def _find_line(fault: yaml.YAMLError, text: str) -> int:

@@ -86,9 +86,44 @@ def test_dates_are_text(tmp_path: Path) -> None:
         load_prices(tmp_path)
 
 
+def test_only_true_and_false_are_true_and_false(tmp_path: Path) -> None:
+    """As in YAML 1.2: `yes`, `no`, `on` and `off` are text, in a recipe, as a label and as a key of a schema."""
+    folder = write_dataset(tmp_path / "colours")
+    (folder / "dataset.yaml").write_text("name: x\ncontract: {type: labels, labels: [yes, no, on, Off, y]}\n")
+    dataset, _ = read_dataset(folder)
+    assert dataset is not None
+    assert dataset.card.contract.find_faults("yes") == []
+    (folder / "dataset.yaml").write_text(
+        "name: x\ncontract:\n  type: json\n"
+        "  schema: {properties: {on: {type: string}, no: {const: TRUE}}, required: [on]}\n"
+    )
+    dataset, _ = read_dataset(folder)
+    assert dataset is not None
+    faults = dataset.card.contract.find_faults
+    assert faults('{"on": "x", "no": true}') == []
+    assert [len(faults(a)) for a in ('{"on": 5, "no": "x"}', '{"on": "x", "no": "TRUE"}', "{}")] == [2, 1, 1]
+    sections = "training: {packing: no, gradient_checkpointing: on, speed: {compile: off}}\n"
+    recipe = parse_recipe(GOOD + sections, source="r.yaml")
+    assert (recipe.training.packing, recipe.training.gradient_checkpointing) == (False, "on")
+    spelled = GOOD + 'training: {packing: false, gradient_checkpointing: "on", speed: {compile: "off"}}\n'
+    assert parse_recipe(spelled, source="r.yaml").digest == recipe.digest
+
+
+def test_a_label_that_yaml_reads_as_something_else_is_told_to_be_quoted(tmp_path: Path) -> None:
+    """`true` and `1` are labels in quotes alone."""
+    folder = write_dataset(tmp_path / "colours")
+    for label in ("true", "1", "1:30", "null"):
+        (folder / "dataset.yaml").write_text(f"name: x\ncontract: {{type: labels, labels: [{label}, other]}}\n")
+        _, findings = read_dataset(folder)
+        assert str(findings[0]).endswith("put it in quotes"), label
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
+        (b"name: x\ncontract:\n  200: y\n", "dataset.yaml:3: [card] the key '200' is a value of type int, not text"),
+        (b"name: x\ntrue: 1\n", "dataset.yaml:2: [card] the key 'true' is a value of type bool, not text"),
+        (b"name: x\n? [a]\n: 1\n", "dataset.yaml:2: [card] a key is a list or a mapping, not text"),
         (b"name: &a [*a]\n", "dataset.yaml:1: [card] more than 64 levels"),
         (b"name: colours\ncategories: " + b"[" * 3000, "dataset.yaml:2: [card] too many levels"),
         (b"name: colours\ndescription: !!timestamp 2024-13-45\n", "dataset.yaml:2: [card] '2024-13-45' looks like"),

@@ -119,6 +119,8 @@ def _read_card(file: Path) -> tuple[DatasetCard | None, list[Finding]]:
 def _describe_card_fault(file: Path, error: Any) -> Finding:
     key = ".".join(str(p) for p in error["loc"]) or "dataset.yaml"
     fix = f"keys are {', '.join(DatasetCard.model_fields)}" if error["type"] == "extra_forbidden" else "correct the key"
+    if error["type"] == "string_type" and not isinstance(error["input"], dict | list):
+        fix = "put it in quotes"
     return _fault("card", file, f"{key}: {error['msg']}", fix)
 
 
