@@ -317,6 +317,33 @@ def test_a_hidden_file_has_no_rows(tmp_path: Path) -> None:
     assert (after.examples, after.digest) == (before.examples, before.digest)
 
 
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_a_name_of_rows_that_is_no_file_is_a_fault_of_its_path(tmp_path: Path, kind: str) -> None:
+    """A folder `more.jsonl` and a link to nothing are told by name, and the rows beside them are read."""
+    folder = write_dataset(tmp_path / "d", rows=100)
+    path = folder / "more.jsonl"
+    path.mkdir() if kind == "folder" else path.symlink_to(tmp_path / "nothing")
+    report = check_dataset(folder)
+    (finding,) = report.findings
+    assert (finding.rule, finding.where, finding.severity) == ("missing", str(path), "error")
+    assert report.counts["rows"] == 100
+
+
+def test_rows_that_are_not_read_are_told(tmp_path: Path) -> None:
+    """Other endings and folders below are named; text, programs and hidden files are in nobody's way."""
+    folder = write_dataset(tmp_path / "d", rows=100)
+    content = (folder / "rows.jsonl").read_bytes()
+    (folder / "sub").mkdir()
+    for name in ("README.md", "convert.py", ".more.jsonl", "rows.jsonl.tmp"):
+        (folder / name).write_bytes(content)
+    assert check_dataset(folder).findings == ()
+    for name in ("part2.JSONL", "part3.json", "more.jsonl.gz", "sub/rows.jsonl", "x.ndjson"):
+        (folder / name).write_bytes(content)
+    (finding,) = check_dataset(folder).findings
+    assert (finding.severity, finding.rule, finding.where) == ("warning", "unread", str(folder))
+    assert finding.message.startswith("more.jsonl.gz, part2.JSONL, part3.json, sub/rows.jsonl, x.ndjson are not read")
+
+
 def test_a_contract_that_is_no_schema_is_a_fault_of_the_card(tmp_path: Path) -> None:
     """A broken JSON Schema is told at the card, not as a crash at the first row."""
     folder = write_rows(tmp_path / "d", [make_row()], contract={"type": "json", "schema": {"type": "objekt"}})

@@ -18,13 +18,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from appliance.contract import Contract, TextContract
 from appliance.data.findings import Finding, Rule
-from appliance.digest import digest_folder
+from appliance.digest import digest_folder, list_files
 from appliance.document import load_document
 from appliance.errors import DatasetError
 from appliance.example import Example, Message, Provenance, Role
 
 _SHOWN = 20
 _UNKNOWN = re.compile(r"Object contains unknown field `(.+?)`")
+_ROWS = re.compile(r"\.(jsonl?|ndjson)(\.\w+)?$", re.IGNORECASE)
 _CHOICES = {"role": Role, "provenance": Provenance}
 # Keys of rows as other trainers read them: prompt and completion, Alpaca, ShareGPT.
 _FOREIGN = {
@@ -87,11 +88,14 @@ def read_dataset(folder: Path) -> tuple[Dataset | None, tuple[Finding, ...]]:
         others = ", ".join(sorted(p.name for p in folder.iterdir() if p.name != "dataset.yaml")[:_SHOWN])
         message = f"no *.jsonl file, only {others}" if others else "no *.jsonl file"
         findings.append(_fault("missing", folder, message, "add rows, one JSON object a line"))
+    else:
+        findings += _find_unread(folder)
     rows: list[Row] = []
     for file in files:
+        count = len(rows)
         found = _read_file(file, rows)
         findings += found
-        if not found and not any(r.file == str(file) for r in rows):
+        if not found and len(rows) == count:
             findings.append(_fault("empty", file, "the file has no rows", "add rows or delete the file"))
     if card is None:
         return None, tuple(findings)
@@ -124,11 +128,26 @@ def _describe_card_fault(file: Path, error: Any) -> Finding:
     return _fault("card", file, f"{key}: {error['msg']}", fix)
 
 
+def _find_unread(folder: Path) -> list[Finding]:
+    """A doubt about files that look like rows and are not read, because of their name or place."""
+    names = [n for n in list_files(folder) if _ROWS.search(n) and ("/" in n or not n.endswith(".jsonl"))]
+    if not names:
+        return []
+    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    message = f"{shown} are not read, though they count in the digest: rows are in *.jsonl beside dataset.yaml"
+    return [Finding("warning", "unread", str(folder), message, "rename or move them, or take them out of the folder")]
+
+
 def _read_file(file: Path, rows: list[Row]) -> list[Finding]:
     """Append the readable rows of one file to `rows`; return findings for the others."""
     decoder = msgspec.json.Decoder(Example)
     findings = []
-    with file.open("rb") as stream:
+    try:
+        stream = file.open("rb")
+    except OSError as fault:
+        fix = "put a file of rows in its place, or remove it"
+        return [_fault("missing", file, f"cannot be read ({fault.strerror})", fix)]
+    with stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
