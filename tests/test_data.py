@@ -27,7 +27,7 @@ from appliance.data import (
     split_dataset,
     summarise_dataset,
 )
-from appliance.data.check import _check_duplicates, _check_prompts, _check_turns
+from appliance.data.check import _check_duplicates, _check_prompts, _check_text, _check_turns
 from appliance.errors import DatasetError, TrainingError
 from appliance.evaluation import Result, judge
 from appliance.example import Example, Message
@@ -198,6 +198,17 @@ def test_what_the_check_lets_pass_is_never_trained_on_and_tested(talks: list[lis
         }
         tested = {r.example.group_key for r in rows if r.example.normalised_prompt in prompts}
         assert tested <= {row.example.group_key}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(max_codepoint=200), max_size=8))
+def test_control_characters_are_those_of_ascii_but_for_tab_and_line_ends(text: str) -> None:
+    """The first is named, whatever stands around it."""
+    row = msgspec.convert(make_row(0, **chat(f"a{text}", "red")), Example)
+    dataset = Dataset(Path("f"), DatasetCard(name="d"), (Row(row, "f", 1),), "")
+    control = [c for c in text if (ord(c) < 32 and c not in "\n\t\r") or ord(c) == 127]
+    expected = [f"turn 1 has the control character {control[0]!r}"] if control else []
+    assert [f.message for f in _check_text(dataset)] == expected
 
 
 def test_a_good_dataset_has_no_errors(tmp_path: Path) -> None:

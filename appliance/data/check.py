@@ -7,6 +7,7 @@ rule is one function from the rows to findings, added to `_RULES`.
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ from appliance.statistics import smallest_gain
 
 _SMALLEST = 10
 _IMBALANCE = 20
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +107,9 @@ def _check_text(dataset: Dataset) -> Iterator[Finding]:
         for number, message in enumerate(row.example.messages, start=1):
             if not message.content.strip() and not message.tool_calls:
                 yield _error(row, "empty", f"turn {number} ({message.role}) is empty", "fill it in or remove the row")
-            control = next((c for c in message.content if (ord(c) < 32 and c not in "\n\t\r") or ord(c) == 127), None)
+            control = _CONTROL.search(message.content)
             if control is not None:
-                yield _error(row, "control", f"turn {number} has the control character {control!r}", "remove it")
+                yield _error(row, "control", f"turn {number} has the control character {control[0]!r}", "remove it")
 
 
 def _check_contract(dataset: Dataset) -> Iterator[Finding]:
