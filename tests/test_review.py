@@ -71,6 +71,27 @@ def test_a_diff_tells_rows_whatever_happens_to_lines(tmp_path: Path) -> None:
     assert diff_folders(before, before, split=split).changes == ()
 
 
+@pytest.mark.parametrize(("side", "word"), [("before", "added"), ("after", "removed")])
+def test_a_dataset_that_cannot_be_read_is_told_and_not_taken_for_an_empty_one(
+    tmp_path: Path, side: str, word: str
+) -> None:
+    """Without its card, or with a broken one, all rows seem new or gone, and the diff says why."""
+    for name in ("before", "after"):
+        write_dataset(tmp_path / name / "colours", rows=20)
+    card, age = tmp_path / side / "colours" / "dataset.yaml", "earlier" if side == "before" else "later"
+    folders = tmp_path / "before" / "colours", tmp_path / "after" / "colours"
+    assert diff_folders(*folders, split=SplitSection()).unread == ()
+    for break_card in (lambda: card.write_text("name: x\ncontrct: 1\n"), card.unlink):
+        break_card()
+        diff = diff_folders(*folders, split=SplitSection())
+        assert diff.count(word) == 20  # type: ignore[arg-type]
+        (section,) = describe_diff(diff, limit=2)
+        assert section.lines[0].startswith(f"all rows count as {word}: the {age} ones cannot be read: ")
+        assert "dataset.yaml" in section.lines[0]
+        assert diff.to_json()["unread"] == [section.lines[0]]
+    assert diff_folders(tmp_path / "none", folders[side == "before"], split=SplitSection()).unread == ()
+
+
 def test_a_trained_row_that_moves_to_the_test_is_told_first(tmp_path: Path) -> None:
     """An edited prompt may change its side: then the new test flatters the older versions."""
     before = write_dataset(tmp_path / "before", rows=40)

@@ -10,7 +10,7 @@ from appliance.data.diff import KINDS
 def describe_diff(diff: DatasetDiff, *, limit: int | None) -> tuple[Section, ...]:
     """Counts, then at most `limit` rows one by one, leaks first."""
     counts = ", ".join(f"{diff.count(k)} {k}" for k in KINDS if diff.count(k)) or "no row changed"
-    lines = [counts]
+    lines = [*diff.unread, counts]
     lines += [f"{side}: {old} -> {new} rows" for side, (old, new) in diff.sides.items() if old != new]
     lines += [f"category {c}: {old} -> {new} rows" for c, (old, new) in diff.categories.items() if old != new]
     leaks = sum(c.is_leak for c in diff.changes)

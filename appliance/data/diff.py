@@ -41,12 +41,16 @@ class RowChange:
 
 @dataclass(frozen=True, slots=True)
 class DatasetDiff:
-    """All changes of one dataset, and its rows by side and by category before and after."""
+    """All changes of one dataset, and its rows by side and by category before and after.
+
+    `unread` says which of the two could not be read, and so seems to have no rows.
+    """
 
     name: str
     changes: tuple[RowChange, ...]
     sides: dict[str, tuple[int, int]]
     categories: dict[str, tuple[int, int]]
+    unread: tuple[str, ...] = ()
 
     def count(self, kind: Kind) -> int:
         """How many rows changed in this way."""
@@ -62,6 +66,7 @@ class DatasetDiff:
             ],
             "sides": self.sides,
             "categories": self.categories,
+            "unread": list(self.unread),
         }
 
 
@@ -72,7 +77,7 @@ def diff_folders(
 
     `earlier_split` is how the rows of `before` were divided, where that was another way.
     """
-    old, new = _read_rows(before), _read_rows(after)
+    (old, old_fault), (new, new_fault) = _read_rows(before), _read_rows(after)
     splits = (earlier_split or split, split)
     gone = {i: r for i, r in old.items() if i not in new}
     by_content = {r.example.content_hash: i for i, r in gone.items()}
@@ -101,12 +106,21 @@ def diff_folders(
             )
         ),
         categories=_pair(*(Counter(r.example.category or "-" for r in rows.values()) for rows in (old, new))),
+        unread=tuple(
+            f"all rows count as {word}: the {age} ones cannot be read: {fault}"
+            for age, word, fault in (("earlier", "added", old_fault), ("later", "removed", new_fault))
+            if fault
+        ),
     )
 
 
-def _read_rows(folder: Path) -> dict[str, Row]:
-    dataset, _ = read_dataset(folder)
-    return {r.example.id: r for r in dataset.rows} if dataset else {}
+def _read_rows(folder: Path) -> tuple[dict[str, Row], str | None]:
+    """The rows by id, and why a folder that is there cannot be read at all."""
+    dataset, findings = read_dataset(folder)
+    if dataset is None:
+        found = (f"{Path(f.where).name}: {f.message}" for f in findings if f.severity == "error")
+        return {}, next(found) if folder.is_dir() else None
+    return {r.example.id: r for r in dataset.rows}, None
 
 
 def _describe(kind: Kind, row: Row, earlier: Example | None, splits: tuple[SplitSection, SplitSection]) -> RowChange:
