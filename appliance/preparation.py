@@ -236,7 +236,7 @@ def _check_recipe(recipe: Recipe, *, workspace: Workspace) -> Report:
     findings += [*found, *unknown]
     if template is None:
         return replace(report, findings=tuple(findings))
-    shapeless = {f.where for f in findings if f.rule in ("roles", "empty")}
+    shapeless = {f.where for f in findings if f.rule in ("roles", "empty", "schema")}
     sound = {
         name: [r for r in chosen if r.where not in shapeless]
         for name, chosen in {**sides, "train": sides["train"] + general["replay"], "Fisher": general["ewc"]}.items()

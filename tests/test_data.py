@@ -83,6 +83,9 @@ FAULTS: list[tuple[str, dict[str, Any]]] = [
     ("id", {"id": "r0"}),
     ("duplicate", talk(("user", "red thing 0"), ("assistant", "red"))),
     ("contradiction", talk(("user", " red thing 0\n"), ("assistant", "blue"))),
+    ("schema", {"tools": "[{"}),
+    ("schema", {"tools": "[" * 100_000}),
+    ("schema", {"tools": '{"name": "look"}'}),
     ("shared-prompt", {**talk(("user", "Red thing 0"), ("assistant", "red")), "group": "other"}),
 ]
 
@@ -439,13 +442,13 @@ def test_the_check_of_a_recipe_names_every_row_that_training_would_refuse(tmp_pa
     template = load_template(make_base(tmp_path / "base"))
     report = check(tmp_path)
     found = {(int(f.where.removeprefix("datasets/colours/rows.jsonl:")), f.rule) for f in report.errors}
-    assert found == {(3, "mask"), (8, "mask"), (13, "mask"), (18, "mask"), (23, "mask"), (28, "length"),
+    assert found == {(3, "mask"), (8, "mask"), (13, "schema"), (18, "mask"), (23, "mask"), (28, "length"),
                      (51, "unreviewed"), (56, "roles")}  # fmt: skip
     for words in MASKED:
         (finding,) = (f for f in report.errors if words in f.message)
         assert finding.fix
         assert str(finding).count(f"row {finding.id}") == 1
-    refused = {f.id for f in report.errors if f.rule in ("mask", "length")}
+    refused = {f.id for f in report.errors if f.rule in ("mask", "length", "schema")}
     for row in (r for r in load_dataset(folder).rows if r.line != 56):
         with pytest.raises(TrainingError) if row.example.id in refused else nullcontext():
             build_rows([row.example], template=template, max_length=256)

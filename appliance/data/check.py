@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from appliance.contract import TextContract
-from appliance.data.findings import Finding, Rule, Severity
+from appliance.data.findings import Finding, Rule, Severity, find_in_fault
 from appliance.data.rows import Dataset, Row, read_dataset
 from appliance.data.split import select_side
 from appliance.digest import digest_json
+from appliance.errors import TrainingError
 from appliance.example import Example, normalise_text
+from appliance.model import read_tools
 from appliance.recipe import GateSection, SplitSection
 from appliance.statistics import smallest_gain
 
@@ -110,6 +112,25 @@ def _check_text(dataset: Dataset) -> Iterator[Finding]:
             control = _CONTROL.search(message.content)
             if control is not None:
                 yield _error(row, "control", f"turn {number} has the control character {control[0]!r}", "remove it")
+
+
+def _check_tools(dataset: Dataset) -> Iterator[Finding]:
+    """Definitions of tools that a template can be given; many rows have the same, which are read once."""
+    faults: dict[str | None, TrainingError | None] = {}
+    for row in dataset.rows:
+        tools = row.example.tools
+        if tools not in faults:
+            faults[tools] = _read_tools(tools)
+        if (fault := faults[tools]) is not None:
+            yield find_in_fault("error", "schema", row.where, fault, id=row.example.id)
+
+
+def _read_tools(tools: str | None) -> TrainingError | None:
+    try:
+        read_tools(tools)
+    except TrainingError as fault:
+        return fault
+    return None
 
 
 def _check_contract(dataset: Dataset) -> Iterator[Finding]:
@@ -259,6 +280,7 @@ def _check_categories(dataset: Dataset) -> Iterator[Finding]:
 _RULES: tuple[Callable[[Dataset], Iterator[Finding]], ...] = (
     _check_roles,
     _check_text,
+    _check_tools,
     _check_contract,
     _check_ids,
     _check_duplicates,

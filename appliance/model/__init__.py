@@ -7,6 +7,7 @@ the same template. It refuses remote code and pickled weights.
 from __future__ import annotations
 
 from appliance.model.base import Base, resolve_base
+from appliance.model.calls import read_tools
 from appliance.model.mask import TokenRow, render_row, render_rows
 from appliance.model.template import ChatTemplate, fit_template, load_template, set_thinking
 
@@ -16,6 +17,7 @@ __all__ = [
     "TokenRow",
     "fit_template",
     "load_template",
+    "read_tools",
     "render_row",
     "render_rows",
     "resolve_base",

@@ -48,7 +48,7 @@ def read_tools(tools: str | None) -> list[Any] | None:
     """The definitions as templates expect them, `None` without any. Raises `TrainingError` for another form."""
     try:
         value = json.loads(tools) if tools else None
-    except ValueError as fault:
+    except (ValueError, RecursionError) as fault:
         raise TrainingError(f"tools is not JSON ({fault}); write a JSON list of tool definitions") from fault
     if value is not None and not (isinstance(value, list) and all(isinstance(v, dict) for v in value)):
         raise TrainingError(f"tools is {tools[:60] if tools else ''!r}; expected a JSON list of tool definitions")
