@@ -331,6 +331,41 @@ def test_a_hidden_file_has_no_rows(tmp_path: Path) -> None:
     assert (after.examples, after.digest) == (before.examples, before.digest)
 
 
+TWICE = {
+    '{"id": "a", "provenance": "human", "messages": [TURNS], "messages": [TURNS]}': "the key messages is given twice",
+    '{"id": "a", "id": "b", "provenance": "human", "messages": [TURNS]}': "the key id is given twice",
+    '{"id": "a", "provenance": "human", "messages": [{"role": "user", "content": "x", "content": "y"}, TURNS]}': (
+        "turn 1: the key content is given twice"
+    ),
+    '{"id": "a", "provenance": "human", "messages": [TURNS, {"role": "user", "role": "assistant", "content": "y"}]}': (
+        "turn 3: the key role is given twice"
+    ),
+    '{"id": "a", "provenance": "human", "messages": [TURNS], "meta": {"id": 1, "role": "content", "meta": "id"}}': None,
+}
+
+
+@pytest.mark.parametrize("row", TWICE, ids=range(len(TWICE)))
+def test_a_key_that_is_given_twice_is_a_fault_of_its_line(tmp_path: Path, row: str) -> None:
+    """Neither value is the right one: in a row or a turn it is refused. What `meta` holds is the author's own."""
+    folder = write_dataset(tmp_path / "d", rows=100)
+    turns = '{"role": "user", "content": "messages"}, {"role": "assistant", "content": "red"}'
+    with (folder / "rows.jsonl").open("a") as file:
+        file.write(row.replace("TURNS", turns) + "\n")
+    said = [(f.rule, f.where, f.message) for f in check_dataset(folder).findings]
+    assert said == ([("schema", f"{folder / 'rows.jsonl'}:101", TWICE[row])] if TWICE[row] else [])
+
+
+def test_levels_that_only_one_decoder_goes_down_are_no_crash(tmp_path: Path) -> None:
+    """Whatever depth `meta` has, the row is read or told; two decoders do not give up at the same one."""
+    folder = write_dataset(tmp_path / "d", rows=100)
+    lines = [json.dumps(make_row(n, meta={"id": "DEEP"})) for n in range(500, 1000)]
+    content = [line.replace('"DEEP"', "[" * n + "]" * n) for n, line in enumerate(lines, start=500)]
+    (folder / "more.jsonl").write_text("\n".join(content))
+    report = check_dataset(folder)
+    assert report.counts["rows"] + len(report.errors) == 600
+    assert {f.rule for f in report.errors} == {"json"}
+
+
 @pytest.mark.parametrize("kind", ["folder", "link"])
 def test_a_name_of_rows_that_is_no_file_is_a_fault_of_its_path(tmp_path: Path, kind: str) -> None:
     """A folder `more.jsonl` and a link to nothing are told by name, and the rows beside them are read."""

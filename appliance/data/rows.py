@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -26,6 +28,8 @@ from appliance.example import Example, Message, Provenance, Role
 _SHOWN = 20
 _UNKNOWN = re.compile(r"Object contains unknown field `(.+?)`")
 _ROWS = re.compile(r"\.(jsonl?|ndjson)(\.\w+)?$", re.IGNORECASE)
+_ROW_KEYS = tuple(f'"{key}"'.encode() for key in Example.__struct_fields__)
+_TURN_KEYS = tuple(f'"{key}"'.encode() for key in Message.__struct_fields__)
 _CHOICES = {"role": Role, "provenance": Provenance}
 # Keys of rows as other trainers read them: prompt and completion, Alpaca, ShareGPT.
 _FOREIGN = {
@@ -152,10 +156,37 @@ def _read_file(file: Path, rows: list[Row]) -> list[Finding]:
             if not line.strip():
                 continue
             try:
-                rows.append(Row(decoder.decode(line), str(file), number))
+                row = Row(decoder.decode(line), str(file), number)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as fault:
                 findings.append(_describe_row_fault(f"{file}:{number}", line, fault))
+                continue
+            if repeat := _find_repeat(line, len(row.example.messages)):
+                findings.append(Finding("error", "schema", row.where, repeat, "keep one", id=row.example.id))
+            else:
+                rows.append(row)
     return findings
+
+
+def _find_repeat(line: bytes, turns: int) -> str | None:
+    """A key of the row or of a turn that is given twice, of which decoding keeps the last.
+
+    Python's decoder, which tells them, is five times as slow: only rows with more of a key's name than they
+    have keys are shown to it.
+    """
+    names = [line.count(name) for name in _ROW_KEYS]
+    turn_names = [line.count(name) for name in _TURN_KEYS]
+    if max(names) < 2 and max(turn_names) <= turns:
+        return None
+    try:
+        row = json.loads(line, object_pairs_hook=list)
+    except RecursionError:  # more levels in `meta` than Python's decoder goes down
+        return None
+    messages = next(value for key, value in row if key == "messages")
+    for place, pairs in enumerate([row, *messages]):
+        repeats = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        if repeats:
+            return f"{f'turn {place}: ' if place else ''}the key {repeats[0]} is given twice"
+    return None
 
 
 def _describe_row_fault(where: str, line: bytes, fault: Exception) -> Finding:
