@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -110,6 +111,27 @@ def build(job: TrainingJob) -> tuple[Any, Any]:
     torch.manual_seed(3)
     model = build_adapted(job)
     return model, build_penalty(job, model, precision="fp32", emit=lambda **_event: None)
+
+
+def test_a_layer_that_no_general_row_reaches_is_left_out_of_the_penalty(base: Path, tmp_path: Path) -> None:
+    """Names that a recipe gives fit a tower for images too: text rows never run it, so its update costs nothing."""
+    import torch
+    from test_plan import save_with_vision
+
+    from appliance.training.ewc import build_penalty
+
+    folder = shutil.copytree(base, tmp_path / "vision")
+    save_with_vision(folder, "Gemma3")
+    shutil.copy(base / "generation_config.json", folder)
+    method = {"type": "lora", "rank": 4, "targets": ["q_proj", "v_proj"]}
+    job = make_job(folder, tmp_path / "job", strength=50.0, method=method)
+    model, said = build_adapted(job), list[str]()
+    penalty = build_penalty(job, model, precision="fp32", emit=lambda **event: said.append(event["note"]))
+    adapted = [n for n, m in model.named_modules() if hasattr(m, "lora_A")]
+    assert len(penalty.terms) == len([n for n in adapted if "vision" not in n]) < len(adapted)
+    assert re.search(r"forgetting\.ewc: no general row reaches 2 adapted layers \(.*vision.*\); .*without", said[-1])
+    assert math.isfinite(penalty.add_gradients())
+    assert torch.isfinite(next(p.grad for p in model.parameters() if p.grad is not None)).all()
 
 
 METHODS: list[dict[str, Any]] = [

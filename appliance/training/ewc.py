@@ -117,6 +117,11 @@ def build_penalty(job: TrainingJob, model: Any, *, precision: Precision, emit: E
     }
     fisher, digest = load_fisher(job.folder, identity=identity, estimate=estimate, emit=emit)
     fisher = {name: values.to(model.device) for name, values in fisher.items()}
+    if missing := sorted(layers.keys() - fisher.keys()):
+        emit(
+            note=f"forgetting.ewc: no general row reaches {len(missing)} adapted layers ({missing[0]}, ...); "
+            "they are trained without a penalty"
+        )
     terms = _build_low_rank(layers, fisher) if layers else _build_weights(model, fisher)
     return Penalty(terms=tuple(terms), strength=job.ewc.strength, fisher_sha256=digest)
 
@@ -136,7 +141,10 @@ def _find_layers(model: Any) -> dict[str, Any]:
 
 
 def _build_low_rank(layers: dict[str, Any], fisher: Fisher) -> Iterator[LowRankTerm]:
+    """A term for each layer that a general row reaches; text never runs a tower for images."""
     for name, layer in layers.items():
+        if name not in fisher:
+            continue
         a, b = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
         begins_at_zero = not bool(b.any()) or not bool(a.any())
         start = None if begins_at_zero else (a.detach().float().clone(), b.detach().float().clone())
