@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_resume import MEDIUM, build_job, finish, flip_a_bit, make_checkpoint, wait_until
+from test_resume import FACTS, MEDIUM, build_job, finish, flip_a_bit, make_checkpoint, wait_until
 from tiny import write_base
 from warm import Warm
 
@@ -23,7 +23,7 @@ from appliance.errors import InterruptedRunError, StoreError
 from appliance.store import Store, StoredObject
 from appliance.store.local import LocalStore
 from appliance.training import TrainingJob
-from appliance.training.checkpoints import SEAL, is_sound, list_newest_first, prune_checkpoints
+from appliance.training.checkpoints import SEAL, is_sound, list_newest_first, prune_checkpoints, seal_checkpoint
 from appliance.training.mirror import Mirror, delete_checkpoints, fetch_checkpoints, follow_checkpoints
 
 KEY = {"run_key": "k"}
@@ -50,14 +50,14 @@ def build(base: Path, tmp_path: Path) -> Callable[[str], TrainingJob]:
 def fetch(mirror: Mirror, folder: Path, **fingerprint: str) -> list[str]:
     """Fetch into `folder`; what was said."""
     said: list[str] = []
-    fetch_checkpoints(mirror, folder, fingerprint={**KEY, **fingerprint}, note=said.append)
+    fetch_checkpoints(mirror, folder, keep="best_loss", fingerprint={**KEY, **fingerprint}, note=said.append)
     return said
 
 
 def upload(mirror: Mirror, folder: Path) -> list[str]:
     """Upload what is sealed in `folder`, as a run that was stopped does; what was said."""
     said: list[str] = []
-    with pytest.raises(InterruptedRunError), follow_checkpoints(mirror, folder, note=said.append):
+    with pytest.raises(InterruptedRunError), follow_checkpoints(mirror, folder, keep="best_loss", note=said.append):
         raise InterruptedRunError("stopped")
     return said
 
@@ -67,7 +67,7 @@ import sys, time
 from pathlib import Path
 from appliance.store import open_store
 from appliance.training.mirror import Mirror, follow_checkpoints
-with follow_checkpoints(Mirror(open_store(sys.argv[1]), "k"), Path(sys.argv[2]), note=print):
+with follow_checkpoints(Mirror(open_store(sys.argv[1]), "k"), Path(sys.argv[2]), keep="best_loss", note=print):
     time.sleep(600)
 """
 
@@ -115,10 +115,58 @@ def test_the_store_holds_what_the_folder_holds(store: Store, tmp_path: Path) -> 
     assert not list(tmp_path.glob(".*")), "no links are left"
 
 
+def make_evaluated(folder: Path, step: int, *, best: int) -> Path:
+    """A sealed checkpoint of a run whose best evaluation so far was at `best`."""
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    losses = {s: 1.0 + abs(s - best) for s in range(1, step + 1)}
+    lines = (json.dumps({"step": s, "validation_loss": loss}) for s, loss in losses.items())
+    (checkpoint / "metrics.jsonl").write_text("\n".join(lines))
+    seal_checkpoint(checkpoint, fingerprint=KEY, facts=FACTS)
+    return checkpoint
+
+
+def test_a_slow_link_mirrors_what_a_host_can_go_on_from(tmp_path: Path) -> None:
+    """A newer checkpoint is there before each one has arrived; the best one, which all need, is sent all the same."""
+    run, held = tmp_path / "run", list[list[str]]()
+
+    class Slow(LocalStore):
+        def put_file(self, key: str, path: Path, *, sha256: str) -> StoredObject:
+            """The child seals the next one meanwhile."""
+            held.append(mirror.list_names(complete=True))
+            if (step := len(held) + 3) < 12:
+                make_evaluated(run, step, best=2)
+                prune_checkpoints(run, best=run / "checkpoint-2")
+            return super().put_file(key, path, sha256=sha256)
+
+    mirror = Mirror(Slow(tmp_path / "store"), "k")
+    for step in (2, 3):
+        make_evaluated(run, step, best=2)
+    assert upload(mirror, run) == []
+    steps = [[int(n.partition("-")[0]) for n in names] for names in held]
+    assert all(2 in s and max(s) > 2 for s in steps[2:]), steps
+    assert max(map(len, steps)) <= 4, "what is not needed goes"
+
+
+def test_a_damaged_best_checkpoint_is_fetched_again(tmp_path: Path) -> None:
+    """The newest is sound here, and is worth nothing without the best one: the store has it."""
+    mirror, run = Mirror(LocalStore(tmp_path / "store"), "k"), tmp_path / "run"
+    for step in (2, 4, 5):
+        make_evaluated(run, step, best=2)
+    upload(mirror, run)
+    flip_a_bit(run / "checkpoint-2" / "metrics.jsonl")
+    shutil.rmtree(run / "checkpoint-4")
+    (said,) = fetch(mirror, run)
+    assert "checkpoint of step 2 fetched from" in said
+    assert is_sound(run / "checkpoint-2")
+    assert fetch(mirror, run) == [], "nothing else is missing"
+    assert not (run / "checkpoint-4").exists()
+
+
 def test_a_finished_run_does_not_wait_for_its_last_upload(tmp_path: Path) -> None:
     """Checkpoints are for a run that may be lost; nothing is uploaded after its end."""
     mirror = Mirror(LocalStore(tmp_path / "store"), "k")
-    with follow_checkpoints(mirror, tmp_path / "run", note=pytest.fail):
+    with follow_checkpoints(mirror, tmp_path / "run", keep="best_loss", note=pytest.fail):
         make_checkpoint(tmp_path / "run", 1, **KEY)
     assert mirror.list_names(complete=False) == []
 
@@ -217,7 +265,7 @@ def test_a_store_that_refuses_is_no_reason_to_stop(tmp_path: Path, refused: str,
     store = Refusing(tmp_path / "store")
     object.__setattr__(store, "refused", refused)
     mirror, heard = Mirror(store, "k"), []
-    with follow_checkpoints(mirror, tmp_path / "run", note=heard.append):
+    with follow_checkpoints(mirror, tmp_path / "run", keep="best_loss", note=heard.append):
         for step in (1, 2, 3):
             make_checkpoint(tmp_path / "run", step, **KEY)
             prune_checkpoints(tmp_path / "run")

@@ -78,8 +78,9 @@ def train(
     """
     if mirror is None:
         return _train(_adopt_facts(job), note=note, env=env, board=board)
-    fetch_checkpoints(mirror, job.checkpoints, fingerprint=job.fingerprint, note=note)
-    with follow_checkpoints(mirror, job.checkpoints, note=note):
+    keep = job.training.keep
+    fetch_checkpoints(mirror, job.checkpoints, keep=keep, fingerprint=job.fingerprint, note=note)
+    with follow_checkpoints(mirror, job.checkpoints, keep=keep, note=note):
         return _train(_adopt_facts(job), note=note, env=env, board=board)
 
 

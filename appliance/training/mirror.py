@@ -1,7 +1,8 @@
 """Checkpoints in the store, so that another host goes on where one was lost.
 
 The child trains and seals; a thread of its parent uploads what is sealed, one checkpoint at a time,
-the newest first, and training never waits for it. The store holds what the folder holds:
+the newest first and then the best one that it needs, and training never waits for it. The store
+holds what the folder holds, and on a slow link at least what a host can go on from:
 
     checkpoints/<run key>/<step>-<digest of its seal>/<file>      sealed.json last
 
@@ -34,6 +35,8 @@ from appliance.training.checkpoints import (
     name_checkpoint,
     remove_checkpoint,
 )
+from appliance.training.journal import read_records
+from appliance.training.monitor import Keep, Rules, select_kept_step, watch_records
 
 _PERIOD_S = 1.0
 
@@ -58,18 +61,20 @@ class Mirror:
 
 
 def fetch_checkpoints(
-    mirror: Mirror, folder: Path, *, fingerprint: Mapping[str, str], note: Callable[[str], None]
+    mirror: Mirror, folder: Path, *, keep: Keep, fingerprint: Mapping[str, str], note: Callable[[str], None]
 ) -> None:
-    """Bring the store's checkpoints to `folder`, if that has no sound one.
+    """Bring the store's checkpoints to `folder`, if that has no sound one; the best one, if only that is not sound.
 
     Damaged ones and those of other software are named and left where they are. Raises `StoreError`
     when the store cannot be listed.
     """
-    if any(is_sound(c) for c in list_newest_first(folder)):
+    newest = next((c for c in list_newest_first(folder) if is_sound(c)), None)
+    kept = None if newest is None else _find_kept(newest, step=count_steps_done(newest), keep=keep)
+    if kept is not None and is_sound(folder / name_checkpoint(kept)):
         return
     for name in mirror.list_names(complete=True):
         target = folder / name_checkpoint(_read_step(name))
-        if is_sound(target):
+        if kept not in (None, _read_step(name)) or is_sound(target):
             continue
         try:
             _fetch_one(mirror, name, target, fingerprint=fingerprint)
@@ -101,12 +106,12 @@ def _fetch_one(mirror: Mirror, name: str, target: Path, *, fingerprint: Mapping[
 
 
 @contextlib.contextmanager
-def follow_checkpoints(mirror: Mirror, folder: Path, *, note: Callable[[str], None]) -> Iterator[None]:
+def follow_checkpoints(mirror: Mirror, folder: Path, *, keep: Keep, note: Callable[[str], None]) -> Iterator[None]:
     """While active, upload each checkpoint that is sealed in `folder`.
 
     A run that was stopped waits for its newest one to be in the store; a finished run does not.
     """
-    uploader = _Uploader(mirror, folder, note)
+    uploader = _Uploader(mirror, folder, keep, note)
     ended = threading.Event()
 
     def follow() -> None:
@@ -145,16 +150,20 @@ def _delete_one(mirror: Mirror, name: str) -> None:
 
 @dataclass(slots=True)
 class _Uploader:
-    """What is in the store already, and what was said about it."""
+    """What is in the store already, each with the step whose weights it needs, and what was said about it."""
 
     mirror: Mirror
     folder: Path
+    keep: Keep
     note: Callable[[str], None]
-    uploaded: set[str] = field(default_factory=set)
+    uploaded: dict[str, int] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
 
     def upload(self, *, is_wanted: Callable[[], bool]) -> None:
-        """Upload what is new, newest first, and then remove from the store what is no longer in the folder."""
+        """Upload what is new, and remove from the store what is no longer in the folder.
+
+        The newest first, then the one that it needs, though a newer one may be there by now.
+        """
         try:
             while is_wanted() and (pending := self._list_pending()):
                 self._upload_one(pending[0], is_wanted=is_wanted)
@@ -164,7 +173,9 @@ class _Uploader:
 
     def _list_pending(self) -> list[tuple[str, Path]]:
         named = [(_name_local(c), c) for c in list_newest_first(self.folder)]
-        return [(name, c) for name, c in named if name is not None and name not in self.uploaded]
+        pending = [(name, c) for name, c in named if name is not None and name not in self.uploaded]
+        needed = self.uploaded[max(self.uploaded, key=_read_step)] if self.uploaded else 0
+        return sorted(pending, key=lambda p: _read_step(p[0]) != needed)
 
     def _upload_one(self, pending: tuple[str, Path], *, is_wanted: Callable[[], bool]) -> None:
         name, checkpoint = pending
@@ -172,24 +183,37 @@ class _Uploader:
             content = (held / SEAL).read_bytes() if (held / SEAL).is_file() else b""
             if _name_mirrored(count_steps_done(checkpoint), content) != name:
                 return  # it was removed in this moment; the next round sees what is there
+            kept = _find_kept(held, step=_read_step(name), keep=self.keep)
             for path, sha256 in json.loads(content)["files"].items():
                 if not is_wanted():
                     return
                 self.mirror.store.put_file(f"{self.mirror.prefix}{name}/{path}", held / path, sha256=sha256)
         with contextlib.suppress(PreconditionFailedError):  # the same seal under the same name
             self.mirror.store.put(f"{self.mirror.prefix}{name}/{SEAL}", content, if_none_match=True)
-        self.uploaded.add(name)
+        self.uploaded[name] = kept
 
     def _remove_older(self) -> None:
-        """Only what this process uploaded or what is older than it; some identities may not delete at all."""
-        local = {_name_local(c) for c in list_newest_first(self.folder)}
-        newest = max((_read_step(n) for n in local if n is not None), default=0)
+        """Only what is older than what is here, and once the store has what a host can go on from.
+
+        Some identities may not delete at all.
+        """
+        local = {n for n in map(_name_local, list_newest_first(self.folder)) if n is not None}
+        newest = max(map(_read_step, local), default=0)
+        needed = self._find_needed()
         try:
-            for name in self.mirror.list_names(complete=False):
-                if name not in local and _read_step(name) < newest:
+            for name in self.mirror.list_names(complete=False) if needed else ():
+                if name not in local | needed and _read_step(name) < newest:
                     _delete_one(self.mirror, name)
+                    self.uploaded.pop(name, None)
         except StoreError as fault:
             self._say(f"older checkpoints stay in the store: {fault}")
+
+    def _find_needed(self) -> set[str]:
+        """The newest in the store that has there what it needs, and that; nothing if there is none."""
+        steps = {_read_step(name): name for name in self.uploaded}
+        whole = [n for n, kept in self.uploaded.items() if kept in steps]
+        newest = max(whole, key=_read_step, default=None)
+        return set() if newest is None else {newest, steps[self.uploaded[newest]]}
 
     def _say(self, text: str) -> None:
         if text not in self.said:
@@ -211,6 +235,15 @@ def _hold_files(checkpoint: Path) -> Iterator[Path]:
         yield held
     finally:
         shutil.rmtree(held, ignore_errors=True)
+
+
+def _find_kept(checkpoint: Path, *, step: int, keep: Keep) -> int:
+    """The step whose weights a run that goes on from this checkpoint may publish: it starts over without them."""
+    rules = Rules(keep=keep, patience=None, max_steps=step)
+    try:
+        return select_kept_step(watch_records(read_records(checkpoint), rules), rules, last=step)
+    except (OSError, ValueError, KeyError):  # a damaged journal: the child will not go on from it
+        return step
 
 
 def _name_local(checkpoint: Path) -> str | None:
