@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -17,8 +20,8 @@ import pytest
 from appliance import registry
 from appliance.digest import canonical_json, digest_bytes, digest_file, list_files
 from appliance.errors import ApplianceError, PreconditionFailedError, RegistryError, StoreError
-from appliance.manifest import FileEntry, Manifest
-from appliance.registry.layout import blob_key, manifest_key, ref_key
+from appliance.manifest import FileEntry, Manifest, decode_manifest
+from appliance.registry.layout import MANIFEST, blob_key, manifest_key, ref_key
 from appliance.store import Store, StoredObject, open_store
 from appliance.store.s3 import S3Store
 
@@ -391,18 +394,116 @@ def test_an_altered_manifest_is_refused(store: Store, tmp_path: Path) -> None:
 
 
 def test_pulling_again_verifies_and_leaves_the_folder(tmp_path: Path) -> None:
-    """The same version in place is success; a changed file in it is named; the folder is never touched."""
+    """The same version in place is success, and nothing of it is written."""
     store = open_store((tmp_path / "store").as_uri())
     version = publish_new(store, tmp_path)
     registry.pull(store, f"demo@{version}", tmp_path / "out")
     inode = (tmp_path / "out" / "adapter_config.json").stat().st_ino
     registry.pull(store, f"demo@{version}", tmp_path / "out")
     assert (tmp_path / "out" / "adapter_config.json").stat().st_ino == inode
-    (tmp_path / "out" / "adapter_config.json").write_bytes(b"[]")
-    (tmp_path / "out" / "extra.bin").write_bytes(b"")
-    with pytest.raises(RegistryError, match=r"adapter_config.json: SHA-256 .*extra.bin: does not belong"):
-        registry.pull(store, f"demo@{version}", tmp_path / "out")
-    assert (tmp_path / "out" / "adapter_config.json").read_bytes() == b"[]"
+
+
+def test_pulling_again_follows_the_alias_and_mends_what_was_damaged(tmp_path: Path) -> None:
+    """Another version of the name gives way, a damaged one too; it is said which; nothing is left beside it."""
+    store, out, said = open_store((tmp_path / "store").as_uri()), tmp_path / "out", list[str]()
+    first, second = publish_new(store, tmp_path, "a"), publish_new(store, tmp_path, "b")
+    promote(store, first)
+    registry.pull(store, "demo", out, note=said.append)
+    out.chmod(0o750)
+    promote(store, second)
+    manifest = registry.pull(store, "demo", out, note=said.append)
+    assert manifest.version == second
+    registry.verify_folder(out, manifest)
+    assert said.pop() == f"{out}: demo@{first} was here, now it is demo@{second}"
+    (out / "adapter_config.json").write_bytes(b"[]")
+    (out / "card" / "card.md").unlink()
+    registry.verify_folder(out, registry.pull(store, "demo", out, note=said.append))
+    assert "adapter_config.json: SHA-256" in said[0], said
+    assert "card.md: missing" in said[0]
+    assert out.stat().st_mode & 0o777 == 0o750, "who may read it stays"
+    (tmp_path / "link").symlink_to(out)
+    promote(store, first)
+    registry.verify_folder(out, registry.pull(store, "demo", tmp_path / "link"))
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("name", ["extra.bin", "card/.notes", ".git/HEAD"])
+def test_what_no_version_brought_is_never_swapped_away(tmp_path: Path, name: str) -> None:
+    """A file of the user's own, hidden too, is named, and the folder stays as it is."""
+    store, out = open_store((tmp_path / "store").as_uri()), tmp_path / "out"
+    first, second = publish_new(store, tmp_path, "a"), publish_new(store, tmp_path, "b")
+    registry.pull(store, f"demo@{first}", out)
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_bytes(b"mine")
+    with pytest.raises(RegistryError, match=rf"holds {name}, which is not of demo@{first}; move it away"):
+        registry.pull(store, f"demo@{second}", out)
+    (out / "adapter_config.json").write_bytes(b"[]")
+    with pytest.raises(RegistryError, match=rf"holds {name}"):
+        registry.pull(store, f"demo@{first}", out)
+    assert (out / name).read_bytes() == b"mine"
+    assert (out / "adapter_config.json").read_bytes() == b"[]"
+
+
+@pytest.mark.parametrize("content", [b"{", b"", None], ids=["damaged", "empty", "another name"])
+def test_a_folder_that_is_not_of_this_name_is_never_swapped_away(tmp_path: Path, content: bytes | None) -> None:
+    """Only a readable manifest of the same model proves that the folder is a pulled one."""
+    store, out = open_store((tmp_path / "store").as_uri()), tmp_path / "out"
+    other, version = publish_new(store, tmp_path, name="another"), publish_new(store, tmp_path, "b")
+    registry.pull(store, f"another@{other}", out)
+    if content is not None:
+        (out / "manifest.json").write_bytes(content)
+    before = {n: (out / n).read_bytes() for n in list_files(out)}
+    with pytest.raises(RegistryError, match=f"something other than demo@{version}; choose an empty folder"):
+        registry.pull(store, f"demo@{version}", out)
+    assert {n: (out / n).read_bytes() for n in list_files(out)} == before
+
+
+@pytest.mark.parametrize("is_swapped_at_once", [True, False], ids=["exchange", "two-renames"])
+def test_a_pull_killed_at_any_line_leaves_a_whole_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_swapped_at_once: bool
+) -> None:
+    """SIGKILL before each line that writes: the folder is the old version or the new one, and the next pull ends it.
+
+    Where the file system cannot exchange two folders, there is one moment with none, and never a mix.
+    """
+    store, out, seen = open_store((tmp_path / "store").as_uri()), tmp_path / "out", set()
+    first, second = publish_new(store, tmp_path, "a"), publish_new(store, tmp_path, "b")
+    module = sys.modules[registry.pull.__module__]
+    if not is_swapped_at_once:
+        monkeypatch.setattr(module, "_exchange", lambda *_: False)
+    for step in range(1, 200):
+        shutil.rmtree(out, ignore_errors=True)
+        registry.pull(store, f"demo@{first}", out)
+        killed = run_killed(lambda step=step: pull_dying(store, f"demo@{second}", out, line=step)) == -signal.SIGKILL
+        if out.exists() or is_swapped_at_once:
+            held = registry.load_manifest(
+                store, "demo", decode_manifest((out / MANIFEST).read_bytes(), source="").version
+            )
+            registry.verify_folder(out, held)
+            seen.add(held.version)
+        else:
+            seen.add("nothing")
+        registry.verify_folder(out, registry.pull(store, f"demo@{second}", out))
+        if not killed:
+            break
+    assert not killed
+    assert seen == {first, second} | (set() if is_swapped_at_once else {"nothing"})
+
+
+def pull_dying(store: Store, reference: str, folder: Path, *, line: int) -> None:
+    """A pull that is killed before the `line`-th line of what puts the folder in its place."""
+    left = [line]
+
+    def trace(frame: FrameType, event: str, _argument: object) -> Any:
+        if frame.f_code.co_name not in ("_fetch", "_swap", "_exchange"):
+            return None
+        left[0] -= event == "line"
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    sys.settrace(trace)
+    registry.pull(store, reference, folder)
 
 
 def test_a_folder_with_something_else_is_never_pulled_into(tmp_path: Path) -> None:
