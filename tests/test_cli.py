@@ -23,8 +23,10 @@ from tiny import make_recipe, write_base, write_dataset
 
 from appliance.cli import VERBS, appliance
 from appliance.cli.common import print_finished
+from appliance.cli.reconcile import _print_outcome as print_outcome
 from appliance.demo.storage import Storage
 from appliance.pipeline import Finished
+from appliance.reconcile import Outcome
 from appliance.registry.refs import DEFAULT_ALIAS
 
 ROOT = Path(__file__).parent.parent
@@ -214,6 +216,7 @@ def test_a_run_goes_from_rows_to_a_pulled_version(project: Path, tmp_path: Path)
     assert first.returncode in (0, 3), first.stderr
     second = call("run", "recipes/colours.yaml", cwd=project, env=env)
     assert "already there" in second.stdout, second.stderr
+    assert "why       appliance show colours@2" in second.stdout, "the reasons are where they can be read"
     assert second.returncode == first.returncode, "the same command says the same again"
     trained = call("train", "recipes/colours.yaml", cwd=project, env={**env, "APPLIANCE_STORE": ""})
     assert trained.returncode == 0, "a training has no verdict, whatever was judged earlier"
@@ -281,6 +284,13 @@ def test_the_exit_code_is_the_verdicts_whenever_it_was_made(outcome: str, code: 
     """Pinned for scripts: 3 where the verdict refuses, now or earlier; an inconclusive one is no refusal."""
     finished = Finished("m", "k", folder=None, outcome=outcome, reasons=(), version="", alias="", was_done=was_done)
     assert print_finished(finished) == code
+
+
+def test_a_reconcile_that_has_nothing_to_do_says_the_verdict_that_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    """A held version is not told as if all were well: its verdict, and the command that says why."""
+    finished = Finished("m", "k", folder=None, outcome="hold", reasons=(), version="v", alias="", was_done=True)
+    print_outcome(Outcome("m", "none", "v was made from this recipe, data and base", finished), dry_run=False)
+    assert capsys.readouterr().out.splitlines()[1:] == ["  verdict  hold; why: `appliance show m@v`"]
 
 
 FULL = [

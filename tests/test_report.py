@@ -14,15 +14,21 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
+from test_registry import make_folder, make_manifest
 from test_verdict import make_results, pairs
 from tiny import make_recipe
 
+from appliance import registry
+from appliance.cli.show import command as show_command
 from appliance.errors import ApplianceError
 from appliance.evaluation import judge
 from appliance.recipe import GateSection
+from appliance.registry.layout import blob_key
 from appliance.report import build_card, render_html, render_markdown, say_reasons, write_card
 from appliance.report.plots import Plot, _log_ticks, render_png
 from appliance.report.words import list_facts
+from appliance.store import Store, open_store
 from appliance.training.arguments import build_adapter_arguments
 
 MARKED = re.compile(r"<mark>(.*?)</mark>", re.DOTALL)
@@ -317,3 +323,53 @@ def test_only_a_shipped_version_is_fetched_by_its_alias() -> None:
     for text in (render_markdown(held), read_page(render_html(held)).text):
         assert "appliance pull colours@VERSION ./colours" in text
         assert "@production" not in text
+
+
+def publish_card(store: Store, folder: Path, card: dict[str, Any] | bytes) -> str:
+    """A held version of `demo` with this card; the version."""
+    made = make_folder(folder)
+    (made / "card" / "card.json").write_bytes(card if isinstance(card, bytes) else json.dumps(card).encode())
+    metrics = {"metric": "exact_match", "n": 120, "arms": {"candidate": 0.667, "zero_shot": 0.0}}
+    return registry.publish(
+        store, manifest=make_manifest(made, verdict="hold", metrics=metrics, base=BASE), folder=made
+    )
+
+
+BASE = {"model": "tiny", "revision": "sha256:1"}
+
+
+def show(store: Store, version: str) -> str:
+    """What `appliance show` says."""
+    done = CliRunner().invoke(show_command, [f"demo@{version}", "--store", store.url], catch_exceptions=False)
+    assert done.exit_code == 0
+    return done.output
+
+
+def test_show_says_why_with_intervals_and_categories(tmp_path: Path) -> None:
+    """The reasons of the card, each arm's interval, and each category."""
+    store, card = open_store((tmp_path / "store").as_uri()), make_card()
+    card["verdict"]["slices"] = {
+        "heating": {a: {"n": 7, "score": s} for a, s in (("candidate", 0.5), ("zero_shot", 0.25))}
+    }
+    said = show(store, publish_card(store, tmp_path / "made", card))
+    for reason in say_reasons(card["verdict"]["reasons"]):
+        assert reason in said
+    low, high = card["verdict"]["arms"]["candidate"]["interval"]
+    assert f"candidate  exact_match 0.667 on 120 rows, 95% interval {low * 100:.1f} to {high * 100:.1f}%" in said
+    assert "heating: candidate 0.500, zero_shot 0.250 on 7 rows" in said
+
+
+@pytest.mark.parametrize("damage", [b"{", b"[]", b"{}", "lost", "altered"])
+def test_show_says_what_it_can_without_a_card(tmp_path: Path, damage: bytes | str) -> None:
+    """The manifest is told all the same; a lost or altered blob is named."""
+    store = open_store((tmp_path / "store").as_uri())
+    version = publish_card(store, tmp_path / "made", damage if isinstance(damage, bytes) else make_card())
+    if isinstance(damage, str):
+        files = {e.path: e.sha256 for e in registry.load_manifest(store, "demo", version).files}
+        store.delete(blob_key(files["card/card.json"]))
+        if damage == "altered":
+            store.put(blob_key(files["card/card.json"]), b"{}")
+    said = show(store, version)
+    assert "verdict    hold" in said
+    assert "candidate  exact_match 0.667 on 120 rows" in said
+    assert ("no reasons: " in said) == isinstance(damage, str)

@@ -162,6 +162,8 @@ def print_finished(finished: Finished) -> int:
         click.echo(made if finished.outcome else f"adapter   {finished.folder / 'adapter'}")
     if finished.version:
         click.echo(f"version   {finished.name}@{finished.version}" + (" (already there)" if finished.was_done else ""))
+    if finished.version and finished.was_done:
+        click.echo(f"why       appliance show {finished.name}@{finished.version}")
     if finished.alias:
         click.echo(f"alias     {finished.name}@{finished.alias}")
     if finished.note:

@@ -115,7 +115,11 @@ def _print_outcome(outcome: Outcome, *, dry_run: bool) -> None:
     text = f"{outcome.recipe}: {describe_action(outcome, dry_run=dry_run)}: {outcome.reason}"
     click.echo(wrap(text, indent=2))
     finished = outcome.finished
-    if finished is None or finished.was_done:
+    if finished is None:
+        return
+    if finished.was_done:
+        why = f"appliance show {finished.name}@{finished.version}"
+        click.echo(wrap(f"  verdict  {finished.outcome}; why: `{why}`", indent=11))
         return
     click.echo(f"  verdict  {finished.outcome}")
     for reason in finished.reasons:

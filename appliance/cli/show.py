@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import click
 
 from appliance import registry
-from appliance.cli.common import json_option, print_json, store_option
-from appliance.cli.lines import show_example
-from appliance.store import open_store
+from appliance.cli.common import json_option, print_json, say, store_option
+from appliance.cli.lines import show_example, wrap
+from appliance.errors import RegistryError, StoreError
+from appliance.manifest import Manifest
+from appliance.report import ARM_NAMES, say_interval, say_reasons
+from appliance.store import Store, open_store
 
 
 @click.command("show", epilog=show_example("appliance show tickets@staging --store s3://BUCKET/registry"))
@@ -15,12 +21,13 @@ from appliance.store import open_store
 @store_option(required=True)
 @json_option
 def command(*, reference: str, store_url: str, as_json: bool) -> None:
-    """Show what a version was made from, what it proved, and its files.
+    """Show what a version was made from, what it proved and why, and its files.
 
     NAME alone means NAME@production; where a verdict ships, the recipe's publish.alias is moved, which is
     staging when left out.
     """
-    version, manifest = registry.resolve(open_store(store_url), reference)
+    store = open_store(store_url)
+    version, manifest = registry.resolve(store, reference)
     if as_json:
         print_json(manifest.model_dump(mode="json", by_alias=True))
         return
@@ -34,9 +41,41 @@ def command(*, reference: str, store_url: str, as_json: bool) -> None:
         "run key": manifest.run_key,
         "parent": manifest.parent or "-",
     }
+    proof = _read_proof(store, manifest)
     for key, value in facts.items():
         click.echo(f"{key:10} {value}")
-    for arm, score in manifest.metrics.get("arms", {}).items():
-        click.echo(f"{arm:10} {manifest.metrics['metric']} {score:.3f} on {manifest.metrics['n']} rows")
+        if key == "verdict":
+            _print_reasons(proof)
+    _print_scores(manifest, proof)
     for file in manifest.files:
         click.echo(f"{file.sha256[:12]} {file.size:>12,}  {file.path}")
+
+
+def _read_proof(store: Store, manifest: Manifest) -> dict[str, Any]:
+    """The verdict as the version's card tells it; empty, with a word, where it cannot be read."""
+    try:
+        card = json.loads(registry.read_file(store, manifest, "card/card.json") or b"{}")
+    except (RegistryError, StoreError) as fault:
+        say(f"no reasons: {fault}")
+        return {}
+    except ValueError:
+        return {}
+    proof = card.get("verdict", {}) if isinstance(card, dict) else {}
+    return proof if isinstance(proof, dict) else {}
+
+
+def _print_reasons(proof: dict[str, Any]) -> None:
+    for reason in say_reasons(proof.get("reasons", ())):
+        click.echo(wrap(f"{'':10} {reason}", indent=11))
+
+
+def _print_scores(manifest: Manifest, proof: dict[str, Any]) -> None:
+    """Each arm, then each category."""
+    for arm, score in manifest.metrics.get("arms", {}).items():
+        interval = proof.get("arms", {}).get(arm, {}).get("interval")
+        sure = f", 95% interval {say_interval(interval)}" if interval else ""
+        text = f"{manifest.metrics['metric']} {score:.3f} on {manifest.metrics['n']} rows{sure}"
+        click.echo(f"{arm:10} {text}  ({ARM_NAMES.get(arm, arm)})")
+    for category, arms in proof.get("slices", {}).items():
+        scores = ", ".join(f"{arm} {each['score']:.3f}" for arm, each in arms.items())
+        click.echo(f"{'category':10} {category}: {scores} on {max(each['n'] for each in arms.values())} rows")

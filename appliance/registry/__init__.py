@@ -23,7 +23,7 @@ from appliance.registry.listing import (
 from appliance.registry.marks import Garbage
 from appliance.registry.moves import AliasMove, read_alias, read_reflog
 from appliance.registry.publish import publish
-from appliance.registry.pull import pull
+from appliance.registry.pull import pull, read_file
 from appliance.registry.refs import promote, resolve
 from appliance.registry.walk import GRACE_S
 
@@ -50,6 +50,7 @@ __all__ = [
     "publish",
     "pull",
     "read_alias",
+    "read_file",
     "read_lease",
     "read_reflog",
     "resolve",

@@ -137,6 +137,16 @@ def _exchange(one: Path, other: Path) -> bool:
     return rename is not None and rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
 
 
+def read_file(store: Store, manifest: Manifest, path: str) -> bytes | None:
+    """One verified file of a version, `None` where it has none of this name; damage raises as in a pull."""
+    entry = next((e for e in manifest.files if e.path == path), None)
+    if entry is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="appliance-") as scratch:
+        _get_file(store, entry, Path(scratch))
+        return (Path(scratch) / path).read_bytes()
+
+
 def _get_file(store: Store, entry: FileEntry, folder: Path) -> None:
     """One verified file; a missing blob is damage of the version, not an unknown name."""
     key, path = blob_key(entry.sha256), folder / entry.path
