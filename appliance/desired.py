@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import TypeVar
 
 from appliance.command import run_command
-from appliance.data import find_uncommitted
+from appliance.data import find_place, find_uncommitted, find_unheld_rows, load_pointer, read_listing
 from appliance.errors import (
     ApplianceError,
     CommandError,
+    DatasetError,
     InterruptedRunError,
     RecipeError,
     StoreError,
     UnexpectedError,
     describe_place,
 )
-from appliance.preparation import Origin
+from appliance.preparation import Origin, list_row_paths
 from appliance.recipe import Recipe, load_recipe
 
 POINTER = "datasets.dvc"
@@ -71,6 +72,31 @@ def read_commit(root: Path, *, actor: str, places: Sequence[str] = ()) -> Origin
         )
     head = run_command(["git", "rev-parse", "HEAD"], cwd=root).strip()
     return Origin(commit=commit, time=time, actor=actor, head=head)
+
+
+def find_origin(path: Path, recipe: Recipe, *, root: Path, now: Origin) -> Origin:
+    """The last commit that touched the recipe at `path`, its rows or the data pointer, all of which HEAD holds.
+
+    `now`, which has no commit, outside of a repository with one; where HEAD holds something else, `now` and what.
+    """
+    try:
+        faults = find_uncommitted(root, [POINTER])
+    except CommandError:
+        return now
+    names = [find_place(root, str(path.resolve())), *(find_place(root, rows) for rows in list_row_paths(recipe))]
+    try:
+        pointer = load_pointer(root / POINTER) if (root / POINTER).exists() else None
+        out = pointer.out if pointer is not None else POINTER  # nothing is below a file
+        is_below = any(Path(name).is_relative_to(out) for name in names)
+        held = read_listing(pointer, root) if pointer is not None and is_below else None
+        for name in names:
+            faults |= find_unheld_rows(root, name, out=out, held=held or ())
+        if faults:
+            return replace(now, unheld=": ".join(next(iter(faults.items()))))
+        in_git = [name for name in names if not Path(name).is_relative_to(out)]
+        return read_commit(root, actor=now.actor, places=in_git) if pointer is not None else now
+    except (CommandError, DatasetError) as fault:
+        return replace(now, unheld=str(fault))
 
 
 def find_changes(root: Path) -> dict[str, str]:

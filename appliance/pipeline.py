@@ -75,7 +75,7 @@ def run_prepared(
     """`run_recipe` from the point where data and base are checked."""
     recipe = prepared.recipe
     if store is not None and not force:
-        version = registry.find_run(store, recipe.name, prepared.key)
+        version = registry.find_run(store, recipe.name, prepared.key, is_committed=origin.commit is not None)
         if version is not None:
             return finish_published(recipe, version, key=prepared.key, workspace=workspace, store=store, origin=origin)
     check_device(recipe, read_machine())

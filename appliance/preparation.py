@@ -70,13 +70,15 @@ class Origin:
     """Which commit asked for the run, when (UTC, 2026-01-31T12:00:00Z), and who runs it.
 
     `head` is the commit that is checked out, which may have changed other files since; `None` where it is
-    not known, or is not what is on this disk.
+    not known, or is not what is on this disk. `unheld` is what of the recipe and its rows no commit of the repository
+    holds, in words: such a version is published and gets no alias by its verdict.
     """
 
     commit: str | None
     time: str
     actor: str
     head: str | None = None
+    unheld: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,7 @@ def find_made(recipe: Recipe, *, pointer: str, workspace: Workspace, store: Stor
     for manifest in (v.manifest for v in reversed(versions)):
         key = build_run_key(recipe, data_digest=manifest.data_digest, base_digest=base.digest)
         if manifest.run_key == key and _has_pointer_of_head(manifest.git_commit, pointer, root=workspace.root):
-            return [v.version for v in versions if v.manifest.run_key == key][-1], key
+            return registry.select_run(versions, key) or "", key
     return None
 
 

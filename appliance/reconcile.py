@@ -202,7 +202,8 @@ def _bring(path: Path, recipe: Recipe, *, desire: _Desire, dry_run: bool) -> Out
     desire = replace(desire, origin=_find_origin(path, recipe, desire=desire))
     prepared = prepare(recipe, workspace=desire.workspace)
     versions = registry.list_versions(desire.store, recipe.name)
-    version = registry.select_run(versions, prepared.key)
+    is_committed = desire.origin.commit is not None
+    version = registry.select_run(versions, prepared.key, is_committed=is_committed)
     if version is not None and not desire.choice.force:
         return _keep(path, recipe, version, key=prepared.key, desire=desire, dry_run=dry_run)
     reason = explain(prepared, versions, workspace=desire.workspace, is_forced=version is not None)
@@ -285,6 +286,10 @@ def explain(
         return "has a version, is made again because of --force"
     if not versions:
         return f"has no version yet{going_on}"
+    uncommitted = registry.select_run(versions, prepared.key)
+    if uncommitted is not None:
+        how = "is published again" if "train" in done else "is made again"
+        return f"{how} with its commit: {uncommitted} was made from files that were not committed"
     last = versions[-1]
     changes = []
     if last.manifest.data_digest != prepared.dataset.digest:

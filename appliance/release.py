@@ -83,6 +83,9 @@ def promote_by_verdict(
     alias = recipe.publish.alias
     standing = judge_alias(recipe, version, manifest, store=store, origin=origin, root=root)
     current = standing.current
+    if standing.target and origin.unheld:
+        command = f"appliance promote {recipe.name}@{standing.target} {alias}"
+        return "", f"{alias} is not moved: {origin.unheld}, then `appliance reconcile`; or as it is: `{command}`"
     if standing.target:
         current = registry.promote(
             store,

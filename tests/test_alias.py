@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from test_registry import publish_new
 
 from appliance import registry
 from appliance.cli import main
-from appliance.preparation import Workspace, prepare
+from appliance.cli.common import find_origin
+from appliance.preparation import Origin, Workspace, prepare
 from appliance.recipe import load_recipe
 from appliance.registry import AliasMove
 
@@ -221,3 +223,84 @@ def test_what_is_not_committed_moves_nothing_back(project: Project, tmp_path: Pa
     (outcome,) = project.reconcile(allow_dirty=True)
     assert outcome.action == "none"
     assert project.alias() == newer
+
+
+def call_run(project: Project, capfd: pytest.CaptureFixture[str], *arguments: str) -> str:  # noqa: F811
+    """What `appliance run` says of the recipe, in the repository and with its registry."""
+    path = project.root / "recipes" / "colours.yaml"
+    main(["run", str(path), "--root", str(project.root), *arguments])
+    return " ".join(capfd.readouterr().out.split())
+
+
+@pytest.fixture
+def environment(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """This process has the project's store and cache."""
+    for name, value in project.environment.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("environment")
+def test_what_no_commit_holds_gets_a_version_and_no_alias(
+    project: Project,  # noqa: F811
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """`run` on an edited recipe says so and what to do; committed, it is published with its commit, and has the alias.
+
+    Nothing is trained again where the run folder is still there.
+    """
+    better = {"method": {"type": "full"}, "training": {**TRAINING, "learning_rate": 0.003}}
+    project.write_recipe(**better, evaluation={"gates": {"min_test_rows": 20}})
+    said = call_run(project, capfd)
+    (dirty,) = project.versions()
+    assert "-000000000000-" in dirty
+    assert project.alias() is None, said
+    assert (
+        "note production is not moved: recipes/colours.yaml: not what the commit HEAD holds; commit it, then "
+        f"`appliance reconcile`; or as it is: `appliance promote colours@{dirty} production`" in said
+    )
+    assert "already there" in call_run(project, capfd)
+    (adapter,) = (project.root / ".appliance" / "runs").glob("*/adapter")
+    trained = adapter.stat().st_mtime_ns
+    commit = project.commit("the recipe")
+    (planned,) = project.reconcile(dry_run=True)
+    assert planned.reason == (
+        f"is published again with its commit: {dirty} was made from files that were not committed"
+    )
+    (outcome,) = project.reconcile()
+    assert (outcome.action, outcome.reason) == ("train", planned.reason)
+    assert outcome.finished is not None
+    assert commit[:12] in outcome.finished.version
+    assert project.alias() == outcome.finished.version
+    assert adapter.stat().st_mtime_ns == trained
+    (again,) = project.reconcile()
+    assert again.reason == f"{outcome.finished.version} was made from this recipe, data and base"
+    assert "already there" in call_run(project, capfd)
+    assert len(project.versions()) == 2
+
+
+def edit_rows(project: Project) -> None:  # noqa: F811
+    """A row more, which `dvc add` has not seen."""
+    (project.root / "datasets" / "colours" / "rows.jsonl").open("a").write("\n")
+
+
+def test_a_run_outside_of_a_repository_moves_the_alias_as_ever(project: Project, tmp_path: Path) -> None:  # noqa: F811
+    """Without a commit there is nothing to differ from; with one, what differs is named, by this recipe alone."""
+    root, path = project.root, project.root / "recipes" / "colours.yaml"
+
+    def find(file: Path = path) -> Origin:
+        return find_origin(file, load_recipe(file), root=root)
+
+    assert (find().commit, find().unheld) == (head(project), "")
+    project.write_recipe("other", name="other")
+    assert find().unheld == "", "somebody else's recipe"
+    edit_rows(project)
+    assert (find().commit, find().unheld.startswith("datasets/colours/")) == (None, True)
+    outside = shutil.copy(path, tmp_path / "elsewhere.yaml")
+    assert "outside of the repository" in find(outside).unheld
+    (root / ".git" / "shallow").write_text(f"{head(project)}\n")
+    project.run("git", "checkout", "--quiet", "--", ".")
+    shutil.rmtree(root / "datasets")
+    project.run(sys.executable, "-m", "dvc", "checkout", "--quiet", "--force")
+    assert "git fetch --unshallow" in find().unheld
+    shutil.rmtree(root / ".git")
+    assert (find().commit, find().unheld, find(outside).unheld) == (None, "", "")

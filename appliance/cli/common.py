@@ -13,12 +13,11 @@ from typing import Any, TypeVar
 
 import click
 
+from appliance import desired
 from appliance.cli.lines import wrap
-from appliance.data import is_current, load_pointer
-from appliance.desired import POINTER, read_origin
-from appliance.errors import CommandError, DatasetError
 from appliance.pipeline import Finished
 from appliance.preparation import Origin, Workspace
+from appliance.recipe import Recipe
 from appliance.store import Store, open_store
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -104,16 +103,10 @@ def build_workspace(
     )
 
 
-def find_origin(root: Path) -> Origin:
-    """The commit behind recipes and data; now and no commit where what is on disk is not committed."""
-    home = root.resolve()
-    try:
-        origin = read_origin(home, actor=read_actor())
-        if origin.commit is not None and is_current(load_pointer(home / POINTER), home):
-            return origin
-    except (CommandError, DatasetError):
-        pass  # outside a repository, or without a data pointer
-    return Origin(commit=None, time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), actor=read_actor())
+def find_origin(path: Path, recipe: Recipe, *, root: Path) -> Origin:
+    """The commit behind the recipe at `path` and its rows; now and no commit where what is on disk is not committed."""
+    now = Origin(commit=None, time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), actor=read_actor())
+    return desired.find_origin(path, recipe, root=root.resolve(), now=now)
 
 
 def read_actor() -> str:

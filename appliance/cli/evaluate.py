@@ -47,7 +47,7 @@ def command(
     store = open_given_store(store_url)
     mirror = choose_mirror(store, is_asked=mirror_checkpoints)
     workspace = build_workspace(root=root, cache=cache, runs=runs, tensorboard=tensorboard, mirror=mirror)
-    finished = run_recipe(
-        load_recipe(recipe), workspace=workspace, store=store, origin=find_origin(root), until="evaluate"
-    )
+    loaded = load_recipe(recipe)
+    origin = find_origin(recipe, loaded, root=root)
+    finished = run_recipe(loaded, workspace=workspace, store=store, origin=origin, until="evaluate")
     return print_finished(finished)

@@ -31,6 +31,7 @@ def command(*, recipe: Path, store_url: str, root: Path, cache: Path, runs: Path
     Exit code 3 when the verdict is hold or reject, 0 when it is inconclusive.
     """
     workspace = build_workspace(root=root, cache=cache, runs=runs)
-    prepared = prepare(load_recipe(recipe), workspace=workspace)
-    finished = publish_run(prepared, workspace=workspace, store=open_store(store_url), origin=find_origin(root))
+    loaded = load_recipe(recipe)
+    prepared, origin = prepare(loaded, workspace=workspace), find_origin(recipe, loaded, root=root)
+    finished = publish_run(prepared, workspace=workspace, store=open_store(store_url), origin=origin)
     return print_finished(finished)

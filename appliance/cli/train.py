@@ -25,11 +25,12 @@ from appliance.recipe import load_recipe
 @tensorboard_option
 def command(*, recipe: Path, root: Path, cache: Path, runs: Path | None, tensorboard: Path | None) -> int:
     """Check the data of RECIPE and train; the adapter is in the run folder. Resumes by itself."""
+    loaded = load_recipe(recipe)
     finished = run_recipe(
-        load_recipe(recipe),
+        loaded,
         workspace=build_workspace(root=root, cache=cache, runs=runs, tensorboard=tensorboard),
         store=None,
-        origin=find_origin(root),
+        origin=find_origin(recipe, loaded, root=root),
         until="train",
     )
     return print_finished(finished)

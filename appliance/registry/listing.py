@@ -75,14 +75,19 @@ def list_names(store: Store) -> tuple[str, ...]:
     return tuple(sorted({pair[0] for pair in map(split_version_key, keys) if pair}))
 
 
-def find_run(store: Store, name: str, run_key: str) -> str | None:
-    """The newest version that was made by this run key, `None` when there is nothing yet."""
-    return select_run(list_versions(store, name), run_key)
+def find_run(store: Store, name: str, run_key: str, *, is_committed: bool = False) -> str | None:
+    """The version that was made by this run key, as `select_run` has it, `None` when there is nothing yet."""
+    return select_run(list_versions(store, name), run_key, is_committed=is_committed)
 
 
-def select_run(versions: Iterable[VersionInfo], run_key: str) -> str | None:
-    """The newest of these versions that was made by the run key."""
-    return next(reversed([v.version for v in versions if v.manifest.run_key == run_key]), None)
+def select_run(versions: Iterable[VersionInfo], run_key: str, *, is_committed: bool = False) -> str | None:
+    """The newest of these versions that was made by the run key and names a commit.
+
+    Where none does, the newest of all, unless only one `is_committed` counts: nobody can make the others again.
+    """
+    made = [v for v in versions if v.manifest.run_key == run_key]
+    held = [v for v in made if v.manifest.git_commit is not None]
+    return next((v.version for v in reversed(held if held or is_committed else made)), None)
 
 
 def load_manifest(store: Store, name: str, version: str) -> Manifest:
