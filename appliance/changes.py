@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from appliance.command import run_command
 from appliance.data import DatasetDiff, diff_folders, fetch_revision, load_pointer
 from appliance.desired import POINTER
-from appliance.errors import DatasetError, RecipeError
+from appliance.errors import CommandError, DatasetError, RecipeError
 from appliance.recipe import Recipe, SplitSection, load_recipe, parse_recipe
 
 
@@ -27,12 +28,25 @@ def diff_revisions(root: Path, before: str, after: str | None) -> tuple[DatasetD
         new = _fetch(root, after, Path(home, "after")) if after else root / load_pointer(root / POINTER).out
         names = sorted({p.parent.name for folder in (old, new) for p in folder.glob("*/*.jsonl")})
         splits, earlier = _read_splits(root, after), _read_splits(root, before)
-        return tuple(
-            diff_folders(
-                old / name, new / name, split=splits.get(name, SplitSection()), earlier_split=earlier.get(name)
-            )
-            for name in names
-        )
+        return tuple(_diff(old / n, new / n, split=splits.get(n), earlier=earlier.get(n)) for n in names)
+
+
+def find_fork(root: Path, one: str, other: str) -> str:
+    """The commit at which two histories part. Raises `CommandError` where they have none in common."""
+    try:
+        return run_command(["git", "merge-base", "--end-of-options", one, other], cwd=root).strip()
+    except CommandError as fault:
+        raise CommandError(
+            f"{one}...{other}: no common commit of these two in {root}; give two commits of its history (`git log`), "
+            "and fetch all of it"
+        ) from fault
+
+
+def _diff(old: Path, new: Path, *, split: SplitSection | None, earlier: SplitSection | None) -> DatasetDiff:
+    """By the earlier split where no recipe tells the one that is asked for now."""
+    found = diff_folders(old, new, split=split or earlier or SplitSection(), earlier_split=earlier)
+    note = "no recipe that can be read tells its split now: counted by the earlier one"
+    return replace(found, notes=(*found.notes, note)) if split is None and earlier is not None else found
 
 
 class _NoPointerError(DatasetError):

@@ -19,6 +19,7 @@ import pytest
 from tiny import make_recipe, write_base, write_dataset
 
 from appliance.changes import diff_revisions
+from appliance.cli import main
 from appliance.cli.changes import describe_diff
 from appliance.cli.prices import Prices, describe_cost, guess_hours, load_prices
 from appliance.cli.sections import Section, render_sections
@@ -64,7 +65,7 @@ def test_a_diff_tells_rows_whatever_happens_to_lines(tmp_path: Path) -> None:
     assert told["edited", "r3"].where == "rows.jsonl:38"
     assert sum(new for _, new in diff.sides.values()) == 41
     assert diff.categories == {"-": (40, 40), "x": (0, 1)}
-    (section,) = describe_diff(diff, limit=2)
+    (section,) = describe_diff(diff, revisions="A..B", limit=2)
     assert len(section.rows) == 2
     assert "2 added, 2 edited, 1 removed, 1 renamed" in section.lines
     assert any("4 more rows" in line for line in section.lines)
@@ -80,7 +81,7 @@ def test_a_dataset_that_cannot_be_read_is_told_and_not_taken_for_an_empty_one(
         write_dataset(tmp_path / name / "colours", rows=20)
     card, age = tmp_path / side / "colours" / "dataset.yaml", "earlier" if side == "before" else "later"
     folders = tmp_path / "before" / "colours", tmp_path / "after" / "colours"
-    assert diff_folders(*folders, split=SplitSection()).unread == ()
+    assert diff_folders(*folders, split=SplitSection()).notes == ()
     for break_card in (lambda: card.write_text("name: x\ncontrct: 1\n"), card.unlink):
         break_card()
         diff = diff_folders(*folders, split=SplitSection())
@@ -88,8 +89,8 @@ def test_a_dataset_that_cannot_be_read_is_told_and_not_taken_for_an_empty_one(
         (section,) = describe_diff(diff, limit=2)
         assert section.lines[0].startswith(f"all rows count as {word}: the {age} ones cannot be read: ")
         assert "dataset.yaml" in section.lines[0]
-        assert diff.to_json()["unread"] == [section.lines[0]]
-    assert diff_folders(tmp_path / "none", folders[side == "before"], split=SplitSection()).unread == ()
+        assert diff.to_json()["notes"] == [section.lines[0]]
+    assert diff_folders(tmp_path / "none", folders[side == "before"], split=SplitSection()).notes == ()
 
 
 def test_a_trained_row_that_moves_to_the_test_is_told_first(tmp_path: Path) -> None:
@@ -109,35 +110,46 @@ def test_a_trained_row_that_moves_to_the_test_is_told_first(tmp_path: Path) -> N
         return rows
 
     diff = diff_folders(before, edit_rows(after, edit), split=split)
-    (section,) = describe_diff(diff, limit=1)
+    (section,) = describe_diff(diff, revisions="A..B", limit=1)
     assert section.rows[0][1] == f"r{victim}"
     assert section.rows[0][4] == "train -> test"
     assert any("1 rows that were trained on are in the test now" in line for line in section.lines)
 
 
+def run_in(root: Path, *commands: list[str]) -> None:
+    """Run programs in a repository."""
+    for command in commands:
+        subprocess.run(command, cwd=root, check=True)
+
+
+def start_repository(root: Path) -> None:
+    """A Git and DVC repository with a dataset of 40 rows; nothing is committed."""
+    write_dataset(root / "datasets" / "colours", rows=40)
+    (root / "recipes").mkdir()
+    run_in(
+        root,
+        ["git", "init", "--quiet", "--initial-branch", "main"],
+        ["git", "config", "user.name", "t"],
+        ["git", "config", "user.email", "t@t"],
+        [sys.executable, "-m", "dvc", "init", "--quiet"],
+        [sys.executable, "-m", "dvc", "add", "--quiet", "datasets"],
+    )
+
+
+def commit_split(root: Path, **split: Any) -> None:
+    """Commit a recipe that divides the rows in this way."""
+    recipe = make_recipe().model_dump(mode="json", exclude_none=True)
+    recipe["dataset"]["split"] = split
+    (root / "recipes" / "colours.yaml").write_text(json.dumps(recipe))
+    run_in(root, ["git", "add", "--all"], ["git", "commit", "--quiet", "--message", "split"])
+
+
 def test_a_new_salt_is_told_by_the_rows_that_it_moves(tmp_path: Path) -> None:
     """Rotating the test set changes no row: who was trained on and is in the test now is told by the older split."""
     root = tmp_path / "repository"
-    write_dataset(root / "datasets" / "colours", rows=40)
-    recipe = make_recipe().model_dump(mode="json", exclude_none=True)
-
-    def commit(salt: str) -> None:
-        recipe["dataset"]["split"] = {"salt": salt, "test": 0.3}
-        (root / "recipes").mkdir(exist_ok=True)
-        (root / "recipes" / "colours.yaml").write_text(json.dumps(recipe))
-        for command in (["git", "add", "--all"], ["git", "commit", "--quiet", "--message", salt]):
-            subprocess.run(command, cwd=root, check=True)
-
-    for command in (
-        ["git", "init", "--quiet"],
-        ["git", "config", "user.name", "t"],
-        ["git", "config", "user.email", "t@t"],
-    ):
-        subprocess.run(command, cwd=root, check=True)
-    subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet"], cwd=root, check=True)
-    subprocess.run([sys.executable, "-m", "dvc", "add", "--quiet", "datasets"], cwd=root, check=True)
-    commit("one")
-    commit("two")
+    start_repository(root)
+    commit_split(root, salt="one", test=0.3)
+    commit_split(root, salt="two", test=0.3)
     examples = decode_examples((root / "datasets" / "colours" / "rows.jsonl").read_bytes())
     before, after = (SplitSection(salt=salt, test=0.3) for salt in ("one", "two"))
     sides = [(e.id, select_side(e.group_key, before), select_side(e.group_key, after)) for e in examples]
@@ -149,12 +161,47 @@ def test_a_new_salt_is_told_by_the_rows_that_it_moves(tmp_path: Path) -> None:
         assert leaks
         assert any(
             f"{leaks} rows that were trained on are in the test now" in line
-            for line in describe_diff(diff, limit=1)[0].lines
+            for line in describe_diff(diff, revisions="A..B", limit=1)[0].lines
         )
     (same,) = diff_revisions(root, "HEAD", None)
     assert same.changes == ()
     with pytest.raises(DatasetError, match="start in the repository's root"):
         diff_revisions(root / "recipes", "HEAD~1", "HEAD")
+
+
+def test_a_broken_recipe_moves_no_row(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Where nobody can tell the new split, the old one counts and that is said; every form of a range that Git has."""
+    root = tmp_path / "repository"
+    start_repository(root)
+    commit_split(root, salt="one", test=0.4)
+    recipe = root / "recipes" / "colours.yaml"
+    recipe.write_text(recipe.read_text().replace("effective_batch", "efective_batch"))
+    (diff,) = diff_revisions(root, "HEAD", None)
+    assert diff.changes == ()
+    assert len({*diff.sides["test"]}) == 1
+    told = "no recipe that can be read tells its split now: counted by the earlier one"
+    assert told in describe_diff(diff, revisions="HEAD..", limit=1)[0].lines
+    run_in(root, ["git", "checkout", "--quiet", "-b", "branch"])
+    commit_split(root, salt="two", test=0.4)
+    run_in(root, ["git", "checkout", "--quiet", "main"])
+    commit_split(root, salt="three", test=0.4)
+    run_in(root, ["git", "checkout", "--quiet", "branch"])
+    said = {}
+    for revisions in (["main...HEAD"], ["main..."], ["HEAD~1..HEAD"], ["HEAD~1"], ["main..HEAD"], []):
+        assert main(["data", "diff", *revisions, "--root", str(root), "--json"]) == 0
+        said["".join(revisions)] = capfd.readouterr().out
+    assert said.pop("main..HEAD") not in said.values()
+    assert len(set(said.values())) == 1, said
+    assert main(["data", "diff", "nowhere...HEAD", "--root", str(root)]) == 1
+    assert "nowhere...HEAD: no common commit of these two" in " ".join(capfd.readouterr().err.split())
+
+
+def test_what_is_left_out_is_had_by_the_command_that_is_named(tmp_path: Path) -> None:
+    """The rest of the rows: by the range that was compared, not by a command that does something else."""
+    before = write_dataset(tmp_path / "before", rows=4)
+    diff = diff_folders(before, write_dataset(tmp_path / "after", rows=9), split=SplitSection())
+    (section,) = describe_diff(diff, revisions="origin/main..", limit=2)
+    assert "... 3 more rows: `appliance data diff origin/main..`" in section.lines
 
 
 def test_a_price_is_the_teams_and_has_a_day_and_a_source(tmp_path: Path) -> None:

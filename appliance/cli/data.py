@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from appliance.changes import diff_revisions
+from appliance.changes import diff_revisions, find_fork
 from appliance.cli.changes import describe_diff
 from appliance.cli.common import build_workspace, cache_option, json_option, print_json, root_option
 from appliance.cli.lines import say_count, show_example, wrap
@@ -70,21 +70,24 @@ def check(*, folder: Path | None, recipe_path: Path | None, root: Path, cache: P
     short_help="Show by row what changed between two commits.",
     epilog=show_example("appliance data diff origin/main..HEAD"),
 )
-@click.argument("revisions", metavar="REV..REV")
+@click.argument("revisions", metavar="[REV..REV]", required=False, default="..")
 @root_option
 @json_option
 def diff(*, revisions: str, root: Path, as_json: bool) -> int:
     """Show by row what changed between two commits: added, edited, removed, renamed, moved, and the splits.
 
-    Left out, the first revision is HEAD~1 and the second what is on this disk. Exit code 0 whatever changed.
+    Left out, the first revision is HEAD~1 and the second what is on this disk. A...B compares B with the commit
+    at which it left A, as Git does. Exit code 0 whatever changed.
     """
-    before, _, after = revisions.partition("..")
-    diffs = diff_revisions(root.resolve(), before or "HEAD~1", after or None)
+    home = root.resolve()
+    before, dots, after = revisions.partition("..." if "..." in revisions else "..")
+    first = find_fork(home, before or "HEAD", after or "HEAD") if dots == "..." else before or "HEAD~1"
+    diffs = diff_revisions(home, first, after or None)
     if as_json:
         print_json([d.to_json() for d in diffs])
         return 0
     for each in diffs:
-        for section in describe_diff(each, limit=None):
+        for section in describe_diff(each, revisions=revisions, limit=None):
             print_section(section)
     return 0
 

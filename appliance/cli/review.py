@@ -114,7 +114,9 @@ def _describe_changes(root: Path, since: str | None) -> list[Section]:
     if since is None:
         return []
     try:
-        return [s for d in diff_revisions(root, since, None) for s in describe_diff(d, limit=_ROWS)]
+        return [
+            s for d in diff_revisions(root, since, None) for s in describe_diff(d, revisions=f"{since}..", limit=_ROWS)
+        ]
     except ApplianceError as fault:  # the older data is gone; the newer is checked all the same
         return [Section(title="Data", lines=(f"no comparison: {fault}",))]
 

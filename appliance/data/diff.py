@@ -43,14 +43,14 @@ class RowChange:
 class DatasetDiff:
     """All changes of one dataset, and its rows by side and by category before and after.
 
-    `unread` says which of the two could not be read, and so seems to have no rows.
+    `notes` say which of the two could not be read, and so seems to have no rows, and whose split it is.
     """
 
     name: str
     changes: tuple[RowChange, ...]
     sides: dict[str, tuple[int, int]]
     categories: dict[str, tuple[int, int]]
-    unread: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def count(self, kind: Kind) -> int:
         """How many rows changed in this way."""
@@ -66,7 +66,7 @@ class DatasetDiff:
             ],
             "sides": self.sides,
             "categories": self.categories,
-            "unread": list(self.unread),
+            "notes": list(self.notes),
         }
 
 
@@ -106,7 +106,7 @@ def diff_folders(
             )
         ),
         categories=_pair(*(Counter(r.example.category or "-" for r in rows.values()) for rows in (old, new))),
-        unread=tuple(
+        notes=tuple(
             f"all rows count as {word}: the {age} ones cannot be read: {fault}"
             for age, word, fault in (("earlier", "added", old_fault), ("later", "removed", new_fault))
             if fault
