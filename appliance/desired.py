@@ -56,9 +56,7 @@ def read_commit(root: Path, *, actor: str, places: Sequence[str] = ()) -> Origin
     try:
         line = run_command([*command, "--", "recipes", POINTER, *places], cwd=root, env={"TZ": "UTC"}).strip()
     except CommandError as fault:
-        raise CommandError(
-            f"{root}: not a Git repository with a commit; run it in the team's repository ({fault})"
-        ) from fault
+        raise CommandError(f"{root}: {_describe_no_commit(root)}") from fault
     if not line:
         raise CommandError(
             f"{root}: no commit touches recipes/ or {POINTER} here; commit a recipe and a dataset first, "
@@ -173,6 +171,21 @@ def find_touched(root: Path, recipes: Sequence[Path], *, since: str | None) -> d
     changed = set(run_command(command, cwd=root).split("\0"))  # from `root`, which may be below the work tree's top
     data = f"{POINTER} changed since {since[:12]}" if POINTER in changed else ""
     return {p: f"the recipe changed since {since[:12]}" if f"recipes/{p.name}" in changed else data for p in recipes}
+
+
+def _describe_no_commit(root: Path) -> str:
+    """Why Git names no commit here, and what to do."""
+    try:
+        run_command(["git", "rev-parse", "--git-dir"], cwd=root, env={"LC_ALL": "C"})
+    except CommandError as fault:
+        last = str(fault).splitlines()[-1]
+        where = "start in the team's repository, or name it with --root; `appliance init` makes one"
+        return f"not a Git repository; {where}" if "not a git repository" in last else f"Git cannot read it: {last}"
+    try:
+        run_command(["git", "rev-parse", "--verify", "--quiet", "HEAD"], cwd=root)
+    except CommandError:
+        return "the Git repository has no commit yet; `git add --all && git commit`"
+    return "Git does not read its history; look at `git log`"
 
 
 def _read_cut_commits(root: Path) -> set[str]:

@@ -19,6 +19,7 @@ from appliance.data import (
     Pointer,
     check_pushed,
     describe_unheld,
+    find_astray,
     find_place,
     find_unheld_rows,
     load_pointer,
@@ -41,6 +42,8 @@ from appliance.recipe import Recipe
 from appliance.release import judge_alias
 from appliance.run import STAGES, open_run
 from appliance.store import Store
+
+UNASKED = "the registry was not asked for a version"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +123,17 @@ def reconcile(
     return _doubt(outcomes, desire=desire) if dry_run and not choice.allow_dirty else outcomes
 
 
-def plan_from_git(root: Path, *, only: Sequence[str] = (), since: str | None = None) -> tuple[Outcome, ...]:
-    """What a reconcile would look at, from Git alone: neither data nor registry is asked."""
+def plan_from_git(
+    root: Path, *, only: Sequence[str] = (), since: str | None = None, unasked: str = UNASKED
+) -> tuple[Outcome, ...]:
+    """What a reconcile would look at, from Git alone: neither data nor registry is asked, which `unasked` says."""
     paths = find_recipes(root, only=only)
     load_pointer(root / POINTER)
     recipes = load_recipes(root)
     return tuple(
-        _plan_from_git(path, recipes[path], touched, since=since)
+        _plan_from_git(path, recipes[path], touched, root=root, unasked=unasked)
+        if touched or isinstance(recipes[path], ApplianceError)
+        else _skip(path, since)
         for path, touched in find_touched(root, paths, since=since).items()
     )
 
@@ -183,12 +190,14 @@ def _settle(path: Path, made: Outcome | ApplianceError) -> Outcome:
     return Outcome(recipe=path.stem, action="failed", reason=str(made), error=made)
 
 
-def _plan_from_git(path: Path, recipe: Recipe | ApplianceError, touched: str, *, since: str | None) -> Outcome:
+def _plan_from_git(path: Path, recipe: Recipe | ApplianceError, touched: str, *, root: Path, unasked: str) -> Outcome:
     if isinstance(recipe, ApplianceError):
         return _settle(path, recipe)
-    if not touched:
-        return _skip(path, since)
-    return Outcome(recipe=path.stem, action="train", reason=f"{touched}; the registry was not asked for a version")
+    for rows in list_row_paths(recipe):
+        astray = find_astray(root, find_place(root, rows))
+        if astray:
+            return _settle(path, CommandError("".join(f"{root / name}: {fault}" for name, fault in astray.items())))
+    return Outcome(recipe=path.stem, action="train", reason=f"{touched}; {unasked}")
 
 
 def _reconcile_one(path: Path, recipe: Recipe | ApplianceError, *, desire: _Desire, dry_run: bool) -> Outcome:

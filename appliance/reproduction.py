@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from pydantic import ValidationError
 
 from appliance import registry
 from appliance.command import run_command
-from appliance.data import load_pointer, pull_data
+from appliance.data import load_pointer, pull_data, run_dvc
 from appliance.desired import POINTER
 from appliance.digest import digest_file, list_files
 from appliance.errors import CommandError, RegistryError
@@ -139,7 +138,7 @@ def _pull(tree: Path, root: Path) -> None:
         shutil.copyfile(settings, tree / ".dvc" / settings.name)
     cache = root / ".dvc" / "cache"
     if cache.is_dir():
-        run_command([sys.executable, "-m", "dvc", "cache", "dir", "--local", str(cache)], cwd=tree)
+        run_dvc("cache", "dir", "--local", str(cache), subject=root / POINTER, cwd=tree)
     pull_data(load_pointer(tree / POINTER), root=tree)
 
 

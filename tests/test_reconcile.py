@@ -326,7 +326,7 @@ def test_one_failing_recipe_does_not_stop_the_others(make_project: Callable[[], 
 def test_only_what_is_committed_is_trained(make_project: Callable[[], Project]) -> None:
     """A changed recipe is refused; with --allow-dirty it is planned, and no commit is named as its origin."""
     project = make_project()
-    with pytest.raises(CommandError, match="not a Git repository with a commit"):
+    with pytest.raises(CommandError, match="the Git repository has no commit yet; `git add --all && git commit`"):
         project.reconcile()
     project.commit_data(rows=120)
     project.write_recipe(training={**TRAINING, "epochs": 2})

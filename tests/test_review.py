@@ -23,11 +23,13 @@ from appliance.cli import main
 from appliance.cli.changes import describe_diff
 from appliance.cli.prices import Prices, describe_cost, guess_hours, load_prices
 from appliance.cli.sections import Section, render_sections
-from appliance.data import diff_folders, select_side
-from appliance.errors import DatasetError, RecipeError
+from appliance.data import Pointer, check_pushed, diff_folders, pull_data, run_dvc, select_side
+from appliance.desired import read_commit
+from appliance.errors import CommandError, DatasetError, RecipeError
 from appliance.example import decode_examples
 from appliance.model.shapes import read_sizes, read_weight_shapes
 from appliance.recipe import SplitSection
+from appliance.reconcile import plan_from_git
 from appliance.training.utilisation import count_matrices
 
 SCRIPT = Path(__file__).parent.parent / ".github" / "scripts" / "comment.py"
@@ -194,6 +196,59 @@ def test_a_broken_recipe_moves_no_row(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert len(set(said.values())) == 1, said
     assert main(["data", "diff", "nowhere...HEAD", "--root", str(root)]) == 1
     assert "nowhere...HEAD: no common commit of these two" in " ".join(capfd.readouterr().err.split())
+
+
+def test_rows_that_no_commit_can_hold_fail_the_plan(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A review is red where the reconcile would refuse: rows outside of the repository, or behind a link."""
+    root = tmp_path / "repository"
+    start_repository(root)
+    commit_split(root, test=0.4)
+    write_dataset(tmp_path / "outside")
+    (root / "link").symlink_to(tmp_path)
+    recipe = root / "recipes" / "colours.yaml"
+    values = json.loads(recipe.read_text())
+    for path, told in {
+        str(tmp_path / "outside"): "outside: outside of the repository; bring it here",
+        "../outside": "outside: outside of the repository; bring it here",
+        "link/outside": "link/outside: behind a symbolic link",
+    }.items():
+        recipe.write_text(json.dumps(values | {"dataset": {"path": path}}))
+        (planned,) = plan_from_git(root)
+        assert (planned.action, told in planned.reason) == ("failed", True), planned.reason
+    assert main(["review", "--root", str(root)]) == 1
+    assert "behind a symbolic link" in capfd.readouterr().out
+
+
+def test_a_folder_without_a_commit_is_told_by_what_it_lacks(tmp_path: Path) -> None:
+    """A repository without its first commit asks for that, another folder for a repository; in no words of Git's."""
+    with pytest.raises(CommandError) as outside:
+        read_commit(tmp_path, actor="x")
+    assert str(outside.value) == (
+        f"{tmp_path}: not a Git repository; start in the team's repository, or name it with --root; "
+        "`appliance init` makes one"
+    )
+    run_in(tmp_path, ["git", "init", "--quiet"])
+    with pytest.raises(CommandError) as begun:
+        read_commit(tmp_path, actor="x")
+    assert str(begun.value) == f"{tmp_path}: the Git repository has no commit yet; `git add --all && git commit`"
+
+
+def test_without_dvc_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever way Python says that it has no such module."""
+    root = tmp_path / "repository"
+    write_dataset(root / "datasets" / "colours")
+    bare = tmp_path / "python"
+    pointer = Pointer(root / "datasets.dvc", "datasets", "0" * 32 + ".dir", size=1, nfiles=1)
+    monkeypatch.setattr(sys, "executable", str(bare))
+    for words in ("No module named dvc", "ModuleNotFoundError: No module named 'dvc'"):
+        bare.write_text(f'#!/bin/sh\necho "{words}" >&2\nexit 1\n')
+        bare.chmod(0o755)
+        with pytest.raises(DatasetError, match="install the appliance's extra 'data'"):
+            pull_data(pointer, root=root)
+        with pytest.raises(DatasetError, match="install the appliance's extra 'data'"):
+            check_pushed(pointer, root=root)
+        with pytest.raises(DatasetError, match="dvc cache failed: dvc is not installed"):
+            run_dvc("cache", "dir", subject=pointer.file, cwd=root)
 
 
 def test_what_is_left_out_is_had_by_the_command_that_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -22,11 +23,12 @@ from appliance.model import fit_template, load_template
 from appliance.plan import read_machine
 from appliance.preparation import Workspace, check_data, check_recipe, plan_run, prepare
 from appliance.recipe import Recipe, load_recipe
-from appliance.reconcile import Outcome, plan_from_git
+from appliance.reconcile import UNASKED, Outcome, plan_from_git
 from appliance.store import Store, open_store
 from appliance.training import TokenCache
 
 _ROWS, _FINDINGS = 50, 50
+_ASKED = "what the registry has is told under Cost"
 _UNKNOWN = "cannot be known from here; the same checks stop a training before anything is spent: "
 
 
@@ -68,7 +70,7 @@ def command(
 def review(workspace: Workspace, *, since: str | None, store: Store | None) -> tuple[list[Section], int]:
     """The sections of the report and the number of errors."""
     try:
-        outcomes = plan_from_git(workspace.root, since=since)
+        outcomes = plan_from_git(workspace.root, since=since, unasked=_ASKED if store else UNASKED)
     except ApplianceError as fault:
         return [Section(title="Recipes", lines=(str(fault),))], 1
     told = describe_outcomes(outcomes, dry_run=True, ignored=find_ignored(workspace.root))
@@ -148,20 +150,28 @@ def _estimate(outcome: Outcome, *, workspace: Workspace, store: Store | None, pr
         plan = plan_run(prepared, rows=rows, machine=read_machine(), general=general)
     except ApplianceError as fault:
         return (outcome.recipe, "", "", "", f"no plan from here: {str(fault).splitlines()[0]}")
-    speed = _read_speed(store, recipe.name)
+    versions = _list_versions(store, recipe.name)
+    made = registry.select_run(versions, prepared.key)
+    if made is not None:
+        return (outcome.recipe, str(plan.rows), "", "", f"none: {made} was made from this recipe, data and base")
+    speed = _read_speed(versions)
     guessed = guess_hours(recipe, base=prepared.base.folder, tokens=plan.tokens, prices=prices)
     hours = plan.tokens / speed / 3600 if speed else guessed
     cost = describe_cost(hours=hours, devices=plan.devices, prices=prices)
     return (outcome.recipe, str(plan.rows), str(plan.steps), f"{plan.tokens:,}", cost)
 
 
-def _read_speed(store: Store | None, name: str) -> float | None:
-    """Tokens a second of the newest version, where the registry can be read."""
+def _list_versions(store: Store | None, name: str) -> tuple[registry.VersionInfo, ...]:
+    """The model's versions, where the registry can be read."""
     if store is None:
-        return None
+        return ()
     try:
-        versions = registry.list_versions(store, name)
+        return registry.list_versions(store, name)
     except (StoreError, RegistryError):
-        return None
+        return ()
+
+
+def _read_speed(versions: Sequence[registry.VersionInfo]) -> float | None:
+    """Tokens a second of the newest version that tells them."""
     speeds = [v.manifest.training.get("tokens_per_second") for v in versions]
     return next((float(s) for s in reversed(speeds) if s), None)

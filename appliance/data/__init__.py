@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from appliance.data.check import Report, check_dataset, describe_lengths
-from appliance.data.committed import describe_unheld, find_place, find_uncommitted, find_unheld_rows
+from appliance.data.committed import describe_unheld, find_astray, find_place, find_uncommitted, find_unheld_rows
 from appliance.data.diff import DatasetDiff, RowChange, diff_folders
 from appliance.data.findings import Finding, describe_findings, find_in_fault
 from appliance.data.general import (
@@ -27,6 +27,7 @@ from appliance.data.pointer import (
     load_pointer,
     pull_data,
     read_listing,
+    run_dvc,
 )
 from appliance.data.revision import fetch_revision
 from appliance.data.rows import Dataset, DatasetCard, Row
@@ -58,6 +59,7 @@ __all__ = [
     "digest_dvc_folder",
     "digest_general",
     "fetch_revision",
+    "find_astray",
     "find_in_fault",
     "find_place",
     "find_shared",
@@ -70,6 +72,7 @@ __all__ = [
     "order_general",
     "pull_data",
     "read_listing",
+    "run_dvc",
     "select_side",
     "split_dataset",
     "summarise_dataset",

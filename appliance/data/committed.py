@@ -23,15 +23,21 @@ def find_place(root: Path, path: str) -> str:
     return Path(os.path.relpath(root / path, root)).as_posix()
 
 
+def find_astray(root: Path, place: str) -> dict[str, str]:
+    """The place of rows that no commit can ever hold, and what to do; empty where it lies in the repository."""
+    if place.startswith(".."):
+        return {place: "outside of the repository; bring it here, with `dvc add` or Git"}
+    return {} if _is_itself(root, place) else {place: _BEHIND_LINK}
+
+
 def find_unheld_rows(root: Path, place: str, *, out: str, held: Collection[str]) -> dict[str, str]:
     """What of the rows at a place no commit holds: each file, and what to do.
 
     Below `out`, the pointer's folder, DVC has to have taken them (`held`, names below `out`); elsewhere Git.
     """
-    if place.startswith(".."):
-        return {place: "outside of the repository; bring it here, with `dvc add` or Git"}
-    if not _is_itself(root, place):
-        return {place: _BEHIND_LINK}
+    astray = find_astray(root, place)
+    if astray:
+        return astray
     if not PurePosixPath(place).is_relative_to(out):
         return find_uncommitted(root, [place])
     names = [f"{place}/{name}" for name in list_files(root / place)]

@@ -46,7 +46,10 @@ _REASONS = (
     ("unsaved files", "its folder has uncommitted changes, which are kept; `dvc add` and commit, or move them away"),
     ("No remote", "no DVC remote is configured; `dvc remote add --default store s3://bucket/prefix`"),
     ("no remote", "no DVC remote is configured; `dvc remote add --default store s3://bucket/prefix`"),
-    ("No module named dvc", "dvc is not installed; install the appliance's extra 'data' (README, Install)"),
+    *(
+        (f"No module named {name}", "dvc is not installed; install the appliance's extra 'data' (README, Install)")
+        for name in ("dvc", "'dvc'")
+    ),
     ("missing-files", "the remote lacks the data of this commit; its author has to run `dvc push`"),
     ("does not exist", "the remote lacks the data of this commit; its author has to run `dvc push`"),
 )
@@ -170,14 +173,21 @@ def pull_data(pointer: Pointer, *, root: Path, env: Mapping[str, str] | None = N
     here = read_listing(pointer, root)
     if here is not None:
         return here
-    try:
-        run_command([sys.executable, "-m", "dvc", "pull", pointer.file.name], cwd=root, env=env, timeout_s=3600.0)
-    except CommandError as fault:
-        raise _explain(f"{pointer.file}: dvc pull failed", fault) from fault
+    run_dvc("pull", pointer.file.name, subject=pointer.file, cwd=root, env=env, timeout_s=3600.0)
     pulled = read_listing(pointer, root)
     if pulled is None:
         raise DatasetError(f"{pointer.file}: after dvc pull, {_describe_difference(pointer, root=root, env=env)}")
     return pulled
+
+
+def run_dvc(
+    *arguments: str, subject: Path, cwd: Path, env: Mapping[str, str] | None = None, timeout_s: float = 600.0
+) -> str:
+    """Run DVC and return its standard output. Raises `DatasetError` as `pull_data` does."""
+    try:
+        return run_command([sys.executable, "-m", "dvc", *arguments], cwd=cwd, env=env, timeout_s=timeout_s)
+    except CommandError as fault:
+        raise _explain(f"{subject}: dvc {arguments[0]} failed", fault) from fault
 
 
 def check_pushed(pointer: Pointer, *, root: Path) -> None:
@@ -197,7 +207,7 @@ def check_pushed(pointer: Pointer, *, root: Path) -> None:
 def _describe_difference(pointer: Pointer, *, root: Path, env: Mapping[str, str] | None) -> str:
     """Why the data that DVC has just put here is not what the pointer means: by its own listing, file by file."""
     folder = root / pointer.out
-    cache = Path(run_command([sys.executable, "-m", "dvc", "cache", "dir"], cwd=root, env=env).strip())
+    cache = Path(run_dvc("cache", "dir", subject=pointer.file, cwd=root, env=env).strip())
     listing = _find_object(cache, pointer.md5)
     if not listing.is_file():  # DVC before 3.0 kept and hashed it another way
         return f"{folder} is not {pointer.md5}, which DVC keeps no listing of; run `dvc add`, commit and push"

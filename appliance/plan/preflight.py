@@ -131,7 +131,8 @@ def _check_program(name: str, *command: str) -> Check:
     try:
         found = run_command([*command, "--version"], timeout_s=60.0).strip().splitlines()[0]
     except (CommandError, IndexError) as fault:
-        return Check(name, "fault", str(fault).splitlines()[-1], f"install {name}, or use the image")
+        what = "the appliance's extra 'data'" if name == "dvc" else name
+        return Check(name, "fault", str(fault).splitlines()[-1], f"install {what}, or use the image")
     return Check(name, "ok", found.removeprefix(f"{name} version "))
 
 
