@@ -86,7 +86,8 @@ def run_worker(
     """Run a child worker (see `appliance.child`) and hand each event it emits to `on_event`.
 
     Standard error goes to the file `log`, new for each run. SIGINT, SIGTERM and SIGHUP are forwarded
-    to the child as SIGTERM; the child then has 120 s to save a checkpoint before it is killed. On Linux
+    to the child as SIGTERM, which a `note` event tells; the child then has 120 s to save a checkpoint before it is
+    killed. On Linux
     a SIGKILL of this process takes the child with it: nobody would be there to start the next one after it.
     A child that the kernel killed for memory ends like one that ran out of memory by itself: with code 34.
     It sees as many GPUs as it has `devices`, see `name_gpus`.
@@ -107,7 +108,7 @@ def run_worker(
                 start_new_session=True,
                 preexec_fn=_die_with_parent(signal.SIGKILL),  # noqa: PLW1509 - as in start_server
             )
-        with forward_signals(child) as received, child:
+        with forward_signals(child, say=lambda words: on_event({"note": words})) as received, child:
             for number in early:
                 signal.raise_signal(number)
             try:
@@ -224,13 +225,21 @@ def _hold_signals() -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def forward_signals(child: subprocess.Popen[str]) -> Iterator[list[int]]:
-    """While active, a stop signal to this process asks the child to stop; yields those received."""
+def forward_signals(child: subprocess.Popen[str], *, say: Callable[[str], None] | None = None) -> Iterator[list[int]]:
+    """While active, a stop signal to this process asks the child to stop; yields those received.
+
+    The first is told with `say`, in a thread: the handler may have interrupted a write to the same stream.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
     timers: list[threading.Timer] = []
+    speakers: list[threading.Thread] = []
+
+    def tell() -> None:
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it
+            (say or str)(f"stopping: what is done is saved first (at most {_GRACE_S:.0f} s)")
 
     def forward(number: int, _frame: object) -> None:
         received.append(number)
@@ -242,6 +251,9 @@ def forward_signals(child: subprocess.Popen[str]) -> Iterator[list[int]]:
             timer.daemon = True
             timers.append(timer)
             timer.start()
+            speaker = threading.Thread(target=tell, daemon=True)
+            speakers.append(speaker)
+            speaker.start()
 
     before = {s: signal.signal(s, forward) for s in list_stop_signals()}
     try:
@@ -251,6 +263,8 @@ def forward_signals(child: subprocess.Popen[str]) -> Iterator[list[int]]:
             signal.signal(number, handler)
         for timer in timers:
             timer.cancel()
+        for speaker in speakers:
+            speaker.join(1.0)
 
 
 def leave_closed_terminal() -> None:

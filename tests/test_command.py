@@ -277,3 +277,28 @@ def test_a_second_stop_signal_may_come_while_the_first_is_answered(tmp_path: Pat
             break
         time.sleep(0.05)
     assert threading.active_count() == before, "timers end with what they were for"
+
+
+PATIENT = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), sys.exit(33)))
+print('{"ready": true}', flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_stop_is_told_while_the_child_saves(tmp_path: Path) -> None:
+    """One line at the first signal, and none for the next ones."""
+    said: list[str] = []
+
+    def follow(event: dict[str, Any]) -> None:
+        if "ready" in event:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGINT)
+        else:
+            said.append(event["note"])
+
+    argv = [sys.executable, "-c", PATIENT]
+    end = run_worker(argv, log=tmp_path / "log", on_event=follow)
+    assert end.code == 33
+    assert said == ["stopping: what is done is saved first (at most 120 s)"]

@@ -151,7 +151,7 @@ def _estimate(outcome: Outcome, *, workspace: Workspace, store: Store | None, pr
     except ApplianceError as fault:
         return (outcome.recipe, "", "", "", f"no plan from here: {str(fault).splitlines()[0]}")
     versions = _list_versions(store, recipe.name)
-    made = registry.select_run(versions, prepared.key)
+    made = registry.select_run(versions, prepared.key, is_committed=True)
     if made is not None:
         return (outcome.recipe, str(plan.rows), "", "", f"none: {made} was made from this recipe, data and base")
     speed = _read_speed(versions)
