@@ -311,7 +311,8 @@ def test_every_rule_is_explained() -> None:
     assert sorted(told) == sorted(get_args(Rule))
 
 
-def test_the_conversion_makes_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["lines", "array", "indented array"])
+def test_the_conversion_makes_rows(tmp_path: Path, form: str) -> None:
     """The script of docs/data.md turns each of the forms that it names into rows that can be read."""
     (script,) = re.findall(r"```python\n(.*?)```", read("docs/data.md"), re.DOTALL)
     theirs = [
@@ -320,7 +321,9 @@ def test_the_conversion_makes_rows(tmp_path: Path) -> None:
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
         {"messages": [{"role": "user", "content": "\u00e4"}, {"role": "assistant", "content": "b"}]},
     ]
-    (tmp_path / "theirs.jsonl").write_text("\ufeff" + "\n".join(map(json.dumps, theirs)) + "\n", "utf-8")
+    indent = 2 if form == "indented array" else None
+    text = "\n".join(map(json.dumps, theirs)) if form == "lines" else json.dumps(theirs, indent=indent)
+    (tmp_path / "theirs.jsonl").write_text(f"\ufeff{text}\n", "utf-8")
     (tmp_path / "dataset.yaml").write_text("name: x\n")
     command = [sys.executable, "-c", script, str(tmp_path / "theirs.jsonl")]
     done = subprocess.run(command, capture_output=True, check=True)
