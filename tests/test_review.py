@@ -88,7 +88,7 @@ def test_a_dataset_that_cannot_be_read_is_told_and_not_taken_for_an_empty_one(
         break_card()
         diff = diff_folders(*folders, split=SplitSection())
         assert diff.count(word) == 20  # type: ignore[arg-type]
-        (section,) = describe_diff(diff, limit=2)
+        (section,) = describe_diff(diff, revisions="HEAD~1..", limit=2)
         assert section.lines[0].startswith(f"all rows count as {word}: the {age} ones cannot be read: ")
         assert "dataset.yaml" in section.lines[0]
         assert diff.to_json()["notes"] == [section.lines[0]]
