@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,20 @@ def test_packed_and_padded_batches_train_alike(base: Path, tmp_path: Path, refer
     assert summary["last_loss"] == pytest.approx(reference["last_loss"], rel=0.1)
 
 
+@pytest.mark.parametrize("overrides", [{"training": {"packing": False}}, {"method": {"type": "prompt-tuning"}}])
+def test_a_tokenizer_without_special_tokens_is_padded_with_a_stop_token(
+    base: Path, tmp_path: Path, overrides: dict[str, Any]
+) -> None:
+    """What ends generation is known without the tokenizer; padding is masked, so that any token will do."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+    digests = {
+        name: run_in_process(make_job(b, tmp_path / name, make_recipe(**overrides)))["adapter_sha256"]
+        for name, b in (("without", folder), ("with", base))
+    }
+    assert digests["without"] == digests["with"]
+
+
 def test_a_smaller_micro_batch_keeps_the_effective_batch(base: Path, tmp_path: Path, reference: dict[str, Any]) -> None:
     """Accumulation is exact: the same steps and nearly the same losses."""
     summary = run_in_process(make_job(base, tmp_path, micro_batch=2))
@@ -208,8 +223,6 @@ def test_worthless_training_is_refused(base: Path, tmp_path: Path, overrides: di
 
 def test_a_truncated_base_is_a_message_not_a_traceback(base: Path, tmp_path: Path) -> None:
     """Damaged weights are named before the first step."""
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(base, broken)
     weights = broken / "model.safetensors"

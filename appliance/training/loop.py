@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PrinterCallback
 from transformers.trainer_utils import align_special_tokens
 from trl import SFTConfig, SFTTrainer
 
-from appliance.model import TokenRow
+from appliance.model import TokenRow, load_template
 from appliance.model.weights import Precision
 from appliance.training.arguments import build_training_arguments
 from appliance.training.artifact import load_parts
@@ -60,7 +60,7 @@ def build_trainer(
     train_rows, validation_rows = rows
     tokenizer = AutoTokenizer.from_pretrained(job.base, local_files_only=True)
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # safe: padding is masked by length, not by id
+        tokenizer.pad_token = tokenizer.eos_token or _name_stop(job, tokenizer)  # padding is masked by length, not id
     arguments = build_training_arguments(
         job.training,
         method=job.method,
@@ -100,6 +100,12 @@ def build_trainer(
     trainer.own_loss, trainer.parts = 0.0, 0
     watch.trainer = trainer
     return trainer
+
+
+def _name_stop(job: TrainingJob, tokenizer: Any) -> str:
+    """What ends generation, for a tokenizer that does not say which token does."""
+    token: str = tokenizer.convert_ids_to_tokens(min(load_template(job.base).stop_ids))
+    return token
 
 
 def run_steps(trainer: Any, resume: Path | None) -> None:
