@@ -102,7 +102,7 @@ def train_alone(prepared: Prepared, *, workspace: Workspace, origin: Origin, cho
     with run.lock():
         _prepare_stage(run, prepared, workspace=workspace, origin=origin)
         record = run.read("prepare")
-        taken = ("micro_batch", "devices", "checkpointing")
+        taken = ("micro_batch", "devices", "sharded", "checkpointing")
         plan = {**record["plan"], **{k: choices[k] for k in taken if k in choices}}
         cores = choices["threads"] * plan["devices"] if "threads" in choices else record["cores"]
         run.amend("prepare", plan=plan, cores=cores)

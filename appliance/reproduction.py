@@ -38,9 +38,12 @@ _COMPARED = (
     "micro_batch",
     "micro_batches",
     "devices",
+    "sharded",
     "checkpointing",
     "checkpointing_since",
     "attention",
+    "packing",
+    "levers",
 )
 
 
@@ -180,6 +183,7 @@ def _read_choices(manifest: Manifest) -> dict[str, Any]:
     chosen = {
         "micro_batch": history[0][1],
         "devices": training.get("devices"),
+        "sharded": training.get("sharded"),
         "checkpointing": checkpointing,
         "threads": training.get("threads"),
         "precision": training.get("dtype"),
@@ -203,7 +207,9 @@ def _compare_facts(manifest: Manifest, summary: Mapping[str, Any]) -> tuple[Diff
 
 
 def _plain(value: Any) -> Any:
-    """Pairs as lists, whether they come from JSON or not."""
+    """Pairs as lists and keys in one order, whether they come from JSON or not."""
+    if isinstance(value, Mapping):
+        return {k: _plain(value[k]) for k in sorted(value)}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 

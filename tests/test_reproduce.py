@@ -5,6 +5,7 @@ Git and DVC are real, the model is tiny and really trains, the registry and the 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 import yaml
 from tiny import make_recipe, write_base, write_dataset
 
-from appliance import registry
+from appliance import pipeline, registry, reproduction
 from appliance.cli import main
 from appliance.desired import read_origin
 from appliance.digest import digest_file, digest_folder, list_files
@@ -182,6 +183,24 @@ def test_what_differs_is_named(published: Published, tmp_path: Path, capsys: pyt
     made = Path(output.rpartition("made  ")[2].strip())
     original = next(f.sha256 for f in manifest.files if f.path == WEIGHTS)
     assert digest_file(made / WEIGHTS) == original, "what was made is there to be looked at"
+
+
+def test_how_the_model_lay_and_computed_is_taken_over_and_compared(
+    published: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full training ends in other bytes whole and in parts, and so do other levers: each is a fact."""
+    _, manifest = registry.resolve(published.store, f"colours@{published.version}")
+    others = {"sharded": True, "levers": {**manifest.training["levers"], "head": "fused"}, "packing": False}
+    changed = manifest.model_copy(update={"training": {**manifest.training, **others}})
+    assert [f.name for f in reproduction._compare_facts(changed, manifest.training)] == ["levers", "packing", "sharded"]
+    assert reproduction._compare_facts(manifest, json.loads(json.dumps(manifest.training))) == ()
+
+    monkeypatch.setattr(pipeline, "_train_stage", lambda *_a, **_k: None)
+    prepared = prepare(Recipe.model_validate(manifest.recipe), workspace=published.workspace)
+    origin = read_origin(published.root, actor="tester")
+    workspace = replace(published.workspace, runs=published.root / ".appliance" / "shared-out")
+    made = train_alone(prepared, workspace=workspace, origin=origin, choices=reproduction._read_choices(changed))
+    assert made.read("prepare")["plan"]["sharded"] is True
 
 
 def test_what_cannot_be_made_again_is_refused_before_training(published: Published, tmp_path: Path) -> None:
