@@ -259,7 +259,26 @@ def test_a_gpu_takes_more_tokens_and_never_holds_the_logits(base: Path) -> None:
         plan(padded, base, length=1000, machine=gpu).peak_bytes
         - plan(recipe, base, length=1000, machine=gpu).peak_bytes
     )
-    assert held == pytest.approx(1.07 * (4.0 * 16_000 * read_sizes(base).vocabulary - 2**28), rel=0.01)
+    assert held == pytest.approx(1.02 * (4.0 * 16_000 * read_sizes(base).vocabulary - 2**28), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("packing", "machine", "same"), [("auto", "gpu", 800), (False, "gpu", 1000), ("auto", "cpu", 1000)]
+)
+def test_on_a_gpu_the_largest_micro_batch_is_of_the_longest_rows(
+    base: Path, packing: Any, machine: str, same: int
+) -> None:
+    """Packed rows are as many tokens as they are, on average 800 here; four padded ones are four of the longest."""
+    where = make_gpus(80) if machine == "gpu" else SMALL
+    recipe = make_recipe(training={"effective_batch": 4, "max_length": 1000, "packing": packing})
+    peaks = {
+        lengths: build_plan(
+            recipe, lengths=lengths, trained_tokens=60, validation_rows=6, base=base, machine=where
+        ).peak_bytes
+        for lengths in ((1000, 100, 734, 733, 733), (same,) * 5)
+    }
+    found, expected = peaks.values()
+    assert found == expected
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *MIXING])

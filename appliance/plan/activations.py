@@ -14,13 +14,14 @@ from appliance.method import FullMethod, Ia3Method, LoraMethod, QloraMethod
 from appliance.model.shapes import ModelSizes, Shape
 from appliance.recipe import Recipe
 
-Kind = Literal["fused", "lora", "dora", "ia3", "frozen", "full"]
+Kind = Literal["fused", "lora", "rounded", "dora", "ia3", "frozen", "full"]
 Factors = tuple[float, float, float, float]
 
 # of (stream, queries, keys, inner); in bf16 under autocast, and in fp32
 _KEPT: dict[Kind, tuple[Factors, Factors]] = {
     "fused": ((12, 4, 4, 8), (16, 8, 8, 16)),
     "lora": ((18, 6, 4, 8), (16, 8, 8, 16)),
+    "rounded": ((12, 4, 4, 8), (16, 8, 8, 16)),
     "dora": ((26, 10, 12, 16), (32, 16, 24, 32)),
     "ia3": ((8, 4, 8, 10), (8, 8, 16, 16)),
     "frozen": ((8, 4, 4, 6), (8, 8, 8, 12)),
@@ -33,8 +34,11 @@ _PASSING: dict[Kind, tuple[float, float]] = {"fused": (8, 4)}  # of (stream, inn
 _PASSING_ELSE = (12, 6)
 
 
-def select_kind(recipe: Recipe) -> Kind:
-    """What a layer keeps depends on what is trained in it, and on whether LoRA's sum is one operation."""
+def select_kind(recipe: Recipe, *, on_gpu: bool) -> Kind:
+    """What a layer keeps depends on what is trained in it, and on whether LoRA's sum is one operation.
+
+    Beside 4-bit layers PEFT copies what they are given to fp32 unless autocast of CUDA is on, whatever the device.
+    """
     method = recipe.method
     if isinstance(method, FullMethod):
         return "full"
@@ -44,8 +48,11 @@ def select_kind(recipe: Recipe) -> Kind:
         return "frozen"
     if method.variant == "dora":
         return "dora"
-    is_fused = recipe.training.speed.lora == "auto" and not method.dropout and not isinstance(method, QloraMethod)
-    return "fused" if is_fused and method.variant != "mica" else "lora"
+    is_plain = not method.dropout and method.variant != "mica"
+    if on_gpu and is_plain and isinstance(method, QloraMethod):
+        return "rounded"
+    is_fused = is_plain and recipe.training.speed.lora == "auto" and not isinstance(method, QloraMethod)
+    return "fused" if is_fused else "lora"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ with half the micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from appliance.method import FullMethod, Method, PrefixTuningMethod, PromptTuningMethod, PTuningMethod, QloraMethod
@@ -17,7 +17,9 @@ from appliance.plan.penalty import PenaltyMemory
 from appliance.recipe import Recipe, is_packed
 
 FITS = 0.8  # of a device; the rest is for what is not counted
-_OVERHEAD = 1 << 30
+Overhead = tuple[float, int]  # a factor on what is held, for what the allocator cannot use again; the process itself
+_OVERHEAD: Overhead = (1.07, 1 << 30)
+_OVERHEAD_OF_A_GPU = 1 << 29  # its context; of a frozen base and its activations little is lost in pages that grow
 _LOGIT = 12.3  # bytes for each logit that the libraries' own loss holds: in bf16, in fp32, and what it makes of them
 
 
@@ -25,10 +27,11 @@ _LOGIT = 12.3  # bytes for each logit that the libraries' own loss holds: in bf1
 class Memory:
     """What a run holds on one device: what stays, what a micro-batch adds, what elastic weight consolidation takes.
 
-    `loading` is held before the first step alone, where it is more than what stays. Full training in bf16 computes
-    with `copies` of its fp32 weights, which a backward pass gives up as it makes `gradients` (4 bytes a weight); the
-    first of a step, of the `share` of rows that a device computes in it, has none to add to yet. `logit`: bytes that
-    a step holds for each logit, 0 where the head never holds them.
+    `lengths` are those of rows, the longest first, where they lie end to end on a GPU; none where each counts as the
+    longest. `loading` is held before the first step alone, where it is more than what stays. Full training in bf16
+    computes with `copies` of its fp32 weights, which a backward pass gives up as it makes `gradients` (4 bytes a
+    weight); the first of a step, of the `share` of rows that a device computes in it, has none to add to yet.
+    `logit`: bytes that a step holds for each logit, 0 where the head never holds them.
     """
 
     method: Method
@@ -39,6 +42,9 @@ class Memory:
     static: float
     logit: float
     penalty: PenaltyMemory
+    trained: float = 16.0
+    overhead: Overhead = _OVERHEAD
+    lengths: tuple[int, ...] = ()
     loading: float = 0.0
     copies: float = 0.0
     gradients: float = 0.0
@@ -46,10 +52,11 @@ class Memory:
 
     def estimate(self, micro_batch: int, *, checkpointing: bool) -> int:
         """Bytes at the peak of a step."""
-        moving = self._estimate_moving(micro_batch, self.longest, checkpointing=checkpointing, logit=self.logit)
+        tokens = sum(self.lengths[:micro_batch]) or micro_batch * self.longest
+        moving = self._estimate_moving(micro_batch, tokens, checkpointing=checkpointing, logit=self.logit)
         spared = self.gradients if micro_batch == self.share else 0.0
         passing = max(moving - spared, self.penalty.passing, 0.0)
-        return add_overhead(max(self.loading, self.static + self.penalty.kept + passing))
+        return add_overhead(max(self.loading, self.static + self.penalty.kept + passing), self.overhead)
 
     def share_out(self, weights: Mapping[str, Shape], *, trainable: int, devices: int) -> Memory:
         """The same where each of `devices` holds its part of the `weights` in the layers.
@@ -68,7 +75,7 @@ class Memory:
         is_rounded = isinstance(self.method, QloraMethod)
         layers = self.width * linear - ((self.width - 0.5) * _count_rounded(weights) if is_rounded else 0.0)
         given_up = max(0.0, layers - layers / devices - 2 * layers / self.sizes.layers)
-        loading = self.static - 16.0 * trainable if is_rounded else 0.0
+        loading = self.static - self.trained * trainable if is_rounded else 0.0
         return replace(self, static=self.static - given_up, loading=loading)
 
     def fits(self, micro_batch: int, checkpointing: bool, machine: Machine) -> bool:
@@ -80,17 +87,19 @@ class Memory:
         if not self.penalty.estimating:
             return 0
         moving = self._estimate_moving(1, longest, checkpointing=False, logit=_LOGIT)
-        return add_overhead(self.static - 12.0 * trainable + self.penalty.estimating + moving)
+        before = self.static - (self.trained - 4.0) * trainable
+        return add_overhead(before + self.penalty.estimating + moving, self.overhead)
 
-    def _estimate_moving(self, rows: int, longest: int, *, checkpointing: bool, logit: float) -> float:
-        """Bytes of activations, copies and head for `rows` rows.
+    def _estimate_moving(self, rows: int, held: int, *, checkpointing: bool, logit: float) -> float:
+        """Bytes of activations, copies and head for `rows` rows of `held` tokens together.
 
         Virtual tokens before the embeddings cost what tokens cost; a prefix costs its keys and values.
         """
-        tokens = rows * (longest + count_virtual(self.method))
+        virtual = rows * count_virtual(self.method)
+        tokens = held + virtual
         moving = self.activations.estimate(tokens, checkpointing=checkpointing, copies=self.copies)
         if isinstance(self.method, PrefixTuningMethod):  # once as made and once with each layer's own keys behind it
-            places = rows * self.sizes.layers * (longest + self.method.tokens)
+            places = self.sizes.layers * (held + rows * self.method.tokens)
             moving += self.width * 4.0 * places * self.sizes.keys
         return moving + (logit * tokens * self.sizes.vocabulary or float(1 << 28))
 
@@ -126,16 +135,36 @@ def is_full_width(recipe: Recipe, machine: Machine) -> bool:
     return precision == "fp32" or (precision == "auto" and not machine.has_bf16)
 
 
-def estimate_static(method: Method, *, weights: Mapping[str, Shape], trainable: int, width: float) -> float:
-    """Bytes of weights, gradients and optimizer: frozen bases, fp32 master weights and moments for what is trained.
+def measure_trained(method: Method, machine: Machine) -> float:
+    """Bytes a trained weight: itself, its gradient, two moments in fp32; on a GPU those of `qlora` take a byte each."""
+    return 10.0 if machine.gpu and isinstance(method, QloraMethod) else 16.0
+
+
+def measure_overhead(recipe: Recipe, machine: Machine) -> Overhead:
+    """What is held beside the account; with several GPUs they talk to each other, which takes memory too."""
+    if not machine.gpu or recipe.needs.devices > 1:
+        return _OVERHEAD
+    return _OVERHEAD[0] if isinstance(recipe.method, FullMethod) else 1.02, _OVERHEAD_OF_A_GPU
+
+
+def list_longest(recipe: Recipe, lengths: Sequence[int], sizes: ModelSizes, machine: Machine) -> tuple[int, ...]:
+    """Lengths of the rows of the largest micro-batch, the longest first: on a GPU, where none is padded."""
+    packed = is_packed(recipe.training, recipe.method) and not sizes.carries_state
+    return tuple(sorted(lengths, reverse=True)[: recipe.training.effective_batch]) if packed and machine.gpu else ()
+
+
+def estimate_static(
+    method: Method, *, weights: Mapping[str, Shape], trainable: int, width: float, trained: float = 16.0
+) -> float:
+    """Bytes of weights, gradients and optimizer: frozen bases, and `trained` bytes for each weight that is trained.
 
     4-bit matrices take 0.516 bytes a weight with their doubly quantised scales (arXiv 2305.14314).
     """
     parameters = count_values(weights)
     if isinstance(method, FullMethod):
-        return 16.0 * parameters
+        return trained * parameters
     rounded = _count_rounded(weights) if isinstance(method, QloraMethod) else 0
-    return 0.516 * rounded + width * (parameters - rounded) + 16.0 * trainable
+    return 0.516 * rounded + width * (parameters - rounded) + trained * trainable
 
 
 def _count_rounded(weights: Mapping[str, Shape]) -> int:
@@ -143,6 +172,7 @@ def _count_rounded(weights: Mapping[str, Shape]) -> int:
     return count_values(list_linears(weights)) - count_values(list_experts(weights))
 
 
-def add_overhead(held: float) -> int:
-    """What the process itself takes, and what the allocator cannot use again."""
-    return round(1.07 * held + _OVERHEAD)
+def add_overhead(held: float, overhead: Overhead = _OVERHEAD) -> int:
+    """With what the process itself takes, and what the allocator cannot use again."""
+    factor, process = overhead
+    return round(factor * held + process)

@@ -42,7 +42,10 @@ from appliance.plan.memory import (
     Memory,
     count_virtual,
     estimate_static,
+    list_longest,
     measure_logit,
+    measure_overhead,
+    measure_trained,
     measure_width,
 )
 from appliance.plan.penalty import PenaltyMemory, measure_penalty
@@ -111,16 +114,20 @@ def build_plan(
     if beyond and has_position_table(weights):
         raise TrainingError(f"{beyond}, and there are no others; write that as training.max_length, or another base")
     trainable = count_trainable(recipe.method, weights, sizes)
+    trained = measure_trained(recipe.method, machine)
     width, is_full = measure_width(recipe, machine), isinstance(recipe.method, FullMethod)
     memory = Memory(
         method=recipe.method,
         sizes=sizes,
-        activations=count_activations(select_kind(recipe), sizes, weights, width=width),
+        activations=count_activations(select_kind(recipe, on_gpu=bool(machine.gpu)), sizes, weights, width=width),
         longest=max(lengths),
         width=width,
-        static=estimate_static(recipe.method, weights=weights, trainable=trainable, width=width),
+        static=estimate_static(recipe.method, weights=weights, trainable=trainable, width=width, trained=trained),
         logit=measure_logit(recipe, sizes, machine),
         penalty=_measure_penalty(recipe, weights=weights, base=base),
+        trained=trained,
+        overhead=measure_overhead(recipe, machine),
+        lengths=list_longest(recipe, lengths, sizes, machine),
         copies=2.0 * count_values(list_linears(weights)) if is_full and width < 4 else 0.0,
         gradients=4.0 * trainable if is_full else 0.0,
         share=section.effective_batch // recipe.needs.devices,
