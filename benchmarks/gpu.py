@@ -134,9 +134,10 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="the JSON; jobs in it of the same device and versions are kept")
     parser.add_argument("--run", nargs=2, metavar=("JOB", "CONTENDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--others", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
-        print(json.dumps(measure(*options.run, is_tiny=options.tiny)))
+        print(json.dumps(measure(*options.run, is_tiny=options.tiny, others=options.others)))
         return
     if not torch.cuda.is_available() and not options.tiny:
         raise SystemExit("no CUDA device here; run it on a GPU, or with --tiny to try the code")
@@ -159,7 +160,8 @@ def main() -> None:
 
 def run_contender(job: str, contender: str, *, is_tiny: bool, timeout_s: float, target: Path | None) -> dict[str, Any]:
     """One figure from a process of its own; a failure is a figure too, and all that it said lies beside the JSON."""
-    argv = [sys.executable, __file__, "--run", job, contender, *(["--tiny"] if is_tiny else [])]
+    argv = [sys.executable, __file__, "--run", job, contender, "--others", str(measure_used())]
+    argv += ["--tiny"] if is_tiny else []
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
         try:
             done = subprocess.run(
@@ -296,8 +298,8 @@ class Trained:
     predicted_gib: float | None = None
 
 
-def measure(job: str, contender: str, *, is_tiny: bool) -> dict[str, Any]:
-    """Train the rows once in this process and measure."""
+def measure(job: str, contender: str, *, is_tiny: bool, others: int = 0) -> dict[str, Any]:
+    """Train the rows once in this process and measure; `others` held so many bytes of the device before."""
     spec = {"tokens": SEQUENCE, "rate": RATES[JOBS[job]["method"]], **JOBS[job], **(TINY if is_tiny else {})}
     vocabulary = 512 if is_tiny else VOCABULARY
     longest = 2 * spec["tokens"] // 9  # so that a batch of rows has as many tokens as a packed one
@@ -307,7 +309,7 @@ def measure(job: str, contender: str, *, is_tiny: bool) -> dict[str, Any]:
         home = write_base(Path(folder) / "base", SHAPES[spec["shape"]], vocabulary=vocabulary)
         run = measure_appliance if contender == "appliance" else measure_trl
         trained = run(contender, spec, rows, unseen, home)
-        peak = peak_bytes()
+        peak = peak_bytes(others)
         matrices = count_matrices(read_shapes(home), read_sizes(home))
     losses = {"unseen_loss_before": trained.unseen_loss_before, "unseen_loss": score(trained.model, unseen)}
     return {
@@ -705,10 +707,19 @@ def find_peak() -> tuple[float | None, str]:
     return 10 * 2 * size**3 / (time.monotonic() - began), "measured"
 
 
-def peak_bytes() -> int:
-    """Reserved device bytes at the peak, or the resident set on a CPU."""
+def measure_used() -> int:
+    """Bytes of the device that are in use by anyone, this process's CUDA among them."""
+    if not torch.cuda.is_available():
+        return 0
+    free, total = torch.cuda.mem_get_info(0)
+    return int(total - free)
+
+
+def peak_bytes(others: int) -> int:
+    """What the plan predicts: device bytes reserved at the peak and CUDA's own; the resident set on a CPU."""
     if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_reserved())
+        own = measure_used() - others - torch.cuda.memory_reserved()
+        return int(torch.cuda.max_memory_reserved()) + max(0, int(own))
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

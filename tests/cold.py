@@ -1,6 +1,6 @@
 """Training children on a device of their own: what `warm` is for tests on a GPU, where a fork cannot have CUDA.
 
-`python -m cold FOLDER LIMIT` is the real worker, `appliance.training.worker.main`, with at most `LIMIT` bytes of
+`python -m cold FOLDER LIMIT OTHERS` is the real worker, `appliance.training.worker.main`, with at most `LIMIT` bytes of
 its device's allocator (0: no limit), and writes the most that it held to `FOLDER/peak`, and what its CUDA takes
 beside that to `FOLDER/context`.
 """
@@ -35,7 +35,7 @@ class Cold:
         seen = name_gpus(os.environ, self.devices) if self.device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
         with (folder / "worker.log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "cold", str(folder), str(address_space or 0)],
+                [sys.executable, "-m", "cold", str(folder), str(address_space or 0), str(self._measure_used())],
                 cwd=ROOT / "tests",
                 env={**os.environ, **QUIET, **seen, "PYTHONPATH": name_paths(os.environ)},
                 stdin=subprocess.DEVNULL,
@@ -44,6 +44,15 @@ class Cold:
             )
         self.started[process.pid] = process
         return process.pid
+
+    def _measure_used(self) -> int:
+        """Bytes of the GPU in use without the child, by this process too."""
+        import torch
+
+        if self.device != "cuda":
+            return 0
+        free, total = torch.cuda.mem_get_info(0)
+        return int(total - free)
 
     def is_running(self, pid: int) -> bool:
         """Whether the child has not ended yet."""
@@ -63,8 +72,11 @@ def name_paths(environment: Mapping[str, str]) -> str:
     return os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
 
 
-def main(folder: Path, limit: int) -> int:
-    """The worker under a limit; torch is asked for only once the worker has chosen its allocator."""
+def main(folder: Path, limit: int, others: int) -> int:
+    """The worker under a limit, on a device of which `others` hold so many bytes.
+
+    Torch is asked for only once the worker has chosen its allocator.
+    """
     from appliance.training import worker
 
     run = worker._run
@@ -77,7 +89,7 @@ def main(folder: Path, limit: int) -> int:
 
     worker._run = run_limited
     code = worker.main(folder)
-    peak, context = measure_memory()
+    peak, context = measure_memory(others)
     (folder / "peak").write_text(str(peak))
     (folder / "context").write_text(str(context))
     return code
@@ -93,18 +105,18 @@ def set_limit(limit: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def measure_memory() -> tuple[int, int]:
+def measure_memory(others: int) -> tuple[int, int]:
     """Bytes that this process held at most, of the GPU's allocator or of addresses, and what CUDA itself takes.
 
-    The second is true where nobody else is on the GPU.
+    The second is true where what `others` hold has not changed since the start.
     """
     import torch
 
     if not torch.cuda.is_available():
         return int(_read_peak()), 0
     free, total = torch.cuda.mem_get_info(0)
-    return int(torch.cuda.max_memory_reserved(0)), int(total - free - torch.cuda.memory_reserved(0))
+    return int(torch.cuda.max_memory_reserved(0)), max(0, int(total - free - others - torch.cuda.memory_reserved(0)))
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))

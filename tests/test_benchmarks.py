@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import cold
 import pytest
 import torch
 from cold import Cold
@@ -89,6 +90,16 @@ def write_bare_python(folder: Path) -> str:
     bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
     bare.chmod(0o755)
     return str(bare)
+
+
+def test_a_peak_has_cudas_own_memory_and_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100 bytes 30 are free and others hold 20: of its own 50 the process has reserved 45 now, 48 at its peak."""
+    told = {"is_available": True, "mem_get_info": (30, 100), "memory_reserved": 45, "max_memory_reserved": 48}
+    for name, value in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_device, value=value: value)
+    assert gpu.measure_used() == 70
+    assert gpu.peak_bytes(20) == 48 + 5
+    assert cold.measure_memory(20) == (48, 5)
 
 
 def call_benchmark(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
