@@ -265,6 +265,18 @@ def test_the_kernel_of_rows_end_to_end_gets_grouped_heads_as_they_are(
     assert given == [(2, {"window_size": (-1, 0)})]
 
 
+@pytest.mark.parametrize(("shared", "is_shared"), [(10, False), (49, False), (50, True), (200, True)])
+def test_where_copying_rows_costs_more_nothing_is_shared(shared: int, is_shared: bool) -> None:
+    """Two rows of 250 tokens and a least saving of a tenth of them: below it the batch is the one of rows apart."""
+    records = [{"input_ids": [1] * shared + [2 + i] * (250 - shared), "spans": [[shared + 1, 250]]} for i in range(2)]
+    apart = collate_packed(records, prefix="standard")
+    batch = collate_packed(records, prefix="shared", least=0.1)
+    assert ("row_places" in batch) == is_shared
+    assert batch["input_ids"].numel() == 500 - shared * is_shared
+    assert is_shared or all(torch.equal(torch.as_tensor(batch[k]), torch.as_tensor(v)) for k, v in apart.items())
+    assert "row_places" in collate_packed(records, prefix="shared")
+
+
 TOKENS = st.lists(st.integers(0, 2), min_size=2, max_size=8)
 
 

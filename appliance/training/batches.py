@@ -18,6 +18,7 @@ from appliance.training.levers import Prefix
 
 _IGNORED = -100
 _BITS = 5
+LEAST_SHARED = 0.1  # on a GPU: every layer copies rows of a shared batch together and apart again
 Sizes = Literal["exact", "rounded"]
 
 
@@ -27,7 +28,7 @@ def build_records(rows: Sequence[TokenRow]) -> list[dict[str, Any]]:
 
 
 def collate_packed(
-    records: Sequence[dict[str, Any]], *, prefix: Prefix = "standard", sizes: Sizes = "exact"
+    records: Sequence[dict[str, Any]], *, prefix: Prefix = "standard", sizes: Sizes = "exact", least: float = 0.0
 ) -> dict[str, Any]:
     """One flat batch: input_ids (1, T), position_ids (1, T), labels and kept positions (K).
 
@@ -35,6 +36,7 @@ def collate_packed(
     cumulative lengths of the rows. With a shared prefix or a rounded size T is not their sum R, and two
     more tensors say who holds what: `row_places` (R) is the flat position of every token of every row,
     and `row_origins` (T) the first of those R that holds a flat position, 0 where none does.
+    Nothing is shared where that would spare less than the share `least` of R.
     """
     import torch
 
@@ -59,6 +61,8 @@ def collate_packed(
         kept += [flat[i - 1] for start, end in record["spans"] for i in range(start, end)]
         targets += [row[i] for start, end in record["spans"] for i in range(start, end)]
         lengths.append(len(places))
+    if prefix == "shared" and len(places) - len(ids) < least * len(places):
+        return collate_packed(records, sizes=sizes)
     empty = round_up(len(ids)) - len(ids) if sizes == "rounded" else 0
     ids += ids[:1] * empty
     positions += [0] * empty

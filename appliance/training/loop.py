@@ -22,6 +22,7 @@ from appliance.model.weights import Precision
 from appliance.training.arguments import build_training_arguments
 from appliance.training.artifact import load_parts
 from appliance.training.batches import (
+    LEAST_SHARED,
     build_records,
     collate_packed,
     collate_padded,
@@ -76,6 +77,7 @@ def build_trainer(
     packed = levers.rows == "packed"
     is_rounded = model.device.type == "cpu" and levers.prefix == "shared"  # so nothing counts or draws by position
     pack = partial(collate_packed, sizes="rounded" if is_rounded else "exact")
+    least = 0.0 if model.device.type == "cpu" else LEAST_SHARED
     collate_apart = pack if packed else partial(collate_padded, pad_id=tokenizer.pad_token_id)
     if levers.lora == "fused":
         fuse_lora(model)
@@ -87,7 +89,7 @@ def build_trainer(
             args=SFTConfig(**arguments),
             train_dataset=Dataset.from_list(build_records(train_rows)),
             eval_dataset=Dataset.from_list(build_records(validation_rows)) if validation_rows else None,
-            data_collator=Share(partial(pack, prefix=levers.prefix) if packed else collate_apart, ranks),
+            data_collator=Share(partial(pack, prefix=levers.prefix, least=least) if packed else collate_apart, ranks),
             processing_class=tokenizer,
             callbacks=[watch],
         )
