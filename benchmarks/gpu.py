@@ -450,7 +450,7 @@ def fill_four_bit(model: Any, *, dtype: torch.dtype, device: torch.device) -> No
         )
         values = draw(f"{name}.weight", module.weight.shape, device=device).to(dtype)
         layer.weight = bnb.nn.Params4bit(
-            values.cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4", quant_storage=dtype
+            values, requires_grad=False, compress_statistics=True, quant_type="nf4", quant_storage=dtype
         ).to(device)
         layer.support_avx512bf16_for_cpu = False  # repacked at the first score, it would have no gradient
         del values
