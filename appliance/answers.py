@@ -12,22 +12,25 @@ from typing import Any
 from appliance.errors import ModelError, RegistryError
 from appliance.evaluation import Arm, GenerationJob, Output, build_prompts, generate
 from appliance.example import Example, Message
-from appliance.manifest import Manifest, decode_manifest
+from appliance.manifest import decode_manifest
+from appliance.method import FullMethod
 from appliance.model import Base, load_template, resolve_base, set_thinking
 from appliance.recipe import EvaluationSection, Recipe
+from appliance.run import Run, load_run
 
 _BATCH = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """A version in a folder, with what all its training rows shared: the system prompt, and whether answers think.
+    """An artifact in a folder, with what all its training rows shared: the system prompt, and whether answers think.
 
-    `four_bit` where it was judged on a base in 4 bits.
+    `label` is its version, or its run; `revision` its base's. `four_bit` where it was judged on a base in 4 bits.
     """
 
     folder: Path
-    manifest: Manifest
+    label: str
+    revision: str
     recipe: Recipe
     system_prompt: str | None
     thinking: str | None
@@ -36,23 +39,29 @@ class Pulled:
     @property
     def is_adapter(self) -> bool:
         """Whether it needs its base."""
-        return self.manifest.kind == "adapter"
+        return not isinstance(self.recipe.method, FullMethod)
 
 
 def load_pulled(folder: Path) -> Pulled:
-    """The version that `appliance pull` put into `folder`. Raises `RegistryError` where there is none."""
-    file = folder / "manifest.json"
+    """The version that `appliance pull` put into `folder`, or what the run kept there has trained.
+
+    Raises `RegistryError` where there is neither.
+    """
+    home = folder.resolve()
+    run = load_run(home)
+    if run is not None:
+        return _load_trained(run)
+    file = home / "manifest.json"
     try:
         manifest = decode_manifest(file.read_bytes(), source=str(file))
     except OSError as fault:
-        raise RegistryError(
-            f"{folder}: no manifest.json here; fetch a version with `appliance pull NAME@ALIAS {folder}`"
-        ) from fault
-    card = _read_card(folder)
+        raise RegistryError(_describe_missing(folder)) from fault
+    card = _read_card(home)
     prompt = card.get("data", {}).get("system_prompt")
     return Pulled(
-        folder=folder.resolve(),
-        manifest=manifest,
+        folder=home,
+        label=manifest.version,
+        revision=manifest.base["revision"],
         recipe=Recipe.model_validate(manifest.recipe),
         system_prompt=prompt if isinstance(prompt, str) else None,
         thinking=card.get("training", {}).get("thinking"),
@@ -60,14 +69,43 @@ def load_pulled(folder: Path) -> Pulled:
     )
 
 
+def _load_trained(run: Run) -> Pulled:
+    """What a run has trained, judged or not."""
+    if not run.is_done("train"):
+        raise RegistryError(f"{run.folder}: this run is not trained yet; `appliance train RECIPE` goes on with it")
+    record = run.read("prepare")
+    if not record.get("recipe"):
+        message = f"{run.folder}: an earlier release made this run and kept no recipe in it"
+        raise RegistryError(f"{message}; publish it and pull the version, or train it again with other --runs")
+    return Pulled(
+        folder=run.adapter,
+        label=run.folder.name,
+        revision=record["base"]["revision"],
+        recipe=Recipe.model_validate(record["recipe"]),
+        system_prompt=record["system_prompt"],
+        thinking=record["thinking"],
+        four_bit=run.is_done("evaluate") and run.read("evaluate").get("four_bit", False),
+    )
+
+
+def _describe_missing(folder: Path) -> str:
+    name, at, _ = str(folder).partition("@")
+    if at and not folder.exists():
+        pull = f"`appliance pull {folder} ./{name}`"
+        return f"{folder}: expected a folder, not a version's name; run {pull}, then `appliance generate ./{name}`"
+    pull = f"`appliance pull NAME@ALIAS {folder}`"
+    return (
+        f"{folder}: no manifest.json and no finished training here; fetch a version with {pull}, or give a run folder"
+    )
+
+
 def find_base(pulled: Pulled, *, root: Path, cache: Path, note: Callable[[str], None]) -> Base:
-    """The base model, which must be the one that the version was trained on. Raises `ModelError`."""
+    """The base model, which must be the one that the artifact was trained on. Raises `ModelError`."""
     base = resolve_base(pulled.recipe.base, root=root.resolve(), cache=cache.expanduser().resolve(), note=note)
-    manifest = pulled.manifest
-    if base.revision != manifest.base["revision"]:
+    if base.revision != pulled.revision:
         raise ModelError(
-            f"base model {base.model}: its revision is {base.revision}, {manifest.version} was trained on "
-            f"{manifest.base['revision']}; give --root or restore the base it was trained on"
+            f"base model {base.model}: its revision is {base.revision}, {pulled.label} was trained on "
+            f"{pulled.revision}; give --root or restore the base it was trained on"
         )
     return base
 

@@ -185,6 +185,9 @@ def _prepare_stage(run: Run, prepared: Prepared, *, workspace: Workspace, origin
         commit=origin.commit,
         cores=machine.cores,
         replayed=len(general.replay),
+        recipe=prepared.recipe.model_dump(mode="json"),
+        base=prepared.base.to_json(),
+        system_prompt=summarise_dataset(prepared.dataset, prepared.splits)["system_prompt"],
     )
 
 

@@ -115,3 +115,11 @@ class Run:
 def open_run(runs: Path, *, name: str, key: str) -> Run:
     """The run folder for `key` below `runs`; made by the first writer."""
     return Run(folder=runs / f"{name}-{key[:12]}", key=key)
+
+
+def load_run(folder: Path) -> Run | None:
+    """The run that is kept in `folder`, or whose adapter that is; `None` where it is neither."""
+    for place in (folder, folder.parent) if folder.name == "adapter" else (folder,):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return Run(folder=place, key=json.loads((place / "state.json").read_bytes())["key"])
+    return None

@@ -21,13 +21,16 @@ import yaml
 from test_command import run_beside_read_only
 from tiny import make_recipe, write_base, write_dataset
 
+from appliance.answers import load_pulled
 from appliance.cli import VERBS, appliance
 from appliance.cli.common import print_finished
 from appliance.cli.reconcile import _print_outcome as print_outcome
 from appliance.demo.storage import Storage
+from appliance.errors import RegistryError
 from appliance.pipeline import Finished
 from appliance.reconcile import Outcome
 from appliance.registry.refs import DEFAULT_ALIAS
+from appliance.run import Run
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "boto3", "botocore", "dvc", "pydantic")
@@ -157,6 +160,11 @@ BAD: list[tuple[list[str], int, str]] = [
     (["list", "--store", "s3://bucket/x"], 1, "127.0.0.1:9"),
     (["pull", "colours@production", "out", "--store", "file:///tmp/appliance-no-such-store"], 1, "colours"),
     (["generate", "."], 1, "appliance pull"),
+    (
+        ["generate", "colours@production"],
+        1,
+        "`appliance pull colours@production ./colours`, then `appliance generate ./",
+    ),
     (["reconcile", "--store", "file:///tmp/appliance-no-such-store"], 1, "Git repository"),
     (["rnu"], 2, "No such command 'rnu'; did you mean run?"),
     (["xyz"], 2, "No such command 'xyz'."),
@@ -254,6 +262,11 @@ def test_a_run_goes_from_rows_to_a_pulled_version(project: Path, tmp_path: Path)
         env=env,
     )
     assert [o["arm"] for o in json.loads(said.stdout)] == ["candidate", "zero_shot"], said.stderr
+    (made,) = (project / ".appliance" / "runs").iterdir()
+    same = call(
+        "generate", str(made), "--prompt", "red thing 99", "--max-new-tokens", "4", "--json", cwd=project, env=env
+    )
+    assert json.loads(same.stdout) == json.loads(said.stdout)[:1], same.stderr
 
 
 def test_what_is_published_was_compared_with_what_it_replaces(project: Path, tmp_path: Path) -> None:
@@ -291,6 +304,39 @@ def test_a_reconcile_that_has_nothing_to_do_says_the_verdict_that_stands(capsys:
     finished = Finished("m", "k", folder=None, outcome="hold", reasons=(), version="v", alias="", was_done=True)
     print_outcome(Outcome("m", "none", "v was made from this recipe, data and base", finished), dry_run=False)
     assert capsys.readouterr().out.splitlines()[1:] == ["  verdict  hold; why: `appliance show m@v`"]
+
+
+def test_what_was_just_trained_is_loaded_from_its_run_folder_or_the_adapter_in_it(tmp_path: Path) -> None:
+    """With the prompt, the thinking and the base of its training: `train` prints the one, a person takes the other."""
+    run, recipe = Run(tmp_path / "colours-1", "k"), make_recipe()
+    run.adapter.mkdir(parents=True)
+    base, kept = {"model": "./base", "revision": "r1"}, recipe.model_dump(mode="json")
+    run.finish("prepare", recipe=kept, base=base, system_prompt="Name the colour.", thinking="off")
+    with pytest.raises(RegistryError, match="not trained yet; `appliance train RECIPE`"):
+        load_pulled(run.folder)
+    run.finish("train", summary={})
+    for folder in (run.folder, run.adapter):
+        pulled = load_pulled(folder)
+        assert (pulled.folder, pulled.revision, pulled.is_adapter) == (run.adapter, "r1", True)
+        assert (pulled.recipe, pulled.system_prompt, pulled.thinking) == (recipe, "Name the colour.", "off")
+    run.amend("prepare", recipe=None)
+    with pytest.raises(RegistryError, match=r"an earlier release .* kept no recipe"):
+        load_pulled(run.folder)
+
+
+def test_a_terminal_that_is_asked_for_prompts_says_so(tmp_path: Path) -> None:
+    """Without a word it looks like a model that is being loaded."""
+    run = Run(tmp_path / "colours-1", "k")
+    recipe = make_recipe(method={"type": "full"}).model_dump(mode="json")
+    run.finish("prepare", recipe=recipe, base={"revision": "r1"}, system_prompt=None, thinking="fixed")
+    run.finish("train", summary={})
+    command = [sys.executable, "-m", "appliance", "generate", str(run.folder)]
+    program = f"import sys, pty; sys.exit(pty.spawn({command!r}) >> 8)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], input="\x04", capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "prompts, one a line; Ctrl-D answers" in done.stdout
+    assert done.returncode == 2
 
 
 FULL = [

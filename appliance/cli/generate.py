@@ -34,9 +34,11 @@ def command(
     cache: Path,
     as_json: bool,
 ) -> None:
-    """Answer prompts with the version pulled into FOLDER (greedy decoding)."""
+    """Answer prompts with the version pulled into FOLDER, or with what a run folder has trained (greedy decoding)."""
     pulled = load_pulled(folder)
     base = find_base(pulled, root=root, cache=cache, note=say) if pulled.is_adapter or compare else None
+    if not prompts and sys.stdin.isatty():
+        say("prompts, one a line; Ctrl-D answers")
     asked = prompts or tuple(line.strip() for line in sys.stdin if line.strip())
     if not asked:
         raise click.UsageError("nothing to answer: give --prompt or lines on standard input")
