@@ -547,10 +547,15 @@ def test_the_verb_says_it_to_people_machines_and_the_nights_summary(
 def test_what_is_no_registry_is_an_error_or_said(
     tmp_path: Path, s3: Storage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing yet is sound and said; another schema, a store that refuses and two ways of reading are errors."""
+    """Nothing yet is said; no folder, another schema, a store that refuses and two ways of reading are errors."""
     store = open_store((tmp_path / "store").as_uri())
+    assert main(["check", "--store", store.url]) == 1
+    assert f"{store.url}: no such folder; look at the spelling" in capsys.readouterr().err
+    (tmp_path / "store").mkdir()
     assert main(["check", "--store", store.url]) == 0
-    assert "nothing is published here yet" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "nothing is published here yet" in told
+    assert "sound" not in told
     store.put("FORMAT.json", b'{"schema":2}')
     summary = tmp_path / "summary.md"
     assert main(["check", "--store", store.url, "--summary", str(summary)]) == 1

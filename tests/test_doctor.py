@@ -137,3 +137,25 @@ def test_a_store_that_cannot_be_opened_is_a_fault_among_the_others(tmp_path: Pat
     assert done.return_value == 1, done.output
     assert "fault    store      " in done.output
     assert f" runs       {tmp_path}: writable" in done.output
+
+
+@pytest.mark.usefixtures("broken_torch")
+def test_a_folder_store_that_is_not_there_or_takes_nothing_is_told(tmp_path: Path) -> None:
+    """A mistyped folder reads like an empty registry: a warning, and whether the first publish could make it."""
+    file = tmp_path / "file"
+    file.touch()
+    (tmp_path / "store").mkdir()
+
+    def examine(folder: Path) -> Check:
+        return examine_machine(machine(), folders={}, store_url=folder.as_uri())[-1]
+
+    found = f"{(tmp_path / 'stroe').as_uri()}: no such folder; the first publish makes it; "
+    absent = examine(tmp_path / "stroe")
+    assert (absent.outcome, absent.found[: len(found)]) == ("warning", found)
+    assert "writable" in absent.found
+    assert "look at the spelling" in absent.action
+    for folder in (file, file / "store"):
+        assert examine(folder).outcome == "fault", folder
+    there = examine(tmp_path / "store")
+    assert (there.outcome, there.found) == ("ok", f"{(tmp_path / 'store').as_uri()}: readable, 0 objects below models/")
+    assert not any((tmp_path / "store").iterdir())

@@ -14,7 +14,8 @@ from appliance.cli.common import json_option, print_json, store_option
 from appliance.cli.lines import say_count, show_example, wrap
 from appliance.cli.sections import Section
 from appliance.cli.summary import append_section, told_in
-from appliance.store import open_store
+from appliance.errors import StoreError
+from appliance.store import find_folder, open_store
 
 _DAMAGED = 1
 _LISTED = 200  # GitHub takes a megabyte of summary
@@ -58,8 +59,12 @@ def command(
     if read_data and sample is not None:
         raise click.UsageError("give either --read-data (all blobs) or --sample (N of them)")
     with told_in(summary, title="Check"):
+        store = open_store(store_url)
+        folder = find_folder(store)
+        if folder is not None and not folder.is_dir():
+            raise StoreError(f"{store.url}: no such folder; look at the spelling (the first publish makes it)")
         report = registry.check_registry(
-            store := open_store(store_url),
+            store,
             name=name,
             read="all" if read_data else sample or 0,
             day=date.toordinal(),
@@ -80,7 +85,7 @@ def command(
 def _describe(report: registry.Report, *, url: str) -> str:
     """The last line: the outcome, what there is, and what of it was read."""
     damage = sum(f.severity == "damage" for f in report.findings)
-    outcome = "sound" if report.is_sound else f"{damage} damaged"
+    outcome = f"{damage} damaged" if damage else "sound" if report.versions else "empty"
     found = ((report.models, "model"), (report.versions, "version"), (report.blobs, "blob"), (report.size, "byte"))
     counts = ", ".join(say_count(number, noun) for number, noun in found)
     loose = f"; {say_count(report.unnamed, 'blob')} that no manifest names yet" if report.unnamed else ""

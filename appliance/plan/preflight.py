@@ -18,7 +18,7 @@ from typing import Any, Literal
 from appliance.command import run_command
 from appliance.errors import ApplianceError, CommandError
 from appliance.plan.machine import Machine
-from appliance.store import open_store
+from appliance.store import find_folder, open_store
 
 _GIB = 2**30
 _LOW_DISK, _NO_DISK, _LOW_SHARED = 20 * _GIB, _GIB, _GIB
@@ -137,10 +137,25 @@ def _check_program(name: str, *command: str) -> Check:
 
 
 def _check_store(url: str) -> Check:
-    """Read only: who may write is seen when a version is published, and nothing here leaves an object."""
+    """Read only, a folder aside: who may write a bucket is seen when a version is published; no object is left."""
     try:
         store = open_store(url)
         count = sum(1 for _ in store.list("models/"))
     except ApplianceError as fault:
         return Check("store", "fault", str(fault), "mend the address, the endpoint or the credentials")
-    return Check("store", "ok", f"{store.url}: readable, {count} objects below models/")
+    folder, found = find_folder(store), f"{store.url}: readable, {count} objects below models/"
+    return _check_store_folder(store.url, folder, found=found) if folder else Check("store", "ok", found)
+
+
+def _check_store_folder(url: str, folder: Path, *, found: str) -> Check:
+    """A mistyped folder reads like an empty registry, and the first publish would make it."""
+    if folder.exists() and not folder.is_dir():
+        return Check("store", "fault", f"{url}: not a folder", "mend the address")
+    written = check_folder("store", folder)
+    if folder.is_dir():
+        is_writable = written.outcome != "fault"
+        action = "publishing needs write access; pulling does not"
+        return Check("store", "ok", found) if is_writable else Check("store", "warning", written.found, action)
+    outcome: Outcome = "fault" if written.outcome == "fault" else "warning"
+    found = f"{url}: no such folder; the first publish makes it; {written.found}"
+    return Check("store", outcome, found, "look at the spelling" if outcome == "warning" else written.action)

@@ -6,6 +6,6 @@
 from __future__ import annotations
 
 from appliance.store.base import Store, StoredObject, Upload
-from appliance.store.opening import open_store
+from appliance.store.opening import find_folder, open_store
 
-__all__ = ["Store", "StoredObject", "Upload", "open_store"]
+__all__ = ["Store", "StoredObject", "Upload", "find_folder", "open_store"]

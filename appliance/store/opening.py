@@ -35,6 +35,13 @@ def open_store(url: str) -> Store:
     raise StoreError(f"store URL {url!r}: unknown scheme {parts.scheme!r}; {_EXPECTED}")
 
 
+def find_folder(store: Store) -> Path | None:
+    """The folder of a store in one, made or not; `None` for a bucket."""
+    from appliance.store.local import LocalStore
+
+    return store.root if isinstance(store, LocalStore) else None
+
+
 def _open_local(url: str, parts: SplitResult) -> Store:
     from appliance.store.local import LocalStore
 
