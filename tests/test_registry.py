@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -16,8 +17,10 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from appliance import registry
+from appliance.cli.promote import command as promote_command
 from appliance.digest import canonical_json, digest_bytes, digest_file, list_files
 from appliance.errors import ApplianceError, PreconditionFailedError, RegistryError, StoreError
 from appliance.manifest import FileEntry, Manifest, decode_manifest
@@ -607,6 +610,31 @@ def test_an_unknown_or_malformed_reference_says_what_there_is(tmp_path: Path, re
         registry.resolve(store, reference)
     assert words in str(fault.value)
     assert "\n" not in str(fault.value)
+
+
+def test_the_beginning_of_a_version_is_enough_to_read_it_and_never_to_promote_it(tmp_path: Path) -> None:
+    """From eight characters on, where only one version begins with it; else it is said what there is."""
+    store = open_store((tmp_path / "store").as_uri())
+    first = publish_new(store, tmp_path, "a")
+    second = publish_new(store, tmp_path, "b", created_at="2026-02-01T00:00:00Z")
+    third = publish_new(store, tmp_path, "c", created_at="2026-02-01T00:00:00Z", git_commit="b" * 40)
+    for prefix in (first[:8], first[:14], first[:-1]):
+        assert registry.resolve(store, f"demo@{prefix}")[0] == first
+    assert registry.pull(store, f"demo@{first[:8]}", tmp_path / "out").version == first
+    assert registry.resolve(store, f"demo@{second[:18]}")[0] == second
+    newest = f"the newest version is {third}, `appliance list demo` has all"
+    for rest, words in {
+        second[:14]: f"2 versions of demo begin with '{second[:14]}': {second}, {third}; give more of it",
+        "20991231": f"no version of demo begins with '20991231'; {newest}",
+        "2026013": "at least 8 characters of a version",
+        "latest": f"no alias 'latest' of demo; there is none yet; {newest}",
+    }.items():
+        with pytest.raises(RegistryError, match=re.escape(words)):
+            registry.resolve(store, f"demo@{rest}")
+    arguments = [f"demo@{first[:14]}", "production", "--store", store.url]
+    with pytest.raises(RegistryError, match=f"{first[:14]}: .*give the whole version, {first}"):
+        CliRunner().invoke(promote_command, arguments, catch_exceptions=False)
+    assert registry.read_alias(store, "demo", "production") is None
 
 
 def test_an_empty_store_says_that_there_is_nothing_yet(store: Store) -> None:

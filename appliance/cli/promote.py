@@ -9,6 +9,7 @@ import click
 from appliance import registry
 from appliance.cli.common import read_actor, store_option
 from appliance.cli.lines import show_example
+from appliance.errors import RegistryError
 from appliance.store import open_store
 
 
@@ -27,6 +28,10 @@ def command(*, reference: str, alias: str, store_url: str, reason: str, expected
     """Point ALIAS at a version; going back to an older version is the same command."""
     store = open_store(store_url)
     version, manifest = registry.resolve(store, reference)
+    given = reference.partition("@")[2]
+    if given[:1].isdigit() and given != version:  # an alias begins with a letter
+        message = f"{reference}: the beginning of a version is enough to read it; give the whole version, {version}"
+        raise RegistryError(message)
     registry.promote(
         store,
         name=manifest.name,

@@ -23,6 +23,7 @@ _SCHEMA = 1
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _ALIAS = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _VERSION = re.compile(r"[0-9]{8,20}-[0-9a-z]{1,12}-[0-9a-f]{12}")
+_BEGINNING = re.compile(r"[0-9][0-9a-z-]{0,46}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Place = Literal["format", "blob", "manifest", "tombstone", "ref", "reflog", "lease", "checkpoint", "plan"]
@@ -111,6 +112,11 @@ def check_version(version: str) -> str:
 def is_version(text: str) -> bool:
     """Whether `text` has the form of a version."""
     return _VERSION.fullmatch(text) is not None
+
+
+def is_beginning(text: str) -> bool:
+    """Whether `text` can be the beginning of a version; no alias can, since it starts with a letter."""
+    return _BEGINNING.fullmatch(text) is not None
 
 
 def locate(key: str) -> Location | None:

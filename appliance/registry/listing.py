@@ -7,7 +7,7 @@ manifest no longer has the digest in its name is damage and is named, never skip
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -26,6 +26,7 @@ from appliance.registry.moves import AliasMove, read_alias
 from appliance.store import Store
 
 _READERS = 8
+_SHORTEST, _LISTED = 8, 8  # the day of a version
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, choices, n=1)
     if close:
         return f"; did you mean {close[0]}?"
-    return f"; there is {', '.join(choices[-8:])}" if choices else "; there is none yet"
+    return f"; there is {', '.join(choices[-_LISTED:])}" if choices else "; there is none yet"
 
 
 def check_known(store: Store, name: str) -> list[str]:
@@ -156,12 +157,38 @@ def check_known(store: Store, name: str) -> list[str]:
     return keys
 
 
+def _list_own(store: Store, name: str) -> list[str]:
+    """The versions of a model, oldest first, by their names. Raises `RegistryError` when there is no such model."""
+    return [pair[1] for pair in map(split_version_key, check_known(store, name)) if pair]
+
+
+def complete_version(store: Store, name: str, beginning: str) -> str:
+    """The one version that begins so. Raises `RegistryError` where there is none, or more than one."""
+    if len(beginning) < _SHORTEST:
+        message = f"{name}@{beginning}: expected an alias, or at least {_SHORTEST} characters of a version"
+        raise RegistryError(message)
+    versions = _list_own(store, name)
+    found = [v for v in versions if v.startswith(beginning)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        listed = ", ".join(found[:_LISTED])
+        words = f"{len(found)} versions of {name} begin with {beginning!r}: {listed}; give more of it"
+        raise RegistryError(f"{store.url}: {words}")
+    raise RegistryError(f"{store.url}: no version of {name} begins with {beginning!r}{_name_newest(name, versions)}")
+
+
+def _name_newest(name: str, versions: Sequence[str]) -> str:
+    return f"; the newest version is {versions[-1]}, `appliance list {name}` has all" if versions else ""
+
+
 def _describe_missing_version(store: Store, name: str, version: str) -> str:
-    versions = [pair[1] for pair in map(split_version_key, check_known(store, name)) if pair]
-    return f"{store.url}: no version {version!r} of {name}{suggest(version, versions)}"
+    return f"{store.url}: no version {version!r} of {name}{suggest(version, _list_own(store, name))}"
 
 
 def describe_missing_alias(store: Store, name: str, alias: str) -> str:
     """The message about an alias that `name` does not have."""
-    aliases = [pair[1] for pair in map(split_ref_key, check_known(store, name)) if pair]
-    return f"{store.url}: no alias {alias!r} of {name}{suggest(alias, aliases)}"
+    keys = check_known(store, name)
+    aliases = [pair[1] for pair in map(split_ref_key, keys) if pair]
+    versions = [pair[1] for pair in map(split_version_key, keys) if pair]
+    return f"{store.url}: no alias {alias!r} of {name}{suggest(alias, aliases)}{_name_newest(name, versions)}"

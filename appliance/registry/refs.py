@@ -12,8 +12,22 @@ import uuid
 from appliance.digest import digest_bytes
 from appliance.errors import PreconditionFailedError, RegistryError
 from appliance.manifest import Manifest
-from appliance.registry.layout import check_alias, check_format, check_name, is_version, ref_key, reflog_key
-from appliance.registry.listing import check_known, describe_missing_alias, load_manifest, read_manifest
+from appliance.registry.layout import (
+    check_alias,
+    check_format,
+    check_name,
+    is_beginning,
+    is_version,
+    ref_key,
+    reflog_key,
+)
+from appliance.registry.listing import (
+    check_known,
+    complete_version,
+    describe_missing_alias,
+    load_manifest,
+    read_manifest,
+)
 from appliance.registry.moves import AliasMove, Ref, follow_alias, list_aliases, read_alias, read_ref
 from appliance.registry.publish import check_blobs
 from appliance.registry.tombstones import is_collected
@@ -135,12 +149,17 @@ def resolve(store: Store, reference: str) -> tuple[str, Manifest]:
 
 
 def find_version(store: Store, reference: str) -> tuple[str, str]:
-    """Name and version of a reference. Raises `RegistryError` with what there is when it is unknown."""
+    """Name and version of a reference; of a version, a beginning that no other has is enough.
+
+    Raises `RegistryError` with what there is when it is unknown.
+    """
     check_format(store)
     name, separator, rest = reference.partition("@")
     check_name(name)
     if is_version(rest):
         return name, rest
+    if is_beginning(rest):
+        return name, complete_version(store, name, rest)
     alias = check_alias(rest) if separator else DEFAULT_ALIAS
     move = read_alias(store, name, alias)
     if move is None and not separator:
