@@ -20,6 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from appliance import registry
+from appliance.cli import main
 from appliance.cli.promote import command as promote_command
 from appliance.digest import canonical_json, digest_bytes, digest_file, list_files
 from appliance.errors import ApplianceError, PreconditionFailedError, RegistryError, StoreError
@@ -672,6 +673,29 @@ def test_a_damaged_ref_is_named(store: Store, tmp_path: Path) -> None:
     store.put(ref_key("demo", "staging"), ref[:-5])
     with pytest.raises(RegistryError, match=r"refs/staging.json: damaged"):
         promote(store, registry.resolve(store, "demo")[0], "staging")
+
+
+@pytest.mark.parametrize("options", [[], ["demo"], ["--json"]], ids=["all", "one", "json"])
+def test_a_listing_shows_what_is_whole_beside_what_is_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    """One damaged ref and one damaged manifest hide no other version; each is named, and the exit code is 1."""
+    store = open_store((tmp_path / "store").as_uri())
+    first, second, third = (publish_new(store, tmp_path, t) for t in "abc")
+    promote(store, first)
+    promote(store, second, "staging")
+    for key in (ref_key("demo", "staging"), manifest_key("demo", third)):
+        store.put(key, store.get(key)[0][:-5])
+    assert main(["list", *options, "--store", store.url]) == 1
+    told = capsys.readouterr()
+    assert first in told.out
+    assert "production" in told.out
+    assert second in told.out
+    assert third not in told.out
+    assert "refs/staging.json: damaged" in told.err
+    assert f"{third}/manifest.json: damaged" in told.err
+    with pytest.raises(RegistryError, match=f"{third}/manifest.json: damaged"):
+        registry.list_versions(store)
 
 
 def test_an_unreachable_store_is_one_line_for_every_verb(

@@ -19,6 +19,7 @@ from appliance.registry.listing import (
     list_versions,
     load_manifest,
     select_run,
+    survey_versions,
 )
 from appliance.registry.marks import Garbage
 from appliance.registry.moves import AliasMove, read_alias, read_reflog
@@ -55,5 +56,6 @@ __all__ = [
     "read_reflog",
     "resolve",
     "select_run",
+    "survey_versions",
     "verify_folder",
 ]

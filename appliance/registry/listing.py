@@ -7,9 +7,10 @@ manifest no longer has the digest in its name is damage and is named, never skip
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from appliance.digest import digest_bytes
 from appliance.errors import NotFoundError, RegistryError
@@ -24,6 +25,8 @@ from appliance.registry.layout import (
 )
 from appliance.registry.moves import AliasMove, read_alias
 from appliance.store import Store
+
+T = TypeVar("T")
 
 _READERS = 8
 _SHORTEST, _LISTED = 8, 8  # the day of a version
@@ -47,20 +50,36 @@ class VersionInfo:
 def list_versions(store: Store, name: str | None = None) -> tuple[VersionInfo, ...]:
     """Every version (of one model, or of all), by name, then oldest first. An unknown name has none.
 
-    One that is collected while this reads is left out.
+    One that is collected while this reads is left out. Raises `RegistryError` on the first damage.
     """
+    versions, faults = survey_versions(store, name)
+    if faults:
+        raise faults[0]
+    return versions
+
+
+def survey_versions(store: Store, name: str | None = None) -> tuple[tuple[VersionInfo, ...], tuple[RegistryError, ...]]:
+    """As `list_versions`, with the damaged manifests and refs beside what is whole."""
     keys = [o.key for o in store.list(MODELS if name is None else model_prefix(name))]
     versions = [pair for pair in map(split_version_key, keys) if pair]
     refs = [pair for pair in map(split_ref_key, keys) if pair]
     with ThreadPoolExecutor(_READERS) as pool:
-        manifests = list(pool.map(lambda pair: _read_listed(store, pair[0], pair[1]), versions))
-        moves = [m for m in pool.map(lambda pair: read_alias(store, pair[0], pair[1]), refs) if m]
-    aliases = _group(moves)
-    return tuple(
+        manifests = list(pool.map(lambda pair: _catch(lambda: _read_listed(store, pair[0], pair[1])), versions))
+        moves = list(pool.map(lambda pair: _catch(lambda: read_alias(store, pair[0], pair[1])), refs))
+    aliases = _group(m for m in moves if isinstance(m, AliasMove))
+    found = tuple(
         VersionInfo(owner, version, aliases.get((owner, version), ()), manifest)
         for (owner, version), manifest in zip(versions, manifests, strict=True)
-        if manifest is not None
+        if isinstance(manifest, Manifest)
     )
+    return found, tuple(f for f in (*manifests, *moves) if isinstance(f, RegistryError))
+
+
+def _catch(read: Callable[[], T]) -> T | RegistryError:
+    try:
+        return read()
+    except RegistryError as fault:
+        return fault
 
 
 def _group(moves: Iterable[AliasMove]) -> dict[tuple[str, str], tuple[str, ...]]:
