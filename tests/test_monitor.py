@@ -516,6 +516,16 @@ def test_the_view_fits_the_terminal_and_says_everything(width: int) -> None:
             assert words in text
 
 
+@pytest.mark.parametrize("width", range(30, 100, 7))
+def test_a_field_of_the_view_is_whole_or_left_out(width: int) -> None:
+    """A number that is cut is another number: on a narrow terminal fields go, the first ones stay."""
+    fields = [f for line in render_view(make_status(), width=200) for f in line.strip().split("  ")]
+    known = {f for f in fields if not {*f} & {*"━╌▁█"}}
+    shown = [f for line in render_view(make_status(), width=width) for f in line.strip().split("  ")]
+    assert {f for f in shown if not {*f} & {*"━╌▁█"}} <= known
+    assert "loss 0.035" in shown
+
+
 def test_a_log_line_says_the_same_without_pictures() -> None:
     """One line, plain ASCII."""
     line = render_line(make_status())

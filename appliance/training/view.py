@@ -111,15 +111,23 @@ def render_line(status: Status) -> str:
 
 
 def render_view(status: Status, *, width: int) -> list[str]:
-    """Three lines that fit `width` columns: the way, the losses, the machine."""
+    """Three lines that fit `width` columns: the way, the losses, the machine; a field is whole, or left out."""
     times = say_duration(status.elapsed) + (f", {say_duration(status.left)} left" if status.left is not None else "")
-    tail = f"{status.step}/{status.max_steps} steps  epoch {status.epoch:.2f}  {times}"
-    way = f"  train {_draw_bar(status, max(8, width - len(tail) - 12))}  {tail}"
+    tail = (f"{status.step}/{status.max_steps} steps", f"epoch {status.epoch:.2f}", times)
+    bar = _draw_bar(status, max(8, width - len("  ".join(tail)) - 12))
     loss, *validation = _list_losses(status)
     words = "  ".join(validation)
     room = max(8, min(48, width - len(loss) - len(words) - 8))
-    losses = f"  {loss}  {draw_sparkline(status.losses, room)}  {words}"
-    return [line.rstrip()[:width] for line in (way, losses, "  " + "  ".join(_list_details(status)))]
+    lines = ((f"train {bar}", *tail), (loss, draw_sparkline(status.losses, room), *validation), _list_details(status))
+    return [_join_fitting(fields, width) for fields in lines]
+
+
+def _join_fitting(fields: Sequence[str], width: int) -> str:
+    line = ""
+    for part in fields:
+        if part and len(line) + 2 + len(part) <= width:
+            line += f"  {part}"
+    return line
 
 
 def draw_sparkline(values: Sequence[float], width: int) -> str:
