@@ -104,15 +104,16 @@ def find_changes(root: Path) -> dict[str, str]:
 
 
 def find_recipes(root: Path, *, only: Sequence[str] = ()) -> list[Path]:
-    """`recipes/*.yaml`, or those whose file name is in `only`."""
+    """`recipes/*.yaml`, or those whose file name, path or stem is in `only`."""
     paths = sorted((root / "recipes").glob("*.yaml"))
     if not paths:
         found = f", only {', '.join(find_ignored(root))}" if find_ignored(root) else ""
         raise RecipeError(f"{root / 'recipes'}: no *.yaml here{found}; add a recipe (see recipes/examples)")
-    unknown = sorted(set(only) - {p.stem for p in paths})
+    asked = {Path(name).name.removesuffix(".yaml") for name in only}
+    unknown = sorted(asked - {p.stem for p in paths})
     if unknown:
         raise RecipeError(f"--only {unknown[0]}: no such recipe; there are {', '.join(p.stem for p in paths)}")
-    return [p for p in paths if not only or p.stem in only]
+    return [p for p in paths if not only or p.stem in asked]
 
 
 def find_ignored(root: Path) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ _KINDS = {
     "string_type": "text, in quotes",
     "tuple_type": "a list",
 }
+_SHORT = {"lr": "learning_rate"}  # what others call a key, where no letter tells
 _TYPES = ("bool", "str", "int", "float")  # members of a union, in pydantic's locations
 _METHODS: dict[str, type[Section]] = {
     get_args(m.model_fields["type"].annotation)[0]: m for m in get_args(get_args(Method)[0])
@@ -46,15 +47,22 @@ def describe_fault(error: Any, *, model: type[Section], lines: Lines, source: st
         return f"{where}: key {join_path((*path, 'type'))} is missing; use one of {', '.join(_METHODS)}"
     if error["type"] == "union_tag_invalid":
         line, tag = lines.get((*path, "type"), line), error["ctx"]["tag"]
-        close = difflib.get_close_matches(tag, _METHODS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(_METHODS)}"
-        return f"{source}:{line}: {join_path((*path, 'type'))}: found {tag!r}, which is no method; {hint}"
+        return f"{source}:{line}: {join_path((*path, 'type'))}: found {tag!r}, which is no method; {_hint_method(tag)}"
     if error["type"] == "value_error":
         found = f", found {error['input']!r}" if not isinstance(error["input"], dict | Section) else ""
         text = error["msg"].removeprefix("Value error, ").removeprefix(f"{join_path(path)}: ")
         return f"{where}: {join_path(path) or 'recipe'}: {text}{found}"
     found = "nothing" if error["input"] is None else repr(error["input"])
     return f"{where}: {join_path(path) or 'recipe'}: found {found}, expected {_describe_expected(error, model)}"
+
+
+def _hint_method(tag: str) -> str:
+    for name, method in _METHODS.items():
+        variant = method.model_fields.get("variant")
+        if variant is not None and tag in get_args(variant.annotation):
+            return f"it is a variant: write type: {name} and variant: {tag}"
+    close = difflib.get_close_matches(tag, _METHODS, n=1)
+    return f"did you mean {close[0]}?" if close else f"use one of {', '.join(_METHODS)}"
 
 
 def _describe_expected(error: Any, model: type[Section]) -> str:
@@ -106,7 +114,8 @@ def _find_model(loc: tuple[str | int, ...], model: type[Section]) -> type[Sectio
 
 def _did_you_mean(loc: tuple[str | int, ...], model: type[Section]) -> str:
     known = list(_find_model(loc, model).model_fields)
-    close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
+    word = _SHORT.get(str(loc[-1]), str(loc[-1]))
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(known)}"
 
 

@@ -354,8 +354,8 @@ def load_recipe(path: Path) -> Recipe:
 
 def _describe_recipes(path: Path) -> str:
     """What to give in place of a recipe that is not there: one whose name is close, or those that there are."""
-    folders = (path, path.parent, path.parent / "recipes")
-    found = [p for folder in folders for p in sorted(folder.glob("*.yaml")) if p != path]
+    folders = (path, path / "recipes") if path.is_dir() else (path.parent, path.parent / "recipes")
+    found = [p for folder in folders for p in sorted(folder.glob("*.yaml")) if p != path and p.name != "prices.yaml"]
     close = difflib.get_close_matches(path.stem, [p.stem for p in found], n=1)
     if close:
         return f"did you mean {next(p for p in found if p.stem == close[0])}?"

@@ -11,6 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
+from appliance.desired import find_recipes
 from appliance.digest import digest_json
 from appliance.errors import RecipeError
 from appliance.method import Method
@@ -73,6 +74,11 @@ def test_all_faults_are_reported_at_once_with_their_lines() -> None:
         ),
         (GOOD + "training: {effective_batch: 2.5}\n", "found 2.5, expected a whole number; left out, it is 16"),
         (GOOD + "training: {epochs: 0}\n", "found 0, expected a value greater than 0; left out, it is 3.0"),
+        (
+            GOOD.replace("lora", "dora"),
+            "found 'dora', which is no method; it is a variant: write type: lora and variant: dora",
+        ),
+        (GOOD + "training: {lr: 0.1}\n", "unknown key training.lr; did you mean learning_rate?"),
         (GOOD + "training: {overlong: dorp}\n", "expected 'refuse' or 'drop'; did you mean drop?"),
         (GOOD + "training: {packing: maybe}\n", "training.packing: found 'maybe', expected true or false"),
         (GOOD + "training:\n", "r.yaml:5: training: found nothing, expected keys below it, such as epochs"),
@@ -107,6 +113,11 @@ def test_a_missing_recipe_is_answered_with_those_that_there_are(tmp_path: Path) 
         load_recipe(tmp_path / "tickts.yaml")
     with pytest.raises(RecipeError, match=r"; there is .*/recipes/invoices\.yaml, .*/recipes/tickets\.yaml$"):
         load_recipe(tmp_path / "recipes" / "x.yaml")
+    (tmp_path / "prices.yaml").write_text("")
+    with pytest.raises(
+        RecipeError, match=r"directory; there is [^,]*/recipes/invoices\.yaml, [^,]*/recipes/tickets\.yaml$"
+    ):
+        load_recipe(tmp_path / "recipes")
     with pytest.raises(RecipeError, match=r"recipes: cannot be read, is a directory; there is .*invoices\.yaml"):
         load_recipe(tmp_path / "recipes")
     with pytest.raises(RecipeError, match=r"; give the path of a recipe, a \*\.yaml$"):
@@ -149,3 +160,13 @@ def test_a_lever_younger_than_a_recipe_does_not_change_its_digest() -> None:
     speed = recipe.training.speed.model_copy(update={"prefix": "standard"})
     training = recipe.training.model_copy(update={"speed": speed})
     assert recipe.model_copy(update={"training": training}).digest != recipe.digest
+
+
+@pytest.mark.parametrize("only", ["tickets", "tickets.yaml", "recipes/tickets.yaml", "./recipes/tickets.yaml"])
+def test_a_recipe_is_chosen_by_its_name_or_its_path(tmp_path: Path, only: str) -> None:
+    """`--only` takes what other verbs take."""
+    (tmp_path / "recipes").mkdir()
+    for name in ("tickets", "v1.2"):
+        (tmp_path / "recipes" / f"{name}.yaml").write_text(GOOD)
+    assert [p.stem for p in find_recipes(tmp_path, only=(only,))] == ["tickets"]
+    assert [p.stem for p in find_recipes(tmp_path, only=("v1.2",))] == ["v1.2"]
