@@ -714,6 +714,27 @@ def test_a_remote_that_is_asked_for_is_written_or_refused_by_name(tmp_path: Path
     assert "s3://one/dvc" in ask_dvc(tmp_path)
 
 
+def test_a_folder_as_remote_is_the_one_that_was_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative one is resolved from where the user is, not from `.dvc`; what only looks like a URL is refused."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    root = tmp_path / "there" / "team"
+    for _ in range(2):
+        invoke_init(root, "--remote", "../storage")
+    assert Path(ask_dvc(root).split()[1]).resolve() == tmp_path / "storage"
+    for wrong in ("s3:/bucket", "s3://", "S3:bucket"):
+        done = CliRunner().invoke(init_command, ["--root", str(tmp_path / "x"), "--remote", wrong])
+        assert f"--remote {wrong}: not a URL; expected one such as s3://BUCKET/dvc" in str(done.exception)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_message() -> None:
+    """Not a traceback."""
+    done = CliRunner().invoke(init_command, ["--root", "/proc/foo/bar"], standalone_mode=False)
+    assert isinstance(done.exception, CommandError)
+    assert str(done.exception).startswith("/proc/foo/bar: cannot be made (")
+
+
 @pytest.mark.parametrize("name", ["2024", "no", "on", "true", "null", "007", "0x10", "1e3", "~"])
 def test_a_name_is_text_whatever_yaml_makes_of_it(tmp_path: Path, name: str) -> None:
     """The folder's name becomes the recipe's, the dataset's and the path; all are what they look like."""

@@ -20,7 +20,9 @@ from appliance.starter import check_files, start_repository
     help="The repository; made where there is none.",
 )
 @click.option(
-    "--remote", metavar="URL", help="S3 URL for DVC's data; s3://BUCKET/dvc of APPLIANCE_STORE's bucket when left out."
+    "--remote",
+    metavar="URL",
+    help="S3 URL (or folder) for DVC's data; s3://BUCKET/dvc of APPLIANCE_STORE's bucket when left out.",
 )
 @click.option(
     "--store", "store_url", envvar="APPLIANCE_STORE", metavar="URL", help="The registry. [env: APPLIANCE_STORE]"

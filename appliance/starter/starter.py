@@ -33,6 +33,7 @@ _SCRIPT = ".github/scripts/appliance"
 _BRANCHES = ("main", "master")  # those in the workflows' `branches:`
 _OWNERS = (".github/CODEOWNERS", "CODEOWNERS", "docs/CODEOWNERS")
 _NAME = re.compile(r"[^a-z0-9]+")
+_URL, _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://[^/]|file:///."), re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _HOST = re.compile(r"github\.com[:/]([A-Za-z0-9][A-Za-z0-9-]*)/")
 
 State = Literal["same", "missing", "outdated", "changed"]
@@ -69,12 +70,17 @@ def check_files(root: Path) -> tuple[Change, ...]:
 def start_repository(root: Path, *, remote: str | None, default_remote: str | None = None) -> tuple[str, ...]:
     """Write what is missing or outdated and nothing else; what was done, a line each.
 
-    `remote` is the S3 URL for DVC that was asked for, `default_remote` one for a repository that has none.
-    Raises `CommandError` when Git fails, below the top of a repository, and where something else has a file's place.
+    `remote` is the S3 URL (or folder) for DVC that was asked for, `default_remote` one for a repository that has none.
+    Raises `CommandError` when Git fails, below the top of a repository, for a `remote` that is neither, and where the
+    folder cannot be made or something else has a file's place.
     """
     changes = check_files(root)
     _check_places(root)
-    root.mkdir(parents=True, exist_ok=True)
+    remote = _find_remote(remote, root) if remote is not None else None
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise CommandError(f"{root}: cannot be made ({fault.strerror}); choose another folder") from fault
     done: list[str] = []
     if _find_top(root) is None:
         run_command(["git", "init", "--quiet", "--initial-branch", "main"], cwd=root)
@@ -139,6 +145,15 @@ def _compare(root: Path, path: str, *, recorded: dict[str, str]) -> Change:
         ours.splitlines(), theirs.decode("utf-8", "replace").splitlines(), "release", path, lineterm=""
     )
     return Change(path, state, "\n".join(lines))
+
+
+def _find_remote(remote: str, root: Path) -> str:
+    """A URL as it is; a folder as DVC's config has it: from `.dvc`, where it was given from here."""
+    if _URL.match(remote) or Path(remote).is_absolute():
+        return remote
+    if _SCHEME.match(remote):
+        raise CommandError(f"--remote {remote}: not a URL; expected one such as s3://BUCKET/dvc, or a folder")
+    return os.path.relpath(Path(remote).absolute(), root.resolve() / ".dvc")
 
 
 def _start_remote(root: Path, *, remote: str | None, default: str | None) -> list[str]:
