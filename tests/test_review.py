@@ -21,6 +21,7 @@ from tiny import make_recipe, write_base, write_dataset
 from appliance.changes import diff_revisions
 from appliance.cli import main
 from appliance.cli.changes import describe_diff
+from appliance.cli.common import find_root
 from appliance.cli.prices import Prices, describe_cost, guess_hours, load_prices
 from appliance.cli.sections import Section, render_sections
 from appliance.data import Pointer, check_pushed, diff_folders, pull_data, run_dvc, select_side
@@ -249,6 +250,23 @@ def test_without_dvc_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Monk
             check_pushed(pointer, root=root)
         with pytest.raises(DatasetError, match="dvc cache failed: dvc is not installed"):
             run_dvc("cache", "dir", subject=pointer.file, cwd=root)
+
+
+def test_a_folder_below_is_of_its_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Git and DVC do, unless --root says otherwise; a folder with recipes or data of its own is not left."""
+    root = tmp_path / "repository"
+    start_repository(root)
+    commit_split(root, test=0.4)
+    own = root / "own"
+    (own / "recipes").mkdir(parents=True)
+    for here in (root, root / "recipes", root / "datasets" / "colours"):
+        monkeypatch.chdir(here)
+        assert find_root(Path()).resolve() == root
+        assert main(["data", "diff", "HEAD..HEAD"]) == 0
+        assert main(["data", "diff", "HEAD..HEAD", "--root", "."]) == (here != root)
+    for here in (own, tmp_path):
+        monkeypatch.chdir(here)
+        assert find_root(Path()) == Path()
 
 
 def test_what_is_left_out_is_had_by_the_command_that_is_named(tmp_path: Path) -> None:

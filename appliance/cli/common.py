@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from appliance import desired
 from appliance.cli.lines import wrap
+from appliance.desired import POINTER
 from appliance.pipeline import Finished
 from appliance.preparation import Origin, Workspace
 from appliance.recipe import Recipe
@@ -48,11 +50,30 @@ def store_option(*, required: bool) -> Callable[[F], F]:
     )
 
 
+def find_root(here: Path) -> Path:
+    """The repository that a folder is in, as Git and DVC find theirs; `here` where none is above it.
+
+    A folder with recipes or datasets of its own is never left.
+    """
+    for folder in (here, *here.resolve().parents):
+        found = [n for n in ("recipes", "datasets", POINTER, ".dvc") if os.path.exists(folder / n)]  # noqa: PTH110 - never raises
+        if found and found != [".dvc"]:
+            is_ours = "recipes" in found and (POINTER in found or ".dvc" in found)
+            return folder if is_ours else here
+    return here
+
+
+def _choose_root(context: click.Context, parameter: click.Parameter, value: Path) -> Path:
+    is_given = context.get_parameter_source(parameter.name or "") is not ParameterSource.DEFAULT
+    return value if is_given else find_root(value)
+
+
 root_option = click.option(
     "--root",
     type=click.Path(path_type=Path, file_okay=False),
     default=".",
-    show_default=True,
+    show_default="the one that this folder is in",
+    callback=_choose_root,
     help="The repository: dataset and base paths in a recipe start here.",
 )
 cache_option = click.option(
