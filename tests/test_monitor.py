@@ -191,12 +191,30 @@ def test_the_first_step_records_where_the_run_began(base: Path, tmp_path: Path) 
 def test_a_plateau_is_said_once_and_not_at_the_end_of_a_schedule() -> None:
     """Four evaluations within 1%, at a rate that could still move something."""
     flat = [1.0, 0.5, 0.5, 0.499, 0.498, 0.4981, 0.4982]
-    rules = replace(RULES, patience=None)
+    rules = replace(RULES, patience=None, max_steps=80)
     assert list_kinds(watch_records(make_curve([1.0] * 70, flat), rules)) == ["plateau"]
     decayed = [
         r | {"learning_rate": 1e-6} if r["step"] > 20 and "loss" in r else r for r in make_curve([1.0] * 70, flat)
     ]
     assert list_kinds(watch_records(decayed, rules)) == []
+
+
+def test_a_curve_that_falls_is_no_plateau_however_often_it_is_looked_at() -> None:
+    """A hundred evaluations each less than 1% better than the one before are not flat; a pause in the middle is."""
+    falling = [5.5 * 0.9975**i for i in range(100)]
+    rules = replace(RULES, patience=1)
+    assert list_kinds(watch_records(make_curve([1.0] * 1000, falling), rules)) == []
+    pausing = [*falling[:50], *[falling[50] - 0.001 * i for i in range(30)], *falling[60:80]]
+    assert list_kinds(watch_records(make_curve([1.0] * 1000, pausing), rules)) == ["plateau"]
+
+
+def test_a_rule_that_no_row_can_serve_is_said(base: Path, tmp_path: Path) -> None:
+    """A split may give no validation row by chance: asked for the best exact match, the last step is kept aloud."""
+    recipe = make_recipe(training={"keep": "best_exact_match", "epochs": 1})
+    job, said = make_job(base, tmp_path, recipe), list[str]()
+    (tmp_path / "validation.rows.jsonl").write_bytes(b"")
+    assert run_in_process(job, emit=lambda **event: said.append(str(event.get("note"))))["kept"] == "last"
+    assert any("best_exact_match" in n and "no validation row" in n for n in said)
 
 
 def test_a_collapse_is_said_when_it_lasts() -> None:

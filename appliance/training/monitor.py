@@ -26,6 +26,7 @@ _SETTLED = 10  # steps until the smoothed loss means something
 _EXPLODED = (3.0, 2.0, 5)  # raw loss above this many times, and this many nats over, its start, for so many steps
 _LOST = (0.5, 1.0, 3.0)  # smoothed loss above its start by the largest of: this share, these nats, this much noise
 _GAIN = 0.01  # a validation loss that moves by less has not moved
+_PARTS = 8  # it must not have moved over this part of the run: as many evaluations are made by default
 _SAME_ANSWER, _SAME_REFERENCE, _FEWEST_ROWS = 0.9, 0.5, 8
 _USUAL_PATIENCE = 3
 
@@ -212,8 +213,7 @@ def _watch_evaluation(seen: Watched, record: Record, rules: Rules) -> Watched:
         waited=0 if is_best else seen.waited + 1,
     )
     usual = rules.patience or _USUAL_PATIENCE
-    for judge in (_judge_overfitting, _judge_plateau):
-        seen = judge(seen, found, usual)
+    seen = _judge_plateau(_judge_overfitting(seen, found, usual), found, usual, span=rules.max_steps / _PARTS)
     return _judge_patience(_judge_collapse(seen, found), found, rules)
 
 
@@ -236,9 +236,13 @@ def _judge_overfitting(seen: Watched, found: Evaluation, patience: int) -> Watch
     return _raise_alert(seen, found.step, "overfitting", words, numbers, holds=holds)
 
 
-def _judge_plateau(seen: Watched, found: Evaluation, patience: int) -> Watched:
-    """Validation loss that does not move although the learning rate is still well above its end."""
-    losses = [e.loss for e in seen.evaluations[-patience - 1 :]]
+def _judge_plateau(seen: Watched, found: Evaluation, patience: int, *, span: float) -> Watched:
+    """Validation loss that does not move although the learning rate is still well above its end.
+
+    Over more evaluations than `patience` and over `span` steps: between two close ones no loss moves.
+    """
+    before = [e.step for e in seen.evaluations[:-patience] if e.step <= found.step - span]
+    losses = [e.loss for e in seen.evaluations if before and e.step >= before[-1]] or [found.loss]
     is_flat = len(losses) > patience and max(losses) - min(losses) <= _GAIN * min(losses)
     words = (
         f"plateau: validation loss has stayed near {found.loss:.3f} for {len(losses)} evaluations; nothing more is "

@@ -71,8 +71,7 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit, rank: int = 0, meet
         ranks = join_ranks(meeting, rank, job.devices, device)
 
         # 2. The data: token rows whose masks were checked when they were written.
-        train_rows = load_rows(job.folder / "train.rows.jsonl")
-        validation_rows = load_rows(job.folder / "validation.rows.jsonl")
+        train_rows, validation_rows = _load_sides(job, emit)
 
         # 3. The model, with the method's trainable weights on it.
         shared_out = f", shared out among {ranks.size} devices" if job.sharded else ""
@@ -172,6 +171,17 @@ def _set_up_machine(job: TrainingJob) -> torch.device:
     make_deterministic(device)
     set_seed(job.training.seed)
     return device
+
+
+def _load_sides(job: TrainingJob, emit: Emit) -> tuple[tuple[TokenRow, ...], tuple[TokenRow, ...]]:
+    """Training and validation rows; said where none of the second can choose what the recipe wants kept."""
+    train_rows, validation_rows = (load_rows(job.folder / f"{side}.rows.jsonl") for side in ("train", "validation"))
+    if job.training.keep == "best_exact_match" and not validation_rows:
+        emit(
+            note="training.keep: best_exact_match has no validation row to go by, the last step is kept; "
+            "raise dataset.split.validation, or add rows"
+        )
+    return train_rows, validation_rows
 
 
 def _load(job: TrainingJob, ranks: Ranks, *, levers: Levers, precision: Precision, device: torch.device) -> Any:
