@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from test_training import make_examples, make_job, run_in_process
 from tiny import build_adapted as build_job_model
 from tiny import make_recipe, write_base
 
-from appliance.errors import TrainingError
+from appliance.errors import InterruptedRunError, TrainingError
 from appliance.example import Example, Message
 from appliance.model import load_template, render_row
 from appliance.model.weights import load_model
@@ -33,6 +34,7 @@ from appliance.training.batches import (
 from appliance.training.fused import fuse_lora
 from appliance.training.guards import _change_others
 from appliance.training.levers import Prefix, select_levers, settle_levers
+from appliance.training.trainer import run_job
 
 
 @pytest.fixture(scope="module")
@@ -364,10 +366,29 @@ def test_compilation_takes_every_layer(base: Path, tmp_path: Path, monkeypatch: 
 
     recipe = make_recipe(training={"speed": {"compile": "on"}})
     model = build_job_model(make_job(base, tmp_path, recipe))
+    methods.compile_layers(model)
     assert [m._compiled_call_impl is not None for m in methods.find_layers(model.get_base_model())] == [True, True]
     monkeypatch.setattr(methods, "find_layers", lambda _model: [])
     with pytest.raises(TrainingError, match=r"training\.speed\.compile: LlamaForCausalLM does not say .*off"):
-        build_job_model(make_job(base, tmp_path, recipe))
+        methods.compile_layers(model)
+
+
+def test_guards_leave_the_compiler_its_ways_to_call_a_layer(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first step layers are compiled for that step and a validation, no more."""
+    from torch._dynamo import reset
+    from torch._dynamo.utils import counters
+
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **o: compiled(self, backend="eager", **o))
+    reset()
+    counters.clear()
+    job = make_job(base, tmp_path, make_recipe(training={"precision": "bf16", "speed": {"compile": "on"}}))
+    with pytest.raises(InterruptedRunError, match="before the first step"):
+        run_job(job, stop=SimpleNamespace(is_set=True), emit=lambda **_event: None)  # type: ignore[arg-type]
+    assert 0 < counters["stats"]["unique_graphs"] <= 3
+    reset()
 
 
 def test_levers_follow_device_and_method() -> None:

@@ -37,7 +37,7 @@ from appliance.training.fused import fuse_lora
 from appliance.training.head import lighten_loss, scoring_only
 from appliance.training.launch import TrainingJob
 from appliance.training.levers import Levers
-from appliance.training.methods import keep_dtypes, keep_router, load_encoder, save_encoder
+from appliance.training.methods import compile_layers, keep_dtypes, keep_router, load_encoder, save_encoder
 from appliance.training.ranks import Ranks
 from appliance.training.sharding import gather_weights, is_trained_in_parts, share_optimizer
 from appliance.training.validation import RowScore, score_rows, summarise_scores
@@ -83,6 +83,8 @@ def build_trainer(
         fuse_lora(model)
     if levers.head == "labelled":
         lighten_loss(model)
+    if levers.compile:
+        compile_layers(model)
     with keep_dtypes(model), keep_router(model):
         trainer = _Trainer(
             model=model,

@@ -63,8 +63,6 @@ def build_model(job: TrainingJob, *, levers: Levers, precision: Precision, devic
     if levers.attention == "packed":
         attention.use(model)
     check_finite(model, job.base, four_bit=isinstance(method, QloraMethod))
-    if levers.compile:
-        _compile_layers(model)
     if isinstance(method, FullMethod):
         return model
     experts = list_experts(read_weight_shapes(job.base))  # no layers in memory, but PEFT finds them
@@ -87,11 +85,17 @@ def build_model(job: TrainingJob, *, levers: Levers, precision: Precision, devic
     return adapted
 
 
-def _compile_layers(model: Any) -> None:
-    layers = find_layers(model)
+def compile_layers(model: Any) -> None:
+    """Let the layers be compiled at their next call.
+
+    Only once the guards have asked what they ask: torch compiles a layer for at most eight ways to call it, and
+    computes further ones eagerly without a word.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers = find_layers(base)
     if not layers:
         raise TrainingError(
-            f"training.speed.compile: {type(model).__name__} does not say what its layers are; set it to off"
+            f"training.speed.compile: {type(base).__name__} does not say what its layers are; set it to off"
         )
     for layer in layers:
         layer.compile(dynamic=True)
