@@ -343,7 +343,7 @@ def test_a_job_without_data_pulls_it_only_where_something_may_train(project: Pro
         (outcome,) = project.reconcile(**options)
         return outcome.action, data.exists()
 
-    assert look(dry_run=True) == ("none", True), "no commit says which data it was"
+    assert look(dry_run=True) == ("train", True), "nobody can make it again: no commit says which data it was"
     version = publish_new(project.store, tmp_path, "held", **facts, git_commit=commit)
     assert look(dry_run=True) == ("none", False)
     assert registry.read_alias(project.store, "colours", prepared.recipe.publish.alias) is None
