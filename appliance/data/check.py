@@ -180,7 +180,7 @@ def _check_prompts(dataset: Dataset) -> Iterator[Finding]:
         if seen.example.group_key != row.example.group_key:
             place = f"row {seen.example.id} at {seen.where}"
             message = f"the prompt is that of {place} in another group, so it could stand in train and in test"
-            yield _error(row, "shared-prompt", message, "give both rows the same group")
+            yield _error(row, "shared-prompt", message, "give both rows the same group, or remove one")
         for one in (seen, row):
             same.setdefault(_hash_request(one.example, _trim), one)
             alike.setdefault(_hash_request(one.example, normalise_text), one)
@@ -226,7 +226,7 @@ def _check_turns(dataset: Dataset) -> Iterator[Finding]:
                     f"the prompt of turn {turn} is that of {place} in another group, so it could be trained on "
                     "here and tested there"
                 )
-                yield _error(row, "shared-prompt", message, "give both rows the same group")
+                yield _error(row, "shared-prompt", message, "give both rows the same group, or remove one")
 
 
 def _list_earlier(example: Example) -> Iterator[tuple[int, bytes]]:
