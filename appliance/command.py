@@ -87,8 +87,7 @@ def run_worker(
 
     Standard error goes to the file `log`, new for each run. SIGINT, SIGTERM and SIGHUP are forwarded
     to the child as SIGTERM, which a `note` event tells; the child then has 120 s to save a checkpoint before it is
-    killed. On Linux
-    a SIGKILL of this process takes the child with it: nobody would be there to start the next one after it.
+    killed. On Linux a SIGKILL of this process takes the child with it: nobody would be there to start the next one.
     A child that the kernel killed for memory ends like one that ran out of memory by itself: with code 34.
     It sees as many GPUs as it has `devices`, see `name_gpus`.
     """

@@ -26,12 +26,11 @@ def head(project: Project) -> str:  # noqa: F811
 
 
 def publish_asked(project: Project, folder: Path, *, verdict: str = "ship", text: str = "") -> str:  # noqa: F811
-    """A version of what HEAD asks for, as a training would publish it; nothing is trained."""
+    """A version of what HEAD asks for, compared with the one in use, as a training would publish it."""
     workspace = Workspace(project.root, project.root / ".cache", project.root / ".appliance", note=lambda _: None)
     key = prepare(load_recipe(project.root / "recipes" / "colours.yaml"), workspace=workspace).key
-    return publish_new(
-        project.store, folder, f"{key}{text}", name="colours", run_key=key, git_commit=head(project), verdict=verdict
-    )
+    facts = {"name": "colours", "run_key": key, "git_commit": head(project), "verdict": verdict}
+    return publish_new(project.store, folder, f"{key}{text}", **facts, parent=project.alias())
 
 
 def ask_for(project: Project, epochs: int) -> str:  # noqa: F811

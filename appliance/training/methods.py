@@ -45,6 +45,7 @@ _CONFIGS = {
     "ia3": IA3Config,
 }
 _ENCODER = "prompt_encoder.safetensors"
+_WAYS = 32
 
 
 def build_model(job: TrainingJob, *, levers: Levers, precision: Precision, device: torch.device) -> Any:
@@ -88,9 +89,10 @@ def build_model(job: TrainingJob, *, levers: Levers, precision: Precision, devic
 def compile_layers(model: Any) -> None:
     """Let the layers be compiled at their next call.
 
-    Only once the guards have asked what they ask: torch compiles a layer for at most eight ways to call it, and
-    computes further ones eagerly without a word.
+    Only once the guards have asked what they ask: torch compiles a layer for so many ways to call it, and computes
+    further ones eagerly without a word. Steps, validation and what is asked at the end are more than its eight.
     """
+    torch._dynamo.config.recompile_limit = _WAYS  # noqa: SLF001 - its one setting of this
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = find_layers(base)
     if not layers:
