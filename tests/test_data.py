@@ -170,7 +170,9 @@ def test_a_conversation_row_by_row_stays_on_one_side(tmp_path: Path) -> None:
         ("r6", f"{file}:7", f"the prompt of turn 4 is that of row r4 at {file}:5"),
         ("r8", f"{file}:9", f"the prompt of turn 2 is that of row r0 at {file}:1"),
     }
-    assert {(f.rule, f.fix) for f in report.errors} == {("shared-prompt", "give both rows the same group, or remove one")}
+    assert {(f.rule, f.fix) for f in report.errors} == {
+        ("shared-prompt", "give both rows the same group, or remove one")
+    }
     for number, group in {0: "r0", 2: "hi", 4: "hi", 6: "hi"}.items():
         rows[number]["group"] = group
     assert not check_dataset(write_rows(tmp_path / "d", rows)).errors
