@@ -445,4 +445,4 @@ def test_a_gpu_without_bf16_is_planned_in_fp32(base: Path) -> None:
         for w in (4.0, 2.0)
     ]
     held = wide.parameters * 2 + activations[0] - activations[1]
-    assert wide.peak_bytes - narrow.peak_bytes == pytest.approx(1.07 * held, rel=1e-3)
+    assert wide.peak_bytes - narrow.peak_bytes == pytest.approx(1.02 * held, rel=1e-3)

@@ -79,7 +79,7 @@ def start_repository(root: Path, *, remote: str | None, default_remote: str | No
     remote = _find_remote(remote, root) if remote is not None else None
     try:
         root.mkdir(parents=True, exist_ok=True)
-    except OSError as fault:
+    except (FileNotFoundError, NotADirectoryError, FileExistsError) as fault:
         raise CommandError(f"{root}: cannot be made ({fault.strerror}); choose another folder") from fault
     done: list[str] = []
     if _find_top(root) is None:
