@@ -26,7 +26,7 @@ from appliance.model.shapes import read_weight_shapes
 from appliance.plan import check_device, check_room, plan_answering, read_machine
 from appliance.preparation import Origin, Prepared, Workspace, note_tokens, plan_run, prepare, read_versions, rehearse
 from appliance.recipe import Recipe
-from appliance.release import build_manifest, collect_files, promote_by_verdict
+from appliance.release import build_manifest, collect_files, fetch_champion, find_champion, promote_by_verdict
 from appliance.run import Run, open_run
 from appliance.store import Store
 
@@ -116,7 +116,7 @@ def publish_run(prepared: Prepared, *, workspace: Workspace, store: Store, origi
     with run.lock():
         if not run.is_done("card"):
             raise DatasetError(f"{run.folder}: this run has no card yet; run `appliance evaluate` first")
-        compared, champion = run.read("evaluate")["champion"], _find_champion(prepared, workspace, store)
+        compared, champion = run.read("evaluate")["champion"], find_champion(prepared, workspace, store)
         if compared != champion:
             raise DatasetError(
                 f"{run.folder}: this run was compared with {compared or 'no version in use'}, and "
@@ -261,12 +261,12 @@ def _is_intact(run: Run) -> bool:
 
 def _evaluate_stage(run: Run, prepared: Prepared, *, workspace: Workspace, store: Store | None) -> None:
     """One scored result per test row and arm; again where the alias has moved since, for that is what is replaced."""
-    champion = _find_champion(prepared, workspace, store) if store is not None else None
+    champion = find_champion(prepared, workspace, store) if store is not None else None
     if run.is_done("evaluate") and (store is None or run.read("evaluate")["champion"] == champion):
         return
     recipe, section = prepared.recipe, prepared.recipe.evaluation
     if store is not None and champion is not None:
-        _fetch_champion(run, f"{recipe.name}@{champion}", store)
+        fetch_champion(run, f"{recipe.name}@{champion}", store)
     train = decode_examples((run.examples / "train.jsonl").read_bytes())
     template = fit_template(load_template(prepared.base.folder), train)
     arms = evaluation.build_arms(
@@ -299,24 +299,6 @@ def _evaluate_stage(run: Run, prepared: Prepared, *, workspace: Workspace, store
     results = evaluation.score_outputs(outputs, test, prepared.dataset.card.contract, template=template)
     write_atomic(run.evaluation / "results.jsonl", evaluation.encode_results(results))
     run.finish("evaluate", champion=champion, four_bit=how.four_bit)
-
-
-def _find_champion(prepared: Prepared, workspace: Workspace, store: Store) -> str | None:
-    """The version behind the alias, when it was trained on the same base."""
-    name, alias = prepared.recipe.name, prepared.recipe.publish.alias
-    if registry.read_alias(store, name, alias) is None:
-        return None
-    version, manifest = registry.resolve(store, f"{name}@{alias}")
-    if manifest.base.get("revision") != prepared.base.revision:
-        workspace.note(f"the champion {version} has another base model; it is not compared")
-        return None
-    return version
-
-
-def _fetch_champion(run: Run, reference: str, store: Store) -> None:
-    folder = run.folder / "champion"
-    shutil.rmtree(folder, ignore_errors=True)
-    registry.pull(store, reference, folder)
 
 
 def _judge_stage(run: Run, prepared: Prepared) -> None:

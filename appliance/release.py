@@ -1,4 +1,4 @@
-"""The release: a finished run's artifact and card as one immutable version, and its alias by the verdict."""
+"""The release: what a run is compared with, its artifact and card as one version, and the alias by the verdict."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from appliance.digest import digest_file, list_files
 from appliance.errors import CommandError
 from appliance.manifest import FileEntry, Manifest
 from appliance.method import FullMethod
-from appliance.preparation import Origin, Prepared, read_versions
+from appliance.preparation import Origin, Prepared, Workspace, read_versions
 from appliance.recipe import Recipe
 from appliance.run import Run
 from appliance.store import Store
@@ -21,6 +21,25 @@ from appliance.store import Store
 _SHIPPED = "verdict ship"
 # The reasons of the moves made here: of this release with the commit that HEAD was, of earlier ones without.
 _MADE_BY_VERDICT = re.compile(r"verdict ship(?:; HEAD ([0-9a-f]{40}) asks for it(?: again)?)?")
+
+
+def find_champion(prepared: Prepared, workspace: Workspace, store: Store) -> str | None:
+    """The version behind the alias, when it was trained on the same base."""
+    name, alias = prepared.recipe.name, prepared.recipe.publish.alias
+    if registry.read_alias(store, name, alias) is None:
+        return None
+    version, manifest = registry.resolve(store, f"{name}@{alias}")
+    if manifest.base.get("revision") != prepared.base.revision:
+        workspace.note(f"the champion {version} has another base model; it is not compared")
+        return None
+    return version
+
+
+def fetch_champion(run: Run, reference: str, store: Store) -> None:
+    """Into the run's folder, in the place of an earlier one."""
+    folder = run.folder / "champion"
+    shutil.rmtree(folder, ignore_errors=True)
+    registry.pull(store, reference, folder)
 
 
 def collect_files(run: Run) -> Path:
