@@ -289,6 +289,10 @@ def test_what_is_published_was_compared_with_what_it_replaces(project: Path, tmp
     shown = call("show", f"colours@{newest}", "--store", store, "--json", cwd=project, env=env)
     assert newest != first["version"]
     assert json.loads(shown.stdout)["parent"] == first["version"]
+    call("promote", f"colours@{newest}", "production", "--force", "--store", store, cwd=project, env=env)
+    again = call("publish", str(other), "--store", store, cwd=project, env=env)
+    assert again.returncode == done.returncode, "the same command finishes, whatever was done already"
+    assert newest in again.stdout
 
 
 @pytest.mark.parametrize("was_done", [False, True])
