@@ -11,7 +11,7 @@ wrong with the loss on the unseen rows: it did not begin where the appliance's d
 nats, or after equal real tokens it is further from the appliance's than `PARITY` of what that one fell. Then
 the command ends with exit code 1.
 
-    python benchmarks/gpu.py                       # everything, about 25 minutes on one 80 GB GPU
+    python benchmarks/gpu.py                       # everything, about 35 minutes on one 80 GB GPU
     python benchmarks/gpu.py --only 8b-lora        # one job; the others' figures stay in the JSON
     python benchmarks/gpu.py --tiny                # the same code on a CPU in a few minutes: a test of this file
 
@@ -121,6 +121,7 @@ CONTENDERS = {
     "trl": "SFTTrainer with its defaults: padded, fp32 weights under bf16 autocast, checkpointing",
     "trl-best": "SFTTrainer, bf16 weights, best-fit packing, no checkpointing, fused AdamW",
     "appliance": "as `appliance train` does it, every lever at auto",
+    "appliance-compiled": "the same with `speed.compile: on`",
 }
 
 
@@ -207,11 +208,11 @@ def describe_figure(job: str, contender: str, figure: dict[str, Any]) -> str:
     """One line of the table."""
     if "failed" in figure:
         log = f" (all of it in {figure['log']})" if "log" in figure else ""
-        return f"{job:<10} {contender:<10} failed: {figure['failed']}{log}"
+        return f"{job:<10} {contender:<18} failed: {figure['failed']}{log}"
     mfu = f"{figure['mfu']:6.1%}" if figure["mfu"] is not None else "     -"
     predicted = f", predicted {figure['predicted_gib']:.1f}" if figure.get("predicted_gib") else ""
     return (
-        f"{job:<10} {contender:<10} {figure['tokens_per_second']:9.0f} tokens/s  MFU {mfu}  "
+        f"{job:<10} {contender:<18} {figure['tokens_per_second']:9.0f} tokens/s  MFU {mfu}  "
         f"peak {figure['peak_gib']:6.2f} GiB{predicted}  "
         f"unseen loss {figure['unseen_loss_before']:.3f} to {figure['unseen_loss']:.3f}"
     )
@@ -307,7 +308,7 @@ def measure(job: str, contender: str, *, is_tiny: bool, others: int = 0) -> dict
     unseen = build_rows(UNSEEN * longest // 2, longest=longest, vocabulary=vocabulary, seed=SEED + 1)
     with tempfile.TemporaryDirectory() as folder:
         home = write_base(Path(folder) / "base", SHAPES[spec["shape"]], vocabulary=vocabulary)
-        run = measure_appliance if contender == "appliance" else measure_trl
+        run = measure_trl if contender.startswith("trl") else measure_appliance
         trained = run(contender, spec, rows, unseen, home)
         peak = peak_bytes(others)
         matrices = count_matrices(read_shapes(home), read_sizes(home))
@@ -550,7 +551,7 @@ def measure_trl(
 
 
 def measure_appliance(
-    _contender: str, spec: dict[str, Any], rows: list[list[int]], unseen: list[list[int]], home: Path
+    contender: str, spec: dict[str, Any], rows: list[list[int]], unseen: list[list[int]], home: Path
 ) -> Trained:
     """The product's own training child in this process; only where the first weights come from is replaced."""
     from types import SimpleNamespace
@@ -579,6 +580,7 @@ def measure_appliance(
         "warmup_ratio": 0.0,
         "seed": SEED,
         "checkpoints": 1,
+        "speed": {"compile": "on" if contender == "appliance-compiled" else "off"},
     }
     values = {
         "name": "bench",

@@ -34,6 +34,7 @@ from appliance.training.batches import (
 from appliance.training.fused import fuse_lora
 from appliance.training.guards import _change_others
 from appliance.training.levers import Prefix, select_levers, settle_levers
+from appliance.training.methods import compile_layers
 from appliance.training.trainer import run_job
 
 
@@ -371,6 +372,58 @@ def test_compilation_takes_every_layer(base: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(methods, "find_layers", lambda _model: [])
     with pytest.raises(TrainingError, match=r"training\.speed\.compile: LlamaForCausalLM does not say .*off"):
         methods.compile_layers(model)
+
+
+def use_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable-length attention of torch, whose operator gets a kernel for a CPU."""
+    from torch.nn.attention import varlen
+
+    def attend(query: Any, key: Any, value: Any, ends: Any, *rest: Any) -> Any:
+        _, _, _, _, scale, *_ = rest
+        rows = [tuple(x[a:b].transpose(0, 1)[None] for x in (query, key, value)) for a, b in pairwise(ends.tolist())]
+        mixed = [
+            torch.nn.functional.scaled_dot_product_attention(*r, is_causal=True, scale=scale, enable_gqa=True)
+            for r in rows
+        ]
+        norms, seed = torch.empty(query.shape[1], query.shape[0]), torch.empty(2, dtype=torch.uint64)
+        return torch.cat(mixed, 2)[0].transpose(0, 1), norms, seed
+
+    varlen._varlen_attn.register_kernel("cpu", attend)
+    monkeypatch.setattr(attention, "has_varlen", lambda _query: True)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "prefix"),
+    [("plain", "shared"), ("sdpa", "shared"), ("varlen", "standard"), ("varlen", "shared")],
+)
+def test_a_compiled_layer_serves_batches_of_any_size(
+    base: Path, monkeypatch: pytest.MonkeyPatch, kernel: str, prefix: Prefix
+) -> None:
+    """No graph is for one size alone, or each step would compile; none breaks. The first layer has its own."""
+    from torch._dynamo import reset
+    from torch._dynamo.utils import counters
+
+    if kernel == "varlen":
+        use_varlen(monkeypatch)
+    if kernel == "sdpa":
+        monkeypatch.setattr(attention, "_PLAIN_LIMIT", 0)
+    template = load_template(base)
+    records = build_records([render_row(e, template) for e in make_related_examples()])
+    batches = [collate_packed(records[first:], prefix=prefix) for first in (0, 2, 1)]
+    assert len({b["input_ids"].numel() for b in batches}) == len({b["cu_seq_lens_q"].numel() for b in batches}) == 3
+    model = build_adapted(base)
+    fuse_lora(model)
+    wanted = [float(model(**b, use_cache=False).loss.detach()) for b in batches]
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **o: compiled(self, backend="eager", **o))
+    reset()
+    counters.clear()
+    compile_layers(model)
+    found = [float(model(**b, use_cache=False).loss.detach()) for b in batches]
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+    reset()
 
 
 def test_guards_leave_the_compiler_its_ways_to_call_a_layer(

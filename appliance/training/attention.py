@@ -94,7 +94,7 @@ def attend(
     tokens = query.shape[2] if row_places is None else row_places.numel()
     index, real = _spread_index(cu_seq_lens_q, longest, tokens=tokens)
     if row_places is not None and row_origins is not None:
-        index = functional.pad(row_places, (0, 1), value=query.shape[2])[index]
+        index = torch.cat([row_places, row_places.new_full((1,), query.shape[2])])[index]  # `pad` compiles per size
         real = real[row_origins]
     queries, keys, values = (_spread(x, index, len(cu_seq_lens_q) - 1) for x in (query, key, value))
     if is_plain or (query.device.type == "cpu" and dropout == 0.0 and longest <= _PLAIN_LIMIT):

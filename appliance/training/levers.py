@@ -42,7 +42,7 @@ def select_levers(section: TrainingSection, *, method: Method, on_cuda: bool) ->
     Packed batches are attended document by document, and what their rows begin with alike is
     computed once; the LM head scores labelled positions only, on CUDA through TRL's kernel that
     never holds the logits; LoRA layers are fused. Compilation is never chosen: on a CPU it costs
-    100 s for 4% (benchmarks/train_cpu.py).
+    70 s for nothing.
     """
     wanted, packed = section.speed, is_packed(section, method)
     plain_lora = isinstance(method, LoraMethod) and not isinstance(method, QloraMethod)
