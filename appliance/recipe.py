@@ -102,6 +102,7 @@ class SpeedSection(Section):
         "with a C compiler, else labelled",
     )
     lora: Literal["auto", "standard"] = Field("auto", description="auto: one pass per adapted layer; not for qlora")
+    norm: Literal["auto", "standard"] = Field("auto", description="auto: one pass per RMS norm")
     prefix: Literal["auto", "standard"] = Field(
         "auto",
         description="auto: what packed rows begin with alike (a system prompt) is computed once per micro-batch",

@@ -121,10 +121,10 @@ def test_calls_of_single_jobs_add_up_in_one_file(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(gpu, "run_contender", count)
     for job in ("1b-full", "70b-qlora", "1b-full"):
         call_benchmark(monkeypatch, "--only", job, "--out", str(out))
-    assert list_figures() == {"1b-full": "6", "70b-qlora": "3"}
+    assert list_figures() == {"1b-full": "7", "70b-qlora": "4"}
     monkeypatch.setattr(gpu, "describe_machine", lambda: {"date": "d", "device": "cpu", "versions": {"torch": "0"}})
     call_benchmark(monkeypatch, "--only", "70b-qlora", "--out", str(out))
-    assert list_figures() == {"70b-qlora": "7"}
+    assert list_figures() == {"70b-qlora": "9"}
 
 
 def test_all_that_a_failed_contender_said_lies_beside_the_result(

@@ -679,14 +679,15 @@ def test_the_plan_counts_the_estimate_of_the_fisher(base: Path, tmp_path: Path) 
     measured = count_live_bytes(lambda: estimate_inputs(model, modules, rows, seed=1))
     sizes = read_sizes(base)
     longest = max(len(r.input_ids) for r in rows)
-    kept = count_activations("fused", sizes, shapes, width=4.0).estimate(longest, checkpointing=False)
+    activations = count_activations("fused", sizes, shapes, width=4.0, fused_norms=True)
+    kept = activations.estimate(longest, checkpointing=False)
     moving = kept + longest * 12.3 * 2 * sizes.vocabulary  # in fp32
     assert planned.estimating < measured < planned.estimating + 1.5 * moving
     machine = Machine(cores=1, memory_bytes=1 << 20)
     facts = {"lengths": [2] * 40, "trained_tokens": 40, "validation_rows": 0}
     plan = build_plan(make_ewc_recipe(method), **facts, base=base, machine=machine, longest_general=longest)
     loaded = 2 * sum(math.prod(s) for s in shapes.values()) + 4 * plan.trainable_parameters
-    kept = count_activations("fused", sizes, shapes, width=2.0).estimate(longest, checkpointing=False)
+    kept = count_activations("fused", sizes, shapes, width=2.0, fused_norms=True).estimate(longest, checkpointing=False)
     held = loaded + planned.estimating + kept + longest * 12.3 * sizes.vocabulary
     assert plan.peak_bytes == pytest.approx(1.07 * held + (1 << 30), abs=1)
     assert "forgetting.ewc takes 0.0 GiB of it before the first step" in "\n".join(plan.warnings)

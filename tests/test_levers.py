@@ -35,6 +35,7 @@ from appliance.training.fused import fuse_lora
 from appliance.training.guards import _change_others
 from appliance.training.levers import Prefix, select_levers, settle_levers
 from appliance.training.methods import compile_layers
+from appliance.training.norms import fuse_norms
 from appliance.training.trainer import run_job
 
 
@@ -344,18 +345,26 @@ SPEEDS: list[dict[str, str]] = [
     {"attention": "standard", "head": "standard", "lora": "standard"},
     {"head": "fused"},
     {"prefix": "standard"},
+    {"norm": "standard"},
 ]
 
 
-@pytest.mark.parametrize("speed", SPEEDS, ids=["standard", "fused-head", "prefixes-apart"])
+@pytest.mark.parametrize("speed", SPEEDS, ids=["standard", "fused-head", "prefixes-apart", "own-norms"])
 def test_a_run_learns_the_same_whatever_its_levers(base: Path, tmp_path: Path, speed: dict[str, str]) -> None:
     """Every lever set to the libraries' own way gives the losses of the fast way, and the summary says which it was."""
     fast = run_in_process(make_job(base, tmp_path / "fast", make_recipe(training={"precision": "fp32"})))
     slow = run_in_process(
         make_job(base, tmp_path / "slow", make_recipe(training={"precision": "fp32", "speed": speed}))
     )
-    levers = {"attention": "packed", "head": "labelled", "lora": "fused", "prefix": "shared", "compile": False}
-    assert fast["levers"] == {"rows": "packed", **levers}
+    assert fast["levers"] == {
+        "rows": "packed",
+        "attention": "packed",
+        "head": "labelled",
+        "lora": "fused",
+        "norm": "fused",
+        "prefix": "shared",
+        "compile": False,
+    }
     assert {k: slow["levers"][k] for k in speed} == speed
     assert slow["first_loss"] == pytest.approx(fast["first_loss"], rel=1e-4)
     assert slow["last_loss"] == pytest.approx(fast["last_loss"], rel=0.05)
@@ -413,6 +422,7 @@ def test_a_compiled_layer_serves_batches_of_any_size(
     assert len({b["input_ids"].numel() for b in batches}) == len({b["cu_seq_lens_q"].numel() for b in batches}) == 3
     model = build_adapted(base)
     fuse_lora(model)
+    fuse_norms(model)
     wanted = [float(model(**b, use_cache=False).loss.detach()) for b in batches]
     compiled = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **o: compiled(self, backend="eager", **o))
@@ -456,6 +466,7 @@ def test_levers_follow_device_and_method() -> None:
         "attention": "standard",
         "head": "labelled",
         "lora": "fused",
+        "norm": "fused",
         "prefix": "standard",
         "compile": False,
     }

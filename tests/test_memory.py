@@ -61,11 +61,12 @@ def count_saved(model: Any, precision: Any) -> int:
     return sum(t.untyped_storage().nbytes() for t in saved.values())
 
 
+@pytest.mark.parametrize("norm", ["auto", "standard"])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_layer_keeps_what_the_plan_counts(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, name: str, method: str, precision: str
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, name: str, method: str, precision: str, norm: str
 ) -> None:
     """Whatever its widths, its norms, and what is trained in it: within 3%, by two layers more.
 
@@ -75,7 +76,7 @@ def test_a_layer_keeps_what_the_plan_counts(
     if on_gpu:  # asked without a device, torch speaks of CUDA
         asked = torch.is_autocast_enabled
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": asked(device))
-    speed = {"lora": "standard"} if method == "lora" else {}
+    speed = {"norm": norm, **({"lora": "standard"} if method == "lora" else {})}
     recipe = make_recipe(method=METHODS[method], training={"precision": precision, "packing": False, "speed": speed})
     counted, saved = 0.0, []
     for layers in (1, 3):
@@ -89,7 +90,9 @@ def test_a_layer_keeps_what_the_plan_counts(
         saved.append(count_saved(model, precision))
         width = 2.0 if precision == "bf16" else 4.0
         kind = select_kind(recipe, on_gpu=on_gpu)
-        counted = count_activations(kind, read_sizes(folder), read_weight_shapes(folder), width=width).kept
+        counted = count_activations(
+            kind, read_sizes(folder), read_weight_shapes(folder), width=width, fused_norms=norm == "auto"
+        ).kept
     assert (saved[1] - saved[0]) / 2 / TOKENS == pytest.approx(
         counted, rel=0.07 if (name, method) == ("Gemma3Text", "full") else 0.03
     )

@@ -63,8 +63,8 @@ def make_card(*, champion: bool = False, **changes: Any) -> dict[str, Any]:
             "micro_batch": 8, "predicted": {"peak_memory_bytes": 3 * 2**29, "micro_batch": 8},
             "adapter_sha256": "34" * 32, "stopped_by": "max_steps", "kept": "best_loss", "kept_step": 2,
             "levers": {
-                "rows": "padded", "attention": "standard", "head": "labelled", "lora": "fused", "prefix": "standard",
-                "compile": False,
+                "rows": "padded", "attention": "standard", "head": "labelled", "lora": "fused", "norm": "fused",
+                "prefix": "standard", "compile": False,
             },
             "kept_validation_loss": 0.25, "kept_validation_exact_match": 0.75,
             "alerts": [{"step": 4, "kind": "overfitting", "words": "validation loss <rose>", "numbers": {}}],

@@ -30,6 +30,9 @@ _KEPT: dict[Kind, tuple[Factors, Factors]] = {
 _NORMS = 2
 _NORM = {"full": 8.0}  # of a norm of the stream beyond those; 4 where its weight is frozen
 _NORM_OF_HEADS = {"full": (6.0, 8.0)}  # of norms of queries and keys; 4 where they are frozen
+# What a norm keeps less, of each value, where it is one operation: nothing in fp32 beside its input. In bf16, in fp32.
+_SPARED = {"full": (4.0, 4.0)}
+_SPARED_ELSE = (2.0, 0.0)
 _PASSING: dict[Kind, tuple[float, float]] = {"fused": (8, 4)}  # of (stream, inner), for a moment; else:
 _PASSING_ELSE = (12, 6)
 
@@ -75,7 +78,9 @@ class Activations:
         return tokens * (self.layers * self.kept + self.passing) + copies
 
 
-def count_activations(kind: Kind, sizes: ModelSizes, weights: Mapping[str, Shape], *, width: float) -> Activations:
+def count_activations(
+    kind: Kind, sizes: ModelSizes, weights: Mapping[str, Shape], *, width: float, fused_norms: bool
+) -> Activations:
     """Those of a model; `width` is 2 in bf16 and 4 in fp32."""
     in_full = width > 2
     stream, queries, keys, inner = _KEPT[kind][in_full]
@@ -85,6 +90,11 @@ def count_activations(kind: Kind, sizes: ModelSizes, weights: Mapping[str, Shape
     kept = stream * sizes.hidden + queries * sizes.queries + keys * sizes.keys + inner * sizes.inner
     if of_heads:
         kept += _NORM_OF_HEADS.get(kind, (4.0, 4.0))[in_full] * (sizes.queries + sizes.keys)
+    if fused_norms:
+        plain = [n for n in norms if n.removesuffix("weight") + "bias" not in weights]  # else it is no RMS norm
+        values = len(set(plain) - set(of_heads)) * sizes.hidden
+        values += (sizes.queries + sizes.keys) if set(plain) & set(of_heads) else 0
+        kept -= _SPARED.get(kind, _SPARED_ELSE)[in_full] * values
     briefly, briefly_inner = _PASSING.get(kind, _PASSING_ELSE)
     return Activations(
         layers=sizes.layers,

@@ -119,7 +119,13 @@ def build_plan(
     memory = Memory(
         method=recipe.method,
         sizes=sizes,
-        activations=count_activations(select_kind(recipe, on_gpu=bool(machine.gpu)), sizes, weights, width=width),
+        activations=count_activations(
+            select_kind(recipe, on_gpu=bool(machine.gpu)),
+            sizes,
+            weights,
+            width=width,
+            fused_norms=section.speed.norm == "auto",
+        ),
         longest=max(lengths),
         width=width,
         static=estimate_static(recipe.method, weights=weights, trainable=trainable, width=width, trained=trained),

@@ -102,6 +102,7 @@ def _list_levers(training: dict[str, Any]) -> dict[str, str]:
     if "rows" not in levers:
         return {}
     said = [f"{name} {levers[name]}" for name in ("rows", "attention", "head", "lora", "prefix")]
+    said += [f"norm {levers['norm']}"] if "norm" in levers else []  # not in cards from before it was a lever
     return {"levers": ", ".join([*said, *(["compiled"] if levers["compile"] else [])])}
 
 

@@ -28,6 +28,7 @@ class Levers:
     attention: Literal["standard", "packed"]
     head: Head
     lora: Literal["standard", "fused"]
+    norm: Literal["standard", "fused"]
     prefix: Prefix
     compile: bool
 
@@ -41,7 +42,7 @@ def select_levers(section: TrainingSection, *, method: Method, on_cuda: bool) ->
 
     Packed batches are attended document by document, and what their rows begin with alike is
     computed once; the LM head scores labelled positions only, on CUDA through TRL's kernel that
-    never holds the logits; LoRA layers are fused. Compilation is never chosen: on a CPU it costs
+    never holds the logits; LoRA layers and RMS norms are fused. Compilation is never chosen: on a CPU it costs
     70 s for nothing.
     """
     wanted, packed = section.speed, is_packed(section, method)
@@ -52,6 +53,7 @@ def select_levers(section: TrainingSection, *, method: Method, on_cuda: bool) ->
         attention="packed" if is_apart else "standard",
         head=_select_head(wanted.head, packed=packed, on_cuda=on_cuda),
         lora="fused" if plain_lora and wanted.lora == "auto" else "standard",
+        norm="fused" if wanted.norm == "auto" else "standard",
         prefix="shared" if is_apart and wanted.prefix == "auto" else "standard",
         compile=wanted.compile == "on",
     )

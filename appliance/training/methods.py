@@ -34,6 +34,7 @@ from appliance.training import attention
 from appliance.training.arguments import CHANGING_THE_BASE, build_adapter_arguments
 from appliance.training.launch import TrainingJob
 from appliance.training.levers import Levers
+from appliance.training.norms import fuse_norms
 
 Weights = dict[str, torch.Tensor]
 _CONFIGS = {
@@ -64,6 +65,8 @@ def build_model(job: TrainingJob, *, levers: Levers, precision: Precision, devic
     if levers.attention == "packed":
         attention.use(model)
     check_finite(model, job.base, four_bit=isinstance(method, QloraMethod))
+    if levers.norm == "fused":
+        fuse_norms(model)
     if isinstance(method, FullMethod):
         return model
     experts = list_experts(read_weight_shapes(job.base))  # no layers in memory, but PEFT finds them
