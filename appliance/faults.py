@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in words: place, key, what was found, what was expected, what to do.
+"""What is wrong with a recipe or a dataset's card, in words: place, key, found, expected, what to do.
 
 The words are this project's, never the library's, so that who mends the file need not know pydantic.
 """
@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import yaml
+from pydantic import BaseModel
 
-from appliance.method import LoraMethod, Method, Section
+from appliance.contract import Contract
+from appliance.method import Method
 
 Lines = dict[tuple[str | int, ...], int]
 NAME, ALIAS = r"^[a-z0-9][a-z0-9-]{0,62}$", r"^[a-z][a-z0-9-]{0,31}$"
@@ -24,54 +27,62 @@ _KINDS = {
     "int_": "a whole number",
     "float_": "a number",
     "bool_": "true or false",
-    "string_type": "text, in quotes",
+    "string_type": "text",
     "tuple_type": "a list",
 }
 _SHORT = {"lr": "learning_rate"}  # what others call a key, where no letter tells
 _TYPES = ("bool", "str", "int", "float")  # members of a union, in pydantic's locations
-_METHODS: dict[str, type[Section]] = {
-    get_args(m.model_fields["type"].annotation)[0]: m for m in get_args(get_args(Method)[0])
-}
+Model = type[BaseModel]
 
 
-def describe_fault(error: Any, *, model: type[Section], lines: Lines, source: str) -> str:
-    """One pydantic error as `file:line: key: what; next action`."""
-    path = _strip_tags(error["loc"], lines) or _read_path(error["msg"], lines)
+def _list_forms(union: Any) -> dict[str, Model]:
+    return {get_args(m.model_fields["type"].annotation)[0]: m for m in get_args(get_args(union)[0])}
+
+
+_FORMS_OF: dict[Any, dict[str, Model]] = {"method": _list_forms(Method), "contract": _list_forms(Contract)}
+
+
+def describe_fault(error: Any, *, model: Model, lines: Lines, source: str) -> str:
+    """One pydantic error as `file:line: key: what; next action`; the file has the fields of `model`."""
+    path = _strip_form(error["loc"], lines) or _read_path(error["msg"], lines)
     line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), 1)
-    where = f"{source}:{line}"
+    where, key = f"{source}:{line}", join_path(path)
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key {join_path(path)}{_did_you_mean(error['loc'], model)}"
+        return f"{where}: unknown key {key}{_did_you_mean(error['loc'], model)}"
     if error["type"] == "missing":
-        return f"{where}: key {join_path(path)} is missing; add it"
+        return f"{where}: key {key} is missing; add it"
     if error["type"] == "union_tag_not_found":
-        return f"{where}: key {join_path((*path, 'type'))} is missing; use one of {', '.join(_METHODS)}"
+        return f"{where}: key {key}.type is missing; use one of {', '.join(_FORMS_OF[key])}"
     if error["type"] == "union_tag_invalid":
         line, tag = lines.get((*path, "type"), line), error["ctx"]["tag"]
-        return f"{source}:{line}: {join_path((*path, 'type'))}: found {tag!r}, which is no method; {_hint_method(tag)}"
+        return f"{source}:{line}: {key}.type: found {tag!r}, which is no {key}; {_hint_form(tag, _FORMS_OF[key])}"
+    key = key or "the file"
     if error["type"] == "value_error":
-        found = f", found {error['input']!r}" if not isinstance(error["input"], dict | Section) else ""
-        text = error["msg"].removeprefix("Value error, ").removeprefix(f"{join_path(path)}: ")
-        return f"{where}: {join_path(path) or 'recipe'}: {text}{found}"
+        found = f", found {error['input']!r}" if not isinstance(error["input"], dict | BaseModel) else ""
+        text = error["msg"].removeprefix("Value error, ").removeprefix(f"{key}: ")
+        return f"{where}: {key}: {text}{found}"
     found = "nothing" if error["input"] is None else repr(error["input"])
-    return f"{where}: {join_path(path) or 'recipe'}: found {found}, expected {_describe_expected(error, model)}"
+    return f"{where}: {key}: found {found}, expected {_describe_expected(error, model)}"
 
 
-def _hint_method(tag: str) -> str:
-    for name, method in _METHODS.items():
-        variant = method.model_fields.get("variant")
+def _hint_form(tag: str, forms: Mapping[str, Model]) -> str:
+    for name, form in forms.items():
+        variant = form.model_fields.get("variant")
         if variant is not None and tag in get_args(variant.annotation):
             return f"it is a variant: write type: {name} and variant: {tag}"
-    close = difflib.get_close_matches(tag, _METHODS, n=1)
-    return f"did you mean {close[0]}?" if close else f"use one of {', '.join(_METHODS)}"
+    close = difflib.get_close_matches(tag, forms, n=1)
+    return f"did you mean {close[0]}?" if close else f"use one of {', '.join(forms)}"
 
 
-def _describe_expected(error: Any, model: type[Section]) -> str:
+def _describe_expected(error: Any, model: Model) -> str:
     """What a value must be, and what to do: a choice that is close, or the default where there is one."""
     kind, asked = error["type"], error["msg"].removeprefix("Input should be ")
     if kind == "string_pattern_mismatch":
         return _FORMS.get(error["ctx"]["pattern"], f"the form {error['ctx']['pattern']}")
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"keys below it, such as {next(iter(_find_model((*error['loc'], ''), model).model_fields))}"
+        return f"keys below it, such as {_list_keys(_find_model((*error['loc'], ''), model))[0]}"
+    if kind == "string_type" and not isinstance(error["input"], dict | list):
+        return "text; put it in quotes"
     field = _find_model(error["loc"], model).model_fields.get(error["loc"][-1])
     if kind == "literal_error":
         close = difflib.get_close_matches(str(error["input"]), [c.strip("'") for c in _CHOICE.findall(asked)], n=1)
@@ -84,45 +95,50 @@ def _describe_expected(error: Any, model: type[Section]) -> str:
 
 
 def _read_path(message: str, lines: Lines) -> tuple[str | int, ...]:
-    """The key that a fault of the whole recipe starts with, when the file has it."""
+    """The key that a fault of the whole file starts with, when the file has it."""
     path = tuple(message.removeprefix("Value error, ").partition(": ")[0].split("."))
     return path if path in lines else ()
 
 
-def _strip_tags(loc: tuple[str | int, ...], lines: Lines) -> tuple[str | int, ...]:
-    """Leave out what pydantic puts into a location that is no key of the file (union tags)."""
+def _strip_form(loc: tuple[str | int, ...], lines: Lines) -> tuple[str | int, ...]:
+    """Leave out what pydantic puts into a location that is no key of the file: names of forms, members of unions."""
     path: tuple[str | int, ...] = ()
     for index, part in enumerate(loc):
         is_missing = index == len(loc) - 1 and str(part).isidentifier() and part not in _TYPES
-        is_tag = part in _METHODS and path == ("method",)
-        if ((*path, part) in lines or is_missing) and not is_tag:
+        is_form = index == 1 and part in _FORMS_OF.get(loc[0], ())
+        if ((*path, part) in lines or is_missing) and not is_form:
             path = (*path, part)
     return path
 
 
-def _find_model(loc: tuple[str | int, ...], model: type[Section]) -> type[Section]:
+def _find_model(loc: tuple[str | int, ...], model: Model) -> Model:
     """The section that the last part of a location is a key of."""
-    for part in loc[:-1]:
-        if part in _METHODS:
-            model = _METHODS[str(part)]
-        elif part == "method":
-            model = LoraMethod
+    for index, part in enumerate(loc[:-1]):
+        forms = _FORMS_OF.get(loc[0], {})
+        if index == 0 and forms:
+            model = next(iter(forms.values()))
+        elif index == 1 and part in forms:
+            model = forms[str(part)]
         elif isinstance(part, str) and part in model.model_fields:
             model = _find_section(model.model_fields[part].annotation) or model
     return model
 
 
-def _did_you_mean(loc: tuple[str | int, ...], model: type[Section]) -> str:
-    known = list(_find_model(loc, model).model_fields)
+def _did_you_mean(loc: tuple[str | int, ...], model: Model) -> str:
+    known = _list_keys(_find_model(loc, model))
     word = _SHORT.get(str(loc[-1]), str(loc[-1]))
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(known)}"
 
 
-def _find_section(annotation: Any) -> type[Section] | None:
+def _list_keys(model: Model) -> list[str]:
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _find_section(annotation: Any) -> Model | None:
     """The section in `Section | None`, or the section itself; `None` for a plain value."""
     choices = (*get_args(annotation), annotation)
-    return next((a for a in choices if isinstance(a, type) and issubclass(a, Section)), None)
+    return next((a for a in choices if isinstance(a, type) and issubclass(a, BaseModel)), None)
 
 
 def join_path(path: tuple[str | int, ...]) -> str:

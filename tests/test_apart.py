@@ -146,6 +146,47 @@ def test_a_card_that_cannot_be_read_is_a_finding(tmp_path: Path, content: bytes,
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
+        ("contrct: {type: text}", "2: [card] unknown key contrct; did you mean contract?"),
+        ("contract: {labels: [a, b]}", "2: [card] key contract.type is missing; use one of json, labels, text"),
+        (
+            "contract:\n  type: label",
+            "3: [card] contract.type: found 'label', which is no contract; did you mean labels?",
+        ),
+        ("contract: labels", "2: [card] contract: found 'labels', expected keys below it, such as type; correct it"),
+        ("contract: {type: labels, label: [a, b]}", "2: [card] unknown key contract.label; did you mean labels?"),
+        ("contract: {type: labels, label: [a, b]}", "2: [card] key contract.labels is missing; add it"),
+        ("contract: {type: json, schemas: {}}", "2: [card] unknown key contract.schemas; did you mean schema?"),
+        ("contract: {type: json, schema: []}", "2: [card] contract.schema: found [], expected keys below it"),
+        ("contract: {type: json, schema: {type: strin}}", "2: [card] contract.schema: not a JSON Schema: $.type"),
+        (
+            "contract: {type: labels, labels:\n  [a, 1]}",
+            "3: [card] contract.labels.1: found 1, expected text; put it in q",
+        ),
+        ("categories: a", "2: [card] categories: found 'a', expected a list; correct it"),
+        ("licence: MIT\nlicence: GPL", "3: [card] key licence is given twice; keep one"),
+    ],
+)
+def test_a_fault_of_a_card_names_line_and_key_and_what_to_do(tmp_path: Path, content: str, expected: str) -> None:
+    """In the words of a recipe's faults, not in the library's."""
+    folder = write_dataset(tmp_path / "colours")
+    (folder / "dataset.yaml").write_text(f"name: x\n{content}\n")
+    dataset, findings = read_dataset(folder)
+    assert dataset is None
+    assert f"{folder / 'dataset.yaml'}:{expected}" in "\n".join(map(str, findings))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "- name: x", "text"])
+def test_a_card_without_keys_is_told_what_keys_to_have(tmp_path: Path, content: str) -> None:
+    """An empty file, a list, a word."""
+    folder = write_dataset(tmp_path / "colours")
+    (folder / "dataset.yaml").write_text(content)
+    _, findings = read_dataset(folder)
+    assert "expected keys below it, such as name" in str(findings[0])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
         ("outs:\n- path: datasets\n".encode("utf-16"), "not UTF-8 at byte 1; save the file as UTF-8"),
         (b"outs: " + b"[" * 3000, ":1: too many levels inside each other"),
         (b"outs: [{path: datasets, md5: a, size: .inf, nfiles: 1}]\n", "expected one folder under 'outs'"),

@@ -399,7 +399,7 @@ def test_a_contract_that_is_no_schema_is_a_fault_of_the_card(tmp_path: Path) -> 
     """A broken JSON Schema is told at the card, not as a crash at the first row."""
     folder = write_rows(tmp_path / "d", [make_row()], contract={"type": "json", "schema": {"type": "objekt"}})
     (finding,) = check_dataset(folder, split=SPLIT).errors
-    assert finding.where.endswith("dataset.yaml")
+    assert finding.where.endswith("dataset.yaml:1")
     assert "not a JSON Schema" in finding.message
 
 

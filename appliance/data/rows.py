@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -24,6 +24,7 @@ from appliance.digest import digest_folder, list_files
 from appliance.document import load_document
 from appliance.errors import DatasetError
 from appliance.example import Example, Message, Provenance, Role
+from appliance.faults import Lines, describe_fault, map_lines
 
 _SHOWN = 20
 _UNKNOWN = re.compile(r"Object contains unknown field `(.+?)`")
@@ -108,28 +109,29 @@ def read_dataset(folder: Path) -> tuple[Dataset | None, tuple[Finding, ...]]:
 
 def _read_card(file: Path) -> tuple[DatasetCard | None, list[Finding]]:
     try:
-        values = load_document(file, error=DatasetError).values
+        document = load_document(file, error=DatasetError)
     except FileNotFoundError:
         fix = "add it with name, description, licence and contract"
         return None, [_fault("card", file, "no dataset.yaml beside the rows", fix)]
     except OSError as fault:
         return None, [_fault("card", file, f"cannot be read ({fault})", "correct the file")]
     except DatasetError as fault:
-        where, _, words = str(fault).partition(": ")
-        message, _, fix = words.rpartition("; ")
-        return None, [Finding("error", "card", where, message, fix)]
+        return None, [_find_card_fault(str(fault))]
+    lines: Lines = {}
+    faults = [f"{file}:{line}: {text}" for line, text in map_lines(document.root, lines, ())]
+    card = None
     try:
-        return DatasetCard.model_validate(values), []
+        card = DatasetCard.model_validate(document.values)
     except ValidationError as invalid:
-        return None, [_describe_card_fault(file, e) for e in invalid.errors()]
+        faults += [describe_fault(e, model=DatasetCard, lines=lines, source=str(file)) for e in invalid.errors()]
+    return (None if faults else card), [_find_card_fault(words) for words in dict.fromkeys(faults)]
 
 
-def _describe_card_fault(file: Path, error: Any) -> Finding:
-    key = ".".join(str(p) for p in error["loc"]) or "dataset.yaml"
-    fix = f"keys are {', '.join(DatasetCard.model_fields)}" if error["type"] == "extra_forbidden" else "correct the key"
-    if error["type"] == "string_type" and not isinstance(error["input"], dict | list):
-        fix = "put it in quotes"
-    return _fault("card", file, f"{key}: {error['msg']}", fix)
+def _find_card_fault(said: str) -> Finding:
+    """The finding of a fault `file:line: what; next action`."""
+    where, _, words = said.partition(": ")
+    message, separator, fix = words.rpartition("; ")
+    return Finding("error", "card", where, message if separator else words, fix if separator else "correct it")
 
 
 def _find_unread(folder: Path) -> list[Finding]:
