@@ -493,7 +493,7 @@ def test_a_first_change_has_a_price_without_a_store(project: Project) -> None:
     sections, _ = review(workspace, since=None, store=None)
     ((*_, cost),) = next(s.rows for s in sections if s.title == "Cost")
     assert re.fullmatch(
-        r"about .* to .* hours \(at .* of the peak of NVIDIA L4\), .* to .* EUR \(2 an hour, .*\)", cost
+        r"about .* minutes? \(at .* of the peak of NVIDIA L4\), .* to .* EUR \(2 an hour, .*\)", cost
     )
 
 

@@ -7,6 +7,7 @@ import os
 import pty
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from test_cli import call, walk
 from tiny import make_recipe, write_base, write_dataset
 
 from appliance.cli import appliance, main
+from appliance.cli import plan as plan_verb
 from appliance.cli.lines import say_count, wrap
 from appliance.cli.sections import Section, print_section
+from appliance.plan import read_machine
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,30 @@ def test_the_plan_says_of_how_many_epochs_its_tokens_are(project: Path) -> None:
     assert "rate        0.003\n" in done.stdout
     figures = json.loads(call("plan", "good.yaml", "--json", cwd=project).stdout)
     assert (figures["epochs"], figures["learning_rate"]) == (2.0, 0.003)
+
+
+def test_the_plan_says_how_long_it_may_take(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A range of hours on the GPU that is here, else on the one that has a price; nothing where none is known."""
+    given = ["plan", str(project / "good.yaml"), "--root", str(project), "--cache", str(project / "cache")]
+
+    def tell() -> str:
+        assert main(given) == 0
+        return next((x for x in capsys.readouterr().out.splitlines() if x.startswith("time  ")), "")
+
+    here = replace(read_machine(), gpu="", gpu_memory_bytes=0)
+    monkeypatch.setattr(plan_verb, "read_machine", lambda: here)
+    assert tell() == ""
+    (project / "prices.yaml").write_text("{as_of: 2026-01-31, source: x, currency: EUR, gpu_hour: 2, gpu: NVIDIA L4}")
+    assert "(at 50% to 10% of the peak of NVIDIA L4), 0.00 to " in tell()
+    h200 = replace(here, gpu="NVIDIA H200", gpu_memory_bytes=141 << 30, gpus=1, has_bf16=True)
+    monkeypatch.setattr(plan_verb, "read_machine", lambda: h200)
+    assert tell() == "time        about 1 minute (50% to 10% of the peak of NVIDIA H200)"
+    assert main([*given, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["gpu"] == "NVIDIA H200"
+    assert 0 < figures["hours"][0] < figures["hours"][1] < 0.01
 
 
 def test_empty_columns_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:

@@ -281,6 +281,8 @@ def test_a_price_is_the_teams_and_has_a_day_and_a_source(tmp_path: Path) -> None
     """Without the file, hours only; without a version, not even hours; a broken file is an error."""
     assert load_prices(tmp_path) is None
     assert describe_cost(hours=1.5, devices=1, prices=None) == "about 1.50 hours"
+    assert describe_cost(hours=0.3, devices=1, prices=None) == "about 18 minutes"
+    assert describe_cost(hours=(0.001, 0.01), devices=2, prices=None) == "about 1 minute on 2 GPUs"
     assert "unknown" in describe_cost(hours=None, devices=1, prices=None)
     file = tmp_path / "prices.yaml"
     file.write_text("as_of: 2026-01-31\nsource: our contract\ncurrency: EUR\ngpu_hour: 2\n")
@@ -306,7 +308,7 @@ def test_hours_are_a_range_where_nothing_was_measured(tmp_path: Path) -> None:
     lora, full, two = make_recipe(), make_recipe(method={"type": "full"}), make_recipe(needs={"devices": 2})
     seconds = 4 * weights * 1e15 / 989e12
     for recipe, factor in ((lora, 1.0), (full, 1.5), (two, 0.5)):
-        hours = guess_hours(recipe, base=base, tokens=10**15, prices=prices)
+        hours = guess_hours(recipe, base=base, tokens=10**15, gpu=prices.gpu)
         assert hours == pytest.approx((factor * seconds / 0.5 / 3600, factor * seconds / 0.1 / 3600))
     assert describe_cost(hours=(0.5, 2.5), devices=2, prices=prices) == (
         "about 0.50 to 2.50 hours on 2 GPUs (at 50% to 10% of the peak of NVIDIA H200), "
@@ -314,8 +316,8 @@ def test_hours_are_a_range_where_nothing_was_measured(tmp_path: Path) -> None:
     )
     fp32 = make_recipe(training={"precision": "fp32"})
     other = prices.model_copy(update={"gpu": "NVIDIA A10G"})
-    for recipe, known in ((lora, None), (lora, other), (fp32, prices)):
-        assert guess_hours(recipe, base=base, tokens=1, prices=known) is None
+    for recipe, gpu in ((lora, ""), (lora, other.gpu), (fp32, prices.gpu)):
+        assert guess_hours(recipe, base=base, tokens=1, gpu=gpu) is None
     assert "not NVIDIA A10G" in describe_cost(hours=None, devices=1, prices=other)
 
 

@@ -11,6 +11,7 @@ import click
 
 from appliance.cli.common import build_workspace, json_option, print_json, recipe_argument, say, workspace_options
 from appliance.cli.lines import say_count, show_example, wrap
+from appliance.cli.prices import describe_guess, guess_hours, load_prices
 from appliance.general import preview_ewc, preview_replay, preview_rows
 from appliance.model import ChatTemplate, TokenRow, fit_template, load_template
 from appliance.plan import Plan, read_machine
@@ -42,18 +43,23 @@ def command(*, recipe: Path, root: Path, cache: Path, runs: Path | None, masks: 
     became = describe_rows(prepared.splits.train, rows)
     if prepared.replay is not None and prepared.replay.examples is None:
         say("replay rows are not counted: the base model answers them when the recipe is run")
-    plan = plan_run(prepared, rows=rows, machine=read_machine(), general=general)
+    machine = read_machine()
+    plan = plan_run(prepared, rows=rows, machine=machine, general=general)
+    prices = load_prices(root)
+    gpu = machine.gpu or (prices.gpu if prices else "")
+    hours = guess_hours(prepared.recipe, base=prepared.base.folder, tokens=plan.tokens, gpu=gpu)
     if as_json:
         shown = [{"id": r.id, "pieces": show_mask(r, template)} for r in rows[:masks]]
-        extra = {"masks": shown} if masks else {}
+        extra = {**({"masks": shown} if masks else {}), **({"hours": hours, "gpu": gpu} if hours else {})}
         print_json({**plan.to_json(), "run_key": prepared.key, "thinking": template.thinking, "train": became, **extra})
         return
-    _print_plan(plan, key=prepared.key)
+    time = describe_guess(hours, devices=plan.devices, gpu=gpu, prices=prices) if hours else ""
+    _print_plan(plan, key=prepared.key, time=time)
     _print_rows(became, thinking=template.thinking)
     _print_masks(rows[:masks], parts=Counter(r.id for r in rows), template=template)
 
 
-def _print_plan(plan: Plan, *, key: str) -> None:
+def _print_plan(plan: Plan, *, key: str, time: str) -> None:
     click.echo(f"run         {key[:12]}")
     click.echo(f"rows        {plan.rows} train, {plan.validation_rows} validation; longest {plan.longest} tokens")
     epochs = say_count(plan.epochs, "epoch")
@@ -68,6 +74,8 @@ def _print_plan(plan: Plan, *, key: str) -> None:
         f"memory      about {plan.peak_bytes / 2**30:.1f} of {plan.budget_bytes / 2**30:.1f} GiB; "
         f"gradient checkpointing {checkpointing}{sharded}"
     )
+    if time:
+        click.echo(wrap(f"time        {time}", indent=12))
     for warning in plan.warnings:
         click.echo(click.style(wrap(f"warning: {warning}", indent=2), fg="yellow"))
 

@@ -43,13 +43,13 @@ def load_prices(root: Path) -> Prices | None:
         ) from fault
 
 
-def guess_hours(recipe: Recipe, *, base: Path, tokens: int, prices: Prices | None) -> tuple[float, float] | None:
+def guess_hours(recipe: Recipe, *, base: Path, tokens: int, gpu: str) -> tuple[float, float] | None:
     """The least and the most hours of training, evaluation aside; `None` for a GPU or a model that is not known."""
     precision = "fp32" if recipe.training.precision == "fp32" else "bf16"  # what auto is on every GPU that is known
     yardstick = find_yardstick(
         base,
         method=recipe.method,
-        device_name=prices.gpu if prices else "",
+        device_name=gpu,
         precision=precision,
         devices=recipe.needs.devices,
     )
@@ -57,6 +57,13 @@ def guess_hours(recipe: Recipe, *, base: Path, tokens: int, prices: Prices | Non
         return None
     least, most = (tokens * yardstick.flops_per_token / (yardstick.peak_flops * share) / 3600 for share in _BUSY)
     return least, most
+
+
+def describe_guess(hours: tuple[float, float], *, devices: int, gpu: str, prices: Prices | None) -> str:
+    """The range of hours on this GPU; and of money, where the prices are of such a one."""
+    priced = prices if prices is not None and prices.gpu == gpu else None
+    cost = describe_cost(hours=hours, devices=devices, prices=priced)
+    return cost if priced else f"{cost} ({_BUSY[0]:.0%} to {_BUSY[1]:.0%} of the peak of {gpu})"
 
 
 def describe_cost(*, hours: float | tuple[float, float] | None, devices: int, prices: Prices | None) -> str:
@@ -67,10 +74,18 @@ def describe_cost(*, hours: float | tuple[float, float] | None, devices: int, pr
         )
     times = hours if isinstance(hours, tuple) else (hours,)
     on = f" on {devices} GPUs" if devices > 1 else ""
-    time = f"about {' to '.join(f'{h:.2f}' for h in times)} hours{on}"
+    time = f"about {_say_hours(times)}{on}"
     if prices is None:
         return time
     if isinstance(hours, tuple):
         time += f" (at {_BUSY[0]:.0%} to {_BUSY[1]:.0%} of the peak of {prices.gpu})"
     money = " to ".join(f"{prices.gpu_hour * h * devices:.2f}" for h in times)
     return f"{time}, {money} {prices.currency} ({prices.gpu_hour:g} an hour, {prices.source}, {prices.as_of})"
+
+
+def _say_hours(times: tuple[float, ...]) -> str:
+    """In minutes below an hour."""
+    if max(times) >= 1:
+        return f"{' to '.join(f'{h:.2f}' for h in times)} hours"
+    minutes = sorted({max(1, round(60 * h)) for h in times})
+    return f"{' to '.join(map(str, minutes))} minute{'s' if minutes[-1] > 1 else ''}"

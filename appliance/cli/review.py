@@ -155,7 +155,7 @@ def _estimate(outcome: Outcome, *, workspace: Workspace, store: Store | None, pr
     if made is not None:
         return (outcome.recipe, str(plan.rows), "", "", f"none: {made} was made from this recipe, data and base")
     speed = _read_speed(versions)
-    guessed = guess_hours(recipe, base=prepared.base.folder, tokens=plan.tokens, prices=prices)
+    guessed = guess_hours(recipe, base=prepared.base.folder, tokens=plan.tokens, gpu=prices.gpu if prices else "")
     hours = plan.tokens / speed / 3600 if speed else guessed
     cost = describe_cost(hours=hours, devices=plan.devices, prices=prices)
     return (outcome.recipe, str(plan.rows), str(plan.steps), f"{plan.tokens:,}", cost)
