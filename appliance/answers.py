@@ -1,24 +1,29 @@
-"""Answers of a pulled version: prompts as it was trained to see them, and the prompted base beside it."""
+"""A pulled version at work: its answers, with prompts as it was trained to see them, and a model of its own."""
 
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from appliance.errors import ModelError, RegistryError
+from appliance.command import run_command
+from appliance.digest import canonical_json, write_atomic
+from appliance.errors import CommandError, ModelError, RegistryError
 from appliance.evaluation import Arm, GenerationJob, Output, build_prompts, generate
 from appliance.example import Example, Message
 from appliance.manifest import decode_manifest
-from appliance.method import FullMethod
+from appliance.method import VIRTUAL_TOKENS, FullMethod
 from appliance.model import Base, load_template, resolve_base, set_thinking
 from appliance.recipe import EvaluationSection, Recipe
 from appliance.run import Run, load_run
 
 _BATCH = 16
+_MERGE_TIMEOUT_S = 7200.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +152,41 @@ def answer(
             four_bit=pulled.four_bit,
         )
         return sorted(generate(job, prompts, note=note), key=lambda o: (int(o.id), o.arm))
+
+
+def merge(pulled: Pulled, folder: Path, *, base: Base, note: Callable[[str], None]) -> dict[str, float]:
+    """Write base and adapter as one model into `folder`, which appears when it is whole; `merged.json` says of what.
+
+    Returns how far the adapter moves the base's logits (`effect`) and how far merging leaves them off (`drift`).
+    Raises `ModelError` where the adapter is none that can be merged, or more than half of its effect would be lost.
+    """
+    kind = pulled.recipe.method.type
+    if isinstance(pulled.recipe.method, FullMethod):
+        raise ModelError(f"{pulled.label}: trained with full, it is a model of its own; serve {pulled.folder} as it is")
+    if isinstance(pulled.recipe.method, VIRTUAL_TOKENS):
+        raise ModelError(f"{pulled.label}: {kind} has no change of weights; serve it with transformers and PEFT")
+    if folder.exists():
+        raise ModelError(f"{folder}: is there already; name another folder, or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    note(f"merging {pulled.label} into {base.model}")
+    if pulled.four_bit:
+        note("it was judged on its base in 4 bits: in 16 it is another model than the card tells of")
+    try:
+        program = [sys.executable, "-m", "appliance.model.merge", str(base.folder), str(pulled.folder), str(staged)]
+        figures: dict[str, float] = json.loads(run_command(program, timeout_s=_MERGE_TIMEOUT_S).splitlines()[-1])
+        facts = {"version": pulled.label, "base": base.to_json(), "method": kind, **figures}
+        write_atomic(staged / "merged.json", canonical_json(facts))
+        for file in staged.rglob("*"):  # safetensors writes 0600
+            file.chmod(0o755 if file.is_dir() else 0o644)
+        staged.chmod(0o755)
+        staged.rename(folder)
+    except CommandError as fault:
+        last = str(fault).splitlines()[-1].removeprefix(f"{ModelError.__module__}.{ModelError.__name__}: ")
+        raise ModelError(f"{pulled.label}: cannot be merged into {base.model}: {last}") from fault
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return figures
 
 
 def _read_card(folder: Path) -> dict[str, Any]:

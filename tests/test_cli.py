@@ -267,6 +267,10 @@ def test_a_run_goes_from_rows_to_a_pulled_version(project: Path, tmp_path: Path)
         "generate", str(made), "--prompt", "red thing 99", "--max-new-tokens", "4", "--json", cwd=project, env=env
     )
     assert json.loads(same.stdout) == json.loads(said.stdout)[:1], same.stderr
+    merged = call("merge", str(tmp_path / "pulled"), str(tmp_path / "model"), "--json", cwd=project, env=env)
+    figures = json.loads(merged.stdout)
+    assert figures["drift"] < 0.5 * figures["effect"], merged.stderr
+    assert json.loads((tmp_path / "model" / "merged.json").read_bytes())["version"] == rows[0]["version"]
 
 
 def test_what_is_published_was_compared_with_what_it_replaces(project: Path, tmp_path: Path) -> None:

@@ -492,9 +492,7 @@ def test_a_first_change_has_a_price_without_a_store(project: Project) -> None:
     )
     sections, _ = review(workspace, since=None, store=None)
     ((*_, cost),) = next(s.rows for s in sections if s.title == "Cost")
-    assert re.fullmatch(
-        r"about .* minutes? \(at .* of the peak of NVIDIA L4\), .* to .* EUR \(2 an hour, .*\)", cost
-    )
+    assert re.fullmatch(r"about .* minutes? \(at .* of the peak of NVIDIA L4\), .* to .* EUR \(2 an hour, .*\)", cost)
 
 
 def test_a_clone_that_hides_its_history_is_refused(project: Project, tmp_path: Path) -> None:

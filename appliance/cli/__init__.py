@@ -35,6 +35,7 @@ VERBS: dict[str, str] = {
     "gc": "Delete what nothing in the registry needs, a week after it was planned.",
     "reproduce": "Train a version again and compare it byte by byte.",
     "generate": "Generate with a pulled version, and without it.",
+    "merge": "Write a pulled version and its base as one model.",
 }
 
 _EPILOG = """Exit codes: 0 ok (an inconclusive verdict too, which moves no alias), 1 error, 2 usage, 3 the verdict
