@@ -165,7 +165,7 @@ def merge(pulled: Pulled, folder: Path, *, base: Base, note: Callable[[str], Non
         raise ModelError(f"{pulled.label}: trained with full, it is a model of its own; serve {pulled.folder} as it is")
     if isinstance(pulled.recipe.method, VIRTUAL_TOKENS):
         raise ModelError(f"{pulled.label}: {kind} has no change of weights; serve it with transformers and PEFT")
-    if folder.exists():
+    if folder.exists() or folder.is_symlink():
         raise ModelError(f"{folder}: is there already; name another folder, or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
