@@ -2,7 +2,8 @@
 
 The base is Debian, made by debootstrap from this machine's mirror, with its apt sources and
 certificates; the Dockerfile is the one that is shipped, with the base swapped by argument. Whoever has
-no `buildah podman runc debootstrap iptables` is told to install them (podman's networks are made by iptables).
+no `buildah podman runc debootstrap iptables` is told to install them (podman's networks are made by iptables, and
+their names known through what Debian only recommends: `netavark`).
 """
 
 from __future__ import annotations
