@@ -52,7 +52,7 @@ def make_card(*, champion: bool = False, **changes: Any) -> dict[str, Any]:
         "data": {
             "name": "colours", "licence": "Apache-2.0", "rows": 1200, "train": 960, "validation": 120, "test": 120,
             "digest": "ef" * 32, "split_digest": "12" * 32, "provenance": {"human": 1000, "program": 200},
-            "system_prompt": None,
+            "system_prompt": "Name the colour |\n of the <thing>.",
         },
         "training": {
             "learning_rate": 2e-4, "effective_batch": 8, "trainable_parameters": 4_884_480,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
 _METHOD_KEYS = ("rank", "alpha", "dropout", "tokens", "init", "projection", "encoder", "hidden")
 DASH = "–"
 _LISTED = 20
+_PROMPT = 400  # characters of a system prompt; `card.json` has the whole
 ARM_NAMES = {
     "zero_shot": "base, best prompt",
     "few_shot": "base, few-shot",
@@ -121,6 +123,7 @@ def list_facts(card: dict[str, Any]) -> dict[str, dict[str, str]]:
     data, training, recipe = card["data"], card["training"], card["recipe"]
     method, section = _fill_alpha(recipe["method"]), recipe["training"]
     provenance = ", ".join(f"{k} {v:,}" for k, v in data.get("provenance", {}).items())
+    prompt = data.get("system_prompt")
     facts = {
         "Data": {
             "dataset": str(data.get("name", DASH)),
@@ -128,6 +131,7 @@ def list_facts(card: dict[str, Any]) -> dict[str, dict[str, str]]:
             "rows": f"{say_number(data.get('rows'))}: {say_number(data.get('train'))} train, "
             f"{say_number(data.get('validation'))} validation, {say_number(data.get('test'))} test",
             "provenance": provenance or DASH,
+            **({"system prompt": textwrap.shorten(prompt, _PROMPT)} if prompt else {}),
             "data digest": str(data.get("digest", DASH))[:16],
             "split digest": str(data.get("split_digest", DASH))[:16],
         },
