@@ -468,12 +468,12 @@ def is_alive(stat: Path) -> bool:
 
 
 def build_hungry_job(base: Path, folder: Path) -> TrainingJob:
-    """Three steps of sixteen rows of about a thousand tokens: the micro-batch decides how much memory is needed."""
+    """Three steps of sixteen rows of some 1,500 tokens: the micro-batch decides how much memory is needed."""
     recipe = make_recipe(
         training={"epochs": 1, "effective_batch": 16, "max_length": 2048, "packing": False, "checkpoints": 3}
     )
     job = make_job(base, folder, recipe, micro_batch=16)
-    talks = [(Message("user", f"{i} " + "word " * 200), Message("assistant", "red")) for i in range(48)]
+    talks = [(Message("user", f"{i} " + "word " * 300), Message("assistant", "red")) for i in range(48)]
     rows = [Example(f"r{i}", talk, provenance="program") for i, talk in enumerate(talks)]
     prepare_rows(rows, template=load_template(base), max_length=2048, file=folder / "train.rows.jsonl")
     prepare_rows([], template=load_template(base), max_length=2048, file=folder / "validation.rows.jsonl")
