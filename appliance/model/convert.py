@@ -6,7 +6,6 @@ quantisation, so that every later load is the fast one.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from appliance.errors import ModelError
 from appliance.model.shapes import read_weight_dtypes
-from appliance.model.weights import load_model, select_class
-
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
+from appliance.model.weights import copy_beside_weights, load_model, select_class
 
 
 def convert(source: Path, folder: Path) -> None:
@@ -42,7 +39,7 @@ def _dequantise(source: Path, folder: Path) -> None:
     _check_scales(source)
     loaded = load_model(source, precision="bf16", device=torch.device("cpu"), dequantise=True)
     _save_plain(loaded, folder)
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*_WEIGHTS), dirs_exist_ok=True)
+    copy_beside_weights(source, folder)
 
 
 def _check_scales(source: Path) -> None:

@@ -7,7 +7,6 @@ the merged model reads a text beside the two that it was made of.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,8 @@ from peft import PeftModel
 from appliance.errors import ModelError
 from appliance.model.shapes import read_weight_dtypes
 from appliance.model.template import load_template
-from appliance.model.weights import Precision, load_model
+from appliance.model.weights import Precision, copy_beside_weights, load_model
 
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
 _KEPT = 0.5  # of what the adapter changes: more than half of it lost is another model
 _TEXT = (
     "The customer writes that the order arrived two days late, that one of the three items is missing, and asks for "
@@ -48,7 +46,7 @@ def merge(base: Path, adapter: Path, folder: Path) -> dict[str, float]:
             f"in the rounding of {precision} weights; serve the adapter"
         )
     merged.save_pretrained(folder)
-    shutil.copytree(base, folder, ignore=shutil.ignore_patterns(*_WEIGHTS), dirs_exist_ok=True)
+    copy_beside_weights(base, folder)
     return {"effect": effect, "drift": drift}
 
 

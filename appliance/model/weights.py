@@ -6,6 +6,7 @@ Imported only by the workers. Never passes `trust_remote_code`; safetensors only
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from appliance.model.processor import has_cpu_bf16
 from appliance.model.shapes import list_weight_files
 
 _DRIVER = Path("/dev/nvidiactl")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
 Precision = Literal["bf16", "fp32"]
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -167,6 +169,11 @@ def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 - no mapping
                 yield name, weights.get_tensor(name)
+
+
+def copy_beside_weights(source: Path, folder: Path) -> None:
+    """Put a model's tokenizer, chat template and whatever else lies there beside new weights in `folder`."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*_WEIGHTS), dirs_exist_ok=True)
 
 
 def _build_nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
