@@ -12,9 +12,11 @@ be brought under the law is refused with its reason.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +25,15 @@ import msgspec
 from appliance.errors import TrainingError
 from appliance.example import Example, Message
 from appliance.model.calls import holds_call, read_tools
+from appliance.model.growing import GrowingText
 from appliance.model.template import ChatTemplate
 from appliance.thinking import CLOSED, OPENED, SCAFFOLD, begins_thinking, opens_thinking, split_thinking
 
 _EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
 _THINKING = re.compile(r"\s*(?:<think>)?\s*(.*?</think>\s*)", re.DOTALL)
 _MARK = "7316049258{:04}"
+
+Encode = Callable[[str], list[int]]
 
 
 class TokenRow(msgspec.Struct, frozen=True):
@@ -65,7 +70,7 @@ def render_rows(example: Example, template: ChatTemplate) -> tuple[TokenRow, ...
         _check_forged(example, template)
         _check_shown(example, template)
         numbers = [i for i, m in enumerate(example.messages) if m.role == "assistant"]
-        left = [_build_turn(example, n, template) for n in numbers]
+        left = _build_turns(example, numbers, template)
     except TrainingError as fault:
         raise fault if str(fault).startswith("row ") else TrainingError(f"row {example.id}: {fault}") from fault
     if not left:
@@ -90,7 +95,18 @@ def render_row(example: Example, template: ChatTemplate) -> TokenRow:
     return row
 
 
-def _build_turn(example: Example, number: int, template: ChatTemplate) -> _Turn:
+def _build_turns(example: Example, numbers: Sequence[int], template: ChatTemplate) -> list[_Turn]:
+    """The assistant turns. Of several, what they begin with alike is encoded once, and proven for the longest."""
+    if len(numbers) > 1:
+        grown = GrowingText(template)
+        with contextlib.suppress(TrainingError):  # it is raised again below, or was none
+            turns = [_build_turn(example, n, template, encode=grown.encode) for n in numbers]
+            if grown.is_exact():
+                return turns
+    return [_build_turn(example, n, template, encode=lambda text: list(template.encode(text).ids)) for n in numbers]
+
+
+def _build_turn(example: Example, number: int, template: ChatTemplate, *, encode: Encode) -> _Turn:
     """The tokens of one assistant turn, as inference would meet it."""
     stops = (template.decode([s]) for s in sorted(template.stop_ids))
     held = next((s for s in stops if s and s in example.messages[number].content), None)
@@ -98,8 +114,9 @@ def _build_turn(example: Example, number: int, template: ChatTemplate) -> _Turn:
         raise _refuse(example, f"the answer of turn {number + 1} holds the stop token {held!r} in its text", template)
     before = template.render(example.messages[:number], prompt=True, tools=example.tools)
     tail = _find_tail(example, number, prompt=before, template=template)
-    prompt = list(template.encode(before).ids)
-    answer = _encode_answer(example, number, prompt=prompt, before=before, tail=tail, template=template)
+    prompt = encode(before)
+    joined = encode(before + tail)
+    answer = _part_answer(example, number, prompt=prompt, joined=joined, tail=tail, template=template)
     stop = next((i for i, token in enumerate(answer) if token in template.stop_ids), None)
     end = template.ends[bool(example.messages[number].tool_calls)]
     if stop is None and end is not None:
@@ -157,14 +174,13 @@ def _continue_thinking(example: Example, number: int, *, prompt: str, own: str, 
     return (kept[1] if kept else "") + rest.lstrip()
 
 
-def _encode_answer(
-    example: Example, number: int, *, prompt: list[int], before: str, tail: str, template: ChatTemplate
+def _part_answer(
+    example: Example, number: int, *, prompt: list[int], joined: list[int], tail: str, template: ChatTemplate
 ) -> list[int]:
     """The tokens after the prompt's; where a merge would cross the border, the answer's are made apart.
 
     Inference cannot change the tokens of the prompt, so a token that holds both is never trained.
     """
-    joined = list(template.encode(before + tail).ids)
     if joined[: len(prompt)] == prompt:
         return joined[len(prompt) :]
     text = template.decode(joined)

@@ -31,7 +31,8 @@ Thinking = Literal["fixed", "off", "on"]
 class ChatTemplate:
     """The compiled templates (with and without tools) and the tokenizer of one base model.
 
-    `digest` is the SHA-256 of the bytes that templates and tokenizer were made from; `control` matches the
+    `digest` is the SHA-256 of the bytes that templates and tokenizer were made from; `parting` are the added tokens
+    at which the tokenizer parts a text, `longest_token` the characters of the longest one; `control` matches the
     control tokens; `switch` names the variable that turns thinking on and off, empty where there is none; `ends` are
     the stop tokens of an answer and of a call whose end is the next turn's beginning.
     """
@@ -45,6 +46,8 @@ class ChatTemplate:
     bos_id: int | None
     source: str
     digest: str
+    parting: frozenset[int] = frozenset()
+    longest_token: int = 0
     calls: CallForm | None = None
     switch: str = ""
     thinking: Thinking = "fixed"
@@ -151,16 +154,19 @@ def load_template(folder: Path) -> ChatTemplate:
     constants = {n: t for n, t in names.items() if t is not None}
     bos = constants.get("bos_token")
     plain, with_tools = _read_templates(folder, config)
+    added = tokenizer.get_added_tokens_decoder()
     template = ChatTemplate(
         compiled=compile_template(plain),
         compiled_tools=compile_template(with_tools),
         tokenizer=tokenizer,
         constants=constants,
         stop_ids=_read_stop_ids(folder, tokenizer=tokenizer, eos=constants.get("eos_token")),
-        added_ids=frozenset(tokenizer.get_added_tokens_decoder()),
+        added_ids=frozenset(added),
         bos_id=tokenizer.token_to_id(bos) if bos else None,
         source=str(folder),
         digest=digest_json([digest_bytes(written), plain, with_tools]),
+        parting=frozenset(i for i, t in added.items() if not (t.normalized or t.lstrip or t.single_word)),
+        longest_token=max((len(t.content) for t in added.values()), default=0),
     )
     return probe_template(template)
 
