@@ -1,4 +1,4 @@
-"""The child's side of a worker process: signals as a flag, events as JSON lines, failures as words and a code.
+"""The child's side of a worker process: what a signal does, events as JSON lines, failures as words and a code.
 
 Exit codes: 0 done; 1 refused, `failure` says why; 33 stopped by a signal, the same job goes on; 34
 out of memory; 35 the device failed. Any other end is a bug or a kill, and the log has the traceback.
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 
-from appliance.errors import ApplianceError, describe_place
+from appliance.errors import ApplianceError, InterruptedRunError, describe_place
 
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -41,15 +41,25 @@ def list_stop_signals() -> tuple[signal.Signals, ...]:
 
 
 class StopFlag:
-    """Set by a stop signal; the work looks at it where it can stop and be resumed."""
+    """A stop signal ends the process at once; after `defer` it is noted, for work that has something to save first.
+
+    What is on the disk is good after a SIGKILL, so after this too. Nobody waits for a large model to be loaded.
+    """
 
     def __init__(self) -> None:
         self.is_set = False
+        self._is_deferred = False
         for number in list_stop_signals():
             signal.signal(number, self._set)
 
+    def defer(self) -> None:
+        """From now on the work looks at `is_set`, where it can stop and be resumed."""
+        self._is_deferred = True
+
     def _set(self, _number: int, _frame: FrameType | None) -> None:
         self.is_set = True
+        if not self._is_deferred:
+            os._exit(InterruptedRunError.exit_code)
 
 
 def name_allocator(environment: Mapping[str, str]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from appliance.child import list_stop_signals
-from appliance.errors import CommandError, DeviceError
+from appliance.errors import CommandError, DeviceError, InterruptedRunError
 
 _GRACE_S = 120.0
 _OUT_OF_MEMORY = "killed by the kernel, out of memory: give it more and run the same command to go on; its log is {log}"
@@ -86,8 +86,9 @@ def run_worker(
     """Run a child worker (see `appliance.child`) and hand each event it emits to `on_event`.
 
     Standard error goes to the file `log`, new for each run. SIGINT, SIGTERM and SIGHUP are forwarded
-    to the child as SIGTERM, which a `note` event tells; the child then has 120 s to save a checkpoint before it is
-    killed. On Linux a SIGKILL of this process takes the child with it: nobody would be there to start the next one.
+    to the child as SIGTERM, which a `note` event tells; the child then has 120 s to save a checkpoint, if it has
+    anything to save, before it is killed. On Linux a SIGKILL of this process takes the child with it: nobody would be
+    there to start the next one.
     A child that the kernel killed for memory ends like one that ran out of memory by itself: with code 34.
     It sees as many GPUs as it has `devices`, see `name_gpus`.
     """
@@ -120,7 +121,8 @@ def run_worker(
     code = _end(child, received)
     if code == -signal.SIGKILL and count_memory_kills() > kills_before:
         return WorkerEnd(DeviceError.exit_code, _OUT_OF_MEMORY.format(log=log))
-    return WorkerEnd(code, failure or (describe_death(code, log) if code else ""))
+    told = failure or code in (0, InterruptedRunError.exit_code)
+    return WorkerEnd(code, failure if told else describe_death(code, log))
 
 
 def name_gpus(environment: Mapping[str, str], count: int = 1) -> dict[str, str]:

@@ -630,7 +630,7 @@ def measure_appliance(
             steps.append((time.monotonic(), event["loss"]))
 
     with patch.object(methods, "load_model", load_model), patch.object(trainer, "build_model", build_model):
-        trainer.run_job(job, stop=SimpleNamespace(is_set=False), emit=emit)
+        trainer.run_job(job, stop=SimpleNamespace(is_set=False, defer=lambda: None), emit=emit)
     ((model, before),) = started
     return Trained(steps, model, before, plan.peak_bytes / 2**30)
 

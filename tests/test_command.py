@@ -302,3 +302,4 @@ def test_a_stop_is_told_while_the_child_saves(tmp_path: Path) -> None:
     end = run_worker(argv, log=tmp_path / "log", on_event=follow)
     assert end.code == 33
     assert said == ["stopping: what is done is saved first (at most 120 s)"]
+    assert not end.failure, "how far it was is the child's to say"

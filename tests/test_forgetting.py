@@ -13,11 +13,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
-from tiny import COLOURS, build_adapted, make_recipe, write_base, write_dataset
+from tiny import COLOURS, build_adapted, make_recipe, make_stop, write_base, write_dataset
 
 from appliance import pipeline
 from appliance.data import count_replayed, load_prompts
@@ -97,7 +96,7 @@ def run_in_process(job: TrainingJob) -> dict[str, Any]:
     """The child's work in this process: no start-up cost."""
     from appliance.training.trainer import run_job
 
-    run_job(job, stop=SimpleNamespace(is_set=False), emit=lambda **_event: None)
+    run_job(job, stop=make_stop(), emit=lambda **_event: None)
     summary: dict[str, Any] = json.loads((job.folder / "summary.json").read_bytes())
     return summary
 

@@ -448,8 +448,12 @@ def test_guards_leave_the_compiler_its_ways_to_call_a_layer(
     reset()
     counters.clear()
     job = make_job(base, tmp_path, make_recipe(training={"precision": "bf16", "speed": {"compile": "on"}}))
+
+    def stop() -> None:
+        raise InterruptedRunError("before the first step")
+
     with pytest.raises(InterruptedRunError, match="before the first step"):
-        run_job(job, stop=SimpleNamespace(is_set=True), emit=lambda **_event: None)  # type: ignore[arg-type]
+        run_job(job, stop=SimpleNamespace(defer=stop), emit=lambda **_event: None)  # type: ignore[arg-type]
     assert 0 < counters["stats"]["unique_graphs"] <= 3
     reset()
 

@@ -7,7 +7,6 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, get_args
 
 import msgspec
@@ -15,7 +14,7 @@ import pytest
 import yaml
 from test_cli import call
 from test_training import make_examples, make_job, run_in_process
-from tiny import build_adapted, make_recipe, write_base, write_dataset
+from tiny import build_adapted, make_recipe, make_stop, write_base, write_dataset
 
 from appliance.errors import InterruptedRunError, ModelError, RecipeError, TrainingError
 from appliance.evaluation.arms import Arm, Prompt
@@ -189,7 +188,7 @@ def test_a_stopped_run_ends_with_the_bytes_of_one_that_was_not(
         method=method, training={"learning_rate": RATES.get(method["type"], 0.01), "precision": "fp32"}
     )
     job = make_job(base, tmp_path / "stopped", recipe)
-    stop = SimpleNamespace(is_set=False)
+    stop = make_stop()
 
     def stop_early(**event: Any) -> None:
         stop.is_set = event.get("step", 0) >= 1

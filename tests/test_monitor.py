@@ -15,13 +15,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 from test_training import make_examples, make_job, run_in_process, write_job
-from tiny import make_recipe, write_base
+from tiny import make_recipe, make_stop, write_base
 
 from appliance.digest import digest_folder
 from appliance.errors import InterruptedRunError, RecipeError, TrainingError
@@ -416,7 +415,7 @@ def test_a_run_interrupted_at_any_step_stops_early_at_the_same_step(
 
     job = make_overfitting_job(base, tmp_path)
     for stride in (1, 2, 3, 5, 7, 11):
-        flag = SimpleNamespace(is_set=False)
+        flag = make_stop()
         seen = 0
 
         def count(stride: int = stride, flag: Any = flag, **event: Any) -> None:
@@ -450,9 +449,7 @@ def test_a_lost_best_checkpoint_means_starting_over(
     best = job.checkpoints / f"checkpoint-{stopped[1]['kept_step']}" / "adapter_model.safetensors"
     best.write_bytes(best.read_bytes()[:-1])
     notes: list[str] = []
-    trainer.run_job(
-        job, stop=SimpleNamespace(is_set=False), emit=lambda **event: notes.append(str(event.get("note", "")))
-    )
+    trainer.run_job(job, stop=make_stop(), emit=lambda **event: notes.append(str(event.get("note", ""))))
     assert any("training starts over" in n for n in notes)
     assert digest_folder(job.adapter) == stopped[1]["adapter_sha256"]
 

@@ -244,6 +244,20 @@ def test_sigterm_ends_with_a_checkpoint_and_the_same_bytes(
     assert finish(warm, job) == uninterrupted("lora", **SHORT)
 
 
+def test_sigterm_before_the_first_step_is_not_waited_for(
+    warm: Warm, base: Path, tmp_path: Path, uninterrupted: Callable[..., str]
+) -> None:
+    """While the model is loaded there is nothing to save: exit 33, no checkpoint, and later the same bytes."""
+    job = build_job(base, tmp_path, "lora", **SHORT)
+
+    def once_it_works(job: TrainingJob, is_running: Callable[[], bool]) -> None:
+        wait_until((job.folder / "worker.lock").exists, is_running)
+
+    assert kill(warm, job, once_it_works, number=signal.SIGTERM) == InterruptedRunError.exit_code
+    assert not list_newest_first(job.checkpoints)
+    assert finish(warm, job) == uninterrupted("lora", **SHORT)
+
+
 def test_ctrl_c_to_the_parent_is_answered_with_a_checkpoint(
     warm: Warm, base: Path, tmp_path: Path, uninterrupted: Callable[..., str]
 ) -> None:

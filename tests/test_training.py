@@ -8,11 +8,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import make_recipe, write_base
+from tiny import make_recipe, make_stop, write_base
 
 from appliance.child import Emit
 from appliance.command import WorkerEnd
@@ -81,7 +80,7 @@ def run_in_process(job: TrainingJob, *, emit: Emit = ignore) -> dict[str, Any]:
     """The child's work in this process: no start-up cost."""
     from appliance.training.trainer import run_job
 
-    run_job(job, stop=SimpleNamespace(is_set=False), emit=emit)
+    run_job(job, stop=make_stop(), emit=emit)
     summary: dict[str, Any] = json.loads((job.folder / "summary.json").read_bytes())
     return summary
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from appliance.data import Dataset
@@ -107,6 +108,11 @@ def load_dataset(folder: Path) -> Dataset:
     assert dataset is not None, findings
     assert not findings
     return dataset
+
+
+def make_stop() -> Any:
+    """A stop flag that no signal sets."""
+    return SimpleNamespace(is_set=False, defer=lambda: None)
 
 
 def build_adapted(job: TrainingJob) -> Any:

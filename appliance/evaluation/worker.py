@@ -11,7 +11,6 @@ import msgspec
 
 from appliance.child import Emit, StopFlag, import_libraries, run_child
 from appliance.digest import write_atomic
-from appliance.errors import InterruptedRunError
 from appliance.evaluation.arms import Arm, Prompt
 from appliance.evaluation.generate import GenerationJob
 from appliance.evaluation.outputs import decode_outputs
@@ -24,14 +23,14 @@ def main(folder: Path) -> int:
     job = GenerationJob.model_validate_json((folder / "job.json").read_bytes())
     prompts = [msgspec.json.decode(x, type=Prompt) for x in (folder / "prompts.jsonl").read_bytes().splitlines()]
 
-    def work(stop: StopFlag, emit: Emit) -> None:
+    def work(_stop: StopFlag, emit: Emit) -> None:
         done = _load_done(folder / "outputs.jsonl")
         emit(done=len(done), arm="")
         with import_libraries(four_bit=job.four_bit):
             import appliance.evaluation.generation  # noqa: F401 - what is below finds it
         with device_faults_as_errors():
             for arms in group_arms(job.arms):
-                _run_arms(job, arms, arms[0].model, prompts=prompts, done=done, stop=stop, emit=emit)
+                _run_arms(job, arms, arms[0].model, prompts=prompts, done=done, emit=emit)
 
     return run_child(work)
 
@@ -43,10 +42,9 @@ def _run_arms(
     *,
     prompts: Sequence[Prompt],
     done: set[tuple[str, str]],
-    stop: StopFlag,
     emit: Emit,
 ) -> None:
-    """The arms that share one model. Raises `InterruptedRunError` between two batches."""
+    """The arms that share one model; a stop loses the answers of one batch."""
     from appliance.evaluation.generation import (
         check_effect,
         cut_batches,
@@ -71,8 +69,6 @@ def _run_arms(
                 for batch in cut_batches(asked, job.batch, padding=select_padding(arm)):
                     if all((p.id, p.arm) in done for p in batch):
                         continue
-                    if stop.is_set:
-                        raise InterruptedRunError("between two batches")
                     outputs = generate_batch(
                         model, batch, template=template, stop_ids=job.stop_ids, max_new_tokens=job.max_new_tokens
                     )

@@ -152,7 +152,8 @@ def _halve(micro_batch: int, share: int) -> int:
 
 def _explain(end: WorkerEnd, job: TrainingJob) -> TrainingError | InterruptedRunError | DeviceError:
     if end.code == InterruptedRunError.exit_code:
-        return InterruptedRunError(f"training stopped by a signal {end.failure}; run the same command to go on")
+        when = end.failure or "before its first step"
+        return InterruptedRunError(f"training stopped by a signal {when}; run the same command to go on")
     if end.code == DeviceError.exit_code:
         ways = "a shorter max_length, qlora or a larger device"
         is_off = job.training.gradient_checkpointing == "off"

@@ -115,8 +115,7 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit, rank: int = 0, meet
             emit(note=f"resuming from step {count_steps_done(resume)}")
         else:
             prove_worst_step(trainer, train_rows, validation_rows, micro_batch=job.micro_batch)
-        if ranks.is_any(stop.is_set):
-            raise InterruptedRunError("before the first step")
+        stop.defer()
 
         # 5. The steps, unless a run that was killed afterwards had stopped by rule.
         began = time.monotonic()

@@ -41,6 +41,7 @@ def follow(folder: Path, rank: int, meeting: Path) -> int:
     """Run the share of one device of the job in `folder`; what there is to say, the first one says."""
 
     def work(stop: StopFlag, _emit: Emit) -> None:
+        stop.defer()  # the first one ends, and all with it
         job = TrainingJob.model_validate_json((folder / "job.json").read_bytes())
         _run(job, rank=rank, meeting=meeting, stop=stop, emit=_say_nothing)
 
