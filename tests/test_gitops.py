@@ -495,6 +495,37 @@ def test_a_first_change_has_a_price_without_a_store(project: Project) -> None:
     assert re.fullmatch(r"about .* minutes? \(at .* of the peak of NVIDIA L4\), .* to .* EUR \(2 an hour, .*\)", cost)
 
 
+def test_a_change_of_a_model_that_has_versions_is_priced_by_what_they_took(project: Project, tmp_path: Path) -> None:
+    """By the speed of the newest that tells one; what is in the registry already costs nothing."""
+    (project.root / "prices.yaml").write_text(
+        "as_of: 2026-01-31\nsource: our contract\ncurrency: EUR\ngpu_hour: 2\ngpu: NVIDIA L4\n"
+    )
+    workspace = Workspace(
+        project.root, project.root / ".cache", project.root / ".appliance" / "runs", note=lambda _: None
+    )
+    key = prepare(load_recipe(project.root / "recipes" / "colours.yaml"), workspace=workspace).key
+
+    def publish(text: str, **facts: Any) -> str:
+        facts = {"created_at": f"2026-01-0{text}T00:00:00Z", **facts}
+        return publish_new(project.store, tmp_path / text, text, name="colours", **facts)
+
+    def find_cost() -> tuple[str, ...]:
+        sections, _ = review(workspace, since=None, store=project.store)
+        (row,) = next(s.rows for s in sections if s.title == "Cost")
+        return row
+
+    publish("1", training={"tokens_per_second": 0.25})
+    publish("2", training={"tokens_per_second": 0.5})
+    publish("3")
+    *_, tokens, cost = find_cost()
+    hours = int(tokens.replace(",", "")) / 0.5 / 3600
+    assert cost == f"about {hours:.2f} hours, {2 * hours:.2f} EUR (2 an hour, our contract, 2026-01-31)"
+    publish("4", run_key=key, git_commit=None)
+    assert find_cost()[-1].startswith("about"), "no commit holds it, so it will be trained"
+    made = publish("5", run_key=key)
+    assert find_cost()[-1] == f"none: {made} was made from this recipe, data and base"
+
+
 def test_a_clone_that_hides_its_history_is_refused(project: Project, tmp_path: Path) -> None:
     """Shallow where it matters: refused with the way out; deep enough, detached or on a tag: the same origin."""
     commit = project.run("git", "rev-parse", "HEAD").strip()

@@ -114,7 +114,7 @@ def test_the_plan_says_how_long_it_may_take(
     assert "(at 50% to 10% of the peak of NVIDIA L4), 0.00 to " in tell()
     h200 = replace(here, gpu="NVIDIA H200", gpu_memory_bytes=141 << 30, gpus=1, has_bf16=True)
     monkeypatch.setattr(plan_verb, "read_machine", lambda: h200)
-    assert tell() == "time        about 1 minute (50% to 10% of the peak of NVIDIA H200)"
+    assert tell() == "time        about 1 minute (at 50% to 10% of the peak of NVIDIA H200)"
     assert main([*given, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["gpu"] == "NVIDIA H200"

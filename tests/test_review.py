@@ -22,7 +22,7 @@ from appliance.changes import diff_revisions
 from appliance.cli import main
 from appliance.cli.changes import describe_diff
 from appliance.cli.common import find_root
-from appliance.cli.prices import Prices, describe_cost, guess_hours, load_prices
+from appliance.cli.prices import Prices, describe_cost, describe_guess, describe_unknown, guess_hours, load_prices
 from appliance.cli.sections import Section, render_sections
 from appliance.data import Pointer, check_pushed, diff_folders, pull_data, run_dvc, select_side
 from appliance.desired import read_commit
@@ -280,16 +280,16 @@ def test_what_is_left_out_is_had_by_the_command_that_is_named(tmp_path: Path) ->
 def test_a_price_is_the_teams_and_has_a_day_and_a_source(tmp_path: Path) -> None:
     """Without the file, hours only; without a version, not even hours; a broken file is an error."""
     assert load_prices(tmp_path) is None
-    assert describe_cost(hours=1.5, devices=1, prices=None) == "about 1.50 hours"
-    assert describe_cost(hours=0.3, devices=1, prices=None) == "about 18 minutes"
-    assert describe_cost(hours=(0.001, 0.01), devices=2, prices=None) == "about 1 minute on 2 GPUs"
-    assert "unknown" in describe_cost(hours=None, devices=1, prices=None)
+    assert describe_cost(1.5, devices=1, prices=None) == "about 1.50 hours"
+    assert describe_cost(0.3, devices=1, prices=None) == "about 18 minutes"
+    assert describe_cost(0.01, devices=2, prices=None) == "about 1 minute on 2 GPUs"
+    assert describe_unknown(None) == "hours unknown until this model has a version"
     file = tmp_path / "prices.yaml"
     file.write_text("as_of: 2026-01-31\nsource: our contract\ncurrency: EUR\ngpu_hour: 2\n")
-    assert describe_cost(hours=1.5, devices=1, prices=load_prices(tmp_path)) == (
+    assert describe_cost(1.5, devices=1, prices=load_prices(tmp_path)) == (
         "about 1.50 hours, 3.00 EUR (2 an hour, our contract, 2026-01-31)"
     )
-    assert describe_cost(hours=1.5, devices=4, prices=load_prices(tmp_path)) == (
+    assert describe_cost(1.5, devices=4, prices=load_prices(tmp_path)) == (
         "about 1.50 hours on 4 GPUs, 12.00 EUR (2 an hour, our contract, 2026-01-31)"
     )
     file.write_text("gpu_hour: 2\n")
@@ -310,7 +310,7 @@ def test_hours_are_a_range_where_nothing_was_measured(tmp_path: Path) -> None:
     for recipe, factor in ((lora, 1.0), (full, 1.5), (two, 0.5)):
         hours = guess_hours(recipe, base=base, tokens=10**15, gpu=prices.gpu)
         assert hours == pytest.approx((factor * seconds / 0.5 / 3600, factor * seconds / 0.1 / 3600))
-    assert describe_cost(hours=(0.5, 2.5), devices=2, prices=prices) == (
+    assert describe_guess((0.5, 2.5), devices=2, gpu=prices.gpu, prices=prices) == (
         "about 0.50 to 2.50 hours on 2 GPUs (at 50% to 10% of the peak of NVIDIA H200), "
         "2.00 to 10.00 EUR (2 an hour, x, 2026-01-31)"
     )
@@ -318,7 +318,7 @@ def test_hours_are_a_range_where_nothing_was_measured(tmp_path: Path) -> None:
     other = prices.model_copy(update={"gpu": "NVIDIA A10G"})
     for recipe, gpu in ((lora, ""), (lora, other.gpu), (fp32, prices.gpu)):
         assert guess_hours(recipe, base=base, tokens=1, gpu=gpu) is None
-    assert "not NVIDIA A10G" in describe_cost(hours=None, devices=1, prices=other)
+    assert "not NVIDIA A10G" in describe_unknown(other)
 
 
 def test_nothing_of_a_dataset_is_rendered_in_a_summary() -> None:

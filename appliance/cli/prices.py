@@ -60,32 +60,31 @@ def guess_hours(recipe: Recipe, *, base: Path, tokens: int, gpu: str) -> tuple[f
 
 
 def describe_guess(hours: tuple[float, float], *, devices: int, gpu: str, prices: Prices | None) -> str:
-    """The range of hours on this GPU; and of money, where the prices are of such a one."""
-    priced = prices if prices is not None and prices.gpu == gpu else None
-    cost = describe_cost(hours=hours, devices=devices, prices=priced)
-    return cost if priced else f"{cost} ({_BUSY[0]:.0%} to {_BUSY[1]:.0%} of the peak of {gpu})"
+    """The range of hours on so many of this GPU; and of money, where the prices are of such a one."""
+    time = f"{_say_time(hours, devices)} (at {_BUSY[0]:.0%} to {_BUSY[1]:.0%} of the peak of {gpu})"
+    return time + (_say_money(hours, devices, prices) if prices is not None and prices.gpu == gpu else "")
 
 
-def describe_cost(*, hours: float | tuple[float, float] | None, devices: int, prices: Prices | None) -> str:
-    """Hours of so many GPUs and their money, measured or guessed (least, most), or only what is known of them."""
-    if hours is None:
-        return "hours unknown until this model has a version" + (
-            f", or {PRICES} has a gpu whose peak is known, not {prices.gpu or 'none'}" if prices else ""
-        )
-    times = hours if isinstance(hours, tuple) else (hours,)
-    on = f" on {devices} GPUs" if devices > 1 else ""
-    time = f"about {_say_hours(times)}{on}"
-    if prices is None:
-        return time
-    if isinstance(hours, tuple):
-        time += f" (at {_BUSY[0]:.0%} to {_BUSY[1]:.0%} of the peak of {prices.gpu})"
-    money = " to ".join(f"{prices.gpu_hour * h * devices:.2f}" for h in times)
-    return f"{time}, {money} {prices.currency} ({prices.gpu_hour:g} an hour, {prices.source}, {prices.as_of})"
+def describe_cost(hours: float, *, devices: int, prices: Prices | None) -> str:
+    """Hours of so many GPUs as measured, and their money where there are prices."""
+    return _say_time((hours,), devices) + (_say_money((hours,), devices, prices) if prices else "")
 
 
-def _say_hours(times: tuple[float, ...]) -> str:
+def describe_unknown(prices: Prices | None) -> str:
+    """What it takes to know the hours, where nothing was measured and nothing can be guessed."""
+    other = f", or {PRICES} has a gpu whose peak is known, not {prices.gpu or 'none'}" if prices else ""
+    return f"hours unknown until this model has a version{other}"
+
+
+def _say_money(hours: tuple[float, ...], devices: int, prices: Prices) -> str:
+    money = " to ".join(f"{prices.gpu_hour * h * devices:.2f}" for h in hours)
+    return f", {money} {prices.currency} ({prices.gpu_hour:g} an hour, {prices.source}, {prices.as_of})"
+
+
+def _say_time(hours: tuple[float, ...], devices: int) -> str:
     """In minutes below an hour."""
-    if max(times) >= 1:
-        return f"{' to '.join(f'{h:.2f}' for h in times)} hours"
-    minutes = sorted({max(1, round(60 * h)) for h in times})
-    return f"{' to '.join(map(str, minutes))} minute{'s' if minutes[-1] > 1 else ''}"
+    on = f" on {devices} GPUs" if devices > 1 else ""
+    if max(hours) >= 1:
+        return f"about {' to '.join(f'{h:.2f}' for h in hours)} hours{on}"
+    minutes = sorted({max(1, round(60 * h)) for h in hours})
+    return f"about {' to '.join(map(str, minutes))} minute{'s' if minutes[-1] > 1 else ''}{on}"

@@ -12,7 +12,7 @@ from appliance.changes import diff_revisions
 from appliance.cli.changes import describe_diff
 from appliance.cli.common import build_workspace, json_option, print_json, say, store_option, workspace_options
 from appliance.cli.lines import show_example
-from appliance.cli.prices import Prices, describe_cost, guess_hours, load_prices
+from appliance.cli.prices import Prices, describe_cost, describe_guess, describe_unknown, guess_hours, load_prices
 from appliance.cli.sections import Section, print_section
 from appliance.cli.summary import append_section, describe_outcomes
 from appliance.data import check_pushed, load_pointer, pull_data
@@ -154,10 +154,14 @@ def _estimate(outcome: Outcome, *, workspace: Workspace, store: Store | None, pr
     made = registry.select_run(versions, prepared.key, is_committed=True)
     if made is not None:
         return (outcome.recipe, str(plan.rows), "", "", f"none: {made} was made from this recipe, data and base")
-    speed = _read_speed(versions)
-    guessed = guess_hours(recipe, base=prepared.base.folder, tokens=plan.tokens, gpu=prices.gpu if prices else "")
-    hours = plan.tokens / speed / 3600 if speed else guessed
-    cost = describe_cost(hours=hours, devices=plan.devices, prices=prices)
+    speed, gpu = _read_speed(versions), prices.gpu if prices else ""
+    guessed = guess_hours(recipe, base=prepared.base.folder, tokens=plan.tokens, gpu=gpu)
+    if speed:
+        cost = describe_cost(plan.tokens / speed / 3600, devices=plan.devices, prices=prices)
+    elif guessed:
+        cost = describe_guess(guessed, devices=plan.devices, gpu=gpu, prices=prices)
+    else:
+        cost = describe_unknown(prices)
     return (outcome.recipe, str(plan.rows), str(plan.steps), f"{plan.tokens:,}", cost)
 
 
