@@ -121,7 +121,7 @@ def test_an_option_is_the_same_in_every_verb() -> None:
 
 def test_verbs_that_take_a_name_say_which_version_it_is() -> None:
     """A bare NAME is an alias that no recipe moves by default, so the help of each such verb tells it."""
-    taking = [c for _, c in walk(appliance) for p in c.params if (p.metavar or "").startswith("NAME[@")]
+    taking = [c for _, c in walk(appliance) if any((p.metavar or "").startswith("NAME[@") for p in c.params)]
     assert len(taking) == 3
     assert all(f"NAME alone means NAME@{DEFAULT_ALIAS}" in " ".join((c.help or "").split()) for c in taking)
 

@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
-from test_registry import make_folder, make_manifest
+from test_registry import make_folder, make_manifest, publish_new
 from test_verdict import make_results, pairs
 from tiny import make_recipe
 
 from appliance import registry
+from appliance.cli.list import command as list_command
 from appliance.cli.show import command as show_command
+from appliance.digest import digest_bytes
 from appliance.errors import ApplianceError
 from appliance.evaluation import judge
 from appliance.recipe import GateSection
@@ -373,3 +375,59 @@ def test_show_says_what_it_can_without_a_card(tmp_path: Path, damage: bytes | st
     assert "verdict    hold" in said
     assert "candidate  exact_match 0.667 on 120 rows" in said
     assert ("no reasons: " in said) == isinstance(damage, str)
+
+
+def publish_pair(store: Store, folder: Path) -> tuple[str, str]:
+    """Two versions of `demo`: the newer one of more data, another rank and another torch."""
+    older = {"recipe": {"method": {"type": "lora", "rank": 8, "alpha": None}}, "versions": {"torch": "2.11"}}
+    newer = {"recipe": {"method": {"type": "lora", "rank": 16, "alpha": 4}}, "versions": {"torch": "2.13"}}
+    newer |= {"data_digest": "d" * 64, "split_digest": "e" * 64, "git_commit": "b" * 40, "training": {"steps": 9}}
+    newer |= {"created_at": "2026-02-01T00:00:00Z", "verdict": "hold"}
+    scores = ({"zero_shot": 0.1, "few_shot": 0.25, "candidate": 0.5}, {"zero_shot": 0.1, "candidate": 0.625})
+    first, second = (
+        publish_new(store, folder, str(n), **facts, metrics={"metric": "exact_match", "n": 120, "arms": arms})
+        for n, (facts, arms) in enumerate(zip((older, newer), scores, strict=True))
+    )
+    return first, second
+
+
+def test_show_against_a_version_tells_what_differs_and_nothing_else(tmp_path: Path) -> None:
+    """Older first, by the recipe's own keys; where the rows differ, that scores are no comparison and what is."""
+    store = open_store((tmp_path / "store").as_uri())
+    older, newer = publish_pair(store, tmp_path / "made")
+    arguments = ["--against", f"demo@{older}", "--store", store.url]
+    done = CliRunner().invoke(show_command, [f"demo@{newer}", *arguments], catch_exceptions=False)
+    told = {line.split()[0]: " ".join(line.split()[1:]) for line in done.stdout.splitlines()[1:]}
+    assert done.stdout.startswith(f"demo@{older} -> demo@{newer}\n")
+    assert told == {
+        "verdict": "ship -> hold",
+        "score.candidate": "0.500 -> 0.625",
+        "score.few_shot": "0.250 -> -",
+        "data": f"{digest_bytes(b'data')[:12]} -> dddddddddddd",
+        "commit": "aaaaaaaaaaaa -> bbbbbbbbbbbb",
+        "recipe.method.rank": "8 -> 16",
+        "recipe.method.alpha": "- -> 4",
+        "training.steps": "- -> 9",
+        "versions.torch": "2.11 -> 2.13",
+    }
+    assert "appliance data diff aaaaaaaaaaaa..bbbbbbbbbbbb" in done.stderr
+    assert "scores are of other test rows" in done.stderr
+    same = CliRunner().invoke(show_command, [f"demo@{older}", *arguments], catch_exceptions=False)
+    assert same.stdout.splitlines()[1:] == ["nothing differs"]
+    assert not same.stderr
+    machine = CliRunner().invoke(show_command, [f"demo@{newer}", *arguments, "--json"], catch_exceptions=False)
+    assert json.loads(machine.stdout)["differences"]["recipe.method.rank"] == ["8", "16"]
+
+
+def test_list_tells_each_versions_score_beside_the_best_prompt(tmp_path: Path) -> None:
+    """In columns; a version that tells no scores is listed all the same."""
+    store = open_store((tmp_path / "store").as_uri())
+    publish_pair(store, tmp_path / "made")
+    publish_new(store, tmp_path / "made", "bare", created_at="2026-03-01T00:00:00Z")
+    done = CliRunner().invoke(list_command, ["--store", store.url], catch_exceptions=False)
+    first, second, bare = done.stdout.splitlines()
+    assert first.endswith("  ship          exact_match 0.500, base 0.250")
+    assert second.endswith("  hold          exact_match 0.625, base 0.100")
+    assert bare.endswith("  ship")
+    machine = CliRunner().invoke(list_command, ["--store", store.url, "--json"], catch_exceptions=False)
+    assert [(v["created_at"], v["commit"]) for v in json.loads(machine.stdout)][1] == ("2026-02-01T00:00:00Z", "b" * 40)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from appliance import registry
+from appliance.cli.against import has_other_rows, list_differences
 from appliance.cli.common import json_option, print_json, say, store_option
 from appliance.cli.lines import show_example, wrap
 from appliance.errors import RegistryError, StoreError
@@ -16,11 +17,18 @@ from appliance.report import ARM_NAMES, say_interval, say_reasons
 from appliance.store import Store, open_store
 
 
-@click.command("show", epilog=show_example("appliance show tickets@staging --store s3://BUCKET/registry"))
+@click.command(
+    "show",
+    epilog=show_example(
+        "appliance show tickets@staging --store s3://BUCKET/registry",
+        "appliance show tickets@staging --against tickets@production --store s3://BUCKET/registry",
+    ),
+)
 @click.argument("reference", metavar="NAME[@ALIAS|@VERSION]")
+@click.option("--against", metavar="NAME[@ALIAS|@VERSION]", help="Show what differs from this older version instead.")
 @store_option(required=True)
 @json_option
-def command(*, reference: str, store_url: str, as_json: bool) -> None:
+def command(*, reference: str, against: str | None, store_url: str, as_json: bool) -> None:
     """Show what a version was made from, what it proved and why, and its files.
 
     NAME alone means NAME@production; where a verdict ships, the recipe's publish.alias is moved, which is
@@ -28,6 +36,9 @@ def command(*, reference: str, store_url: str, as_json: bool) -> None:
     """
     store = open_store(store_url)
     version, manifest = registry.resolve(store, reference)
+    if against is not None:
+        _show_differences(*registry.resolve(store, against), version, manifest, as_json=as_json)
+        return
     if as_json:
         print_json(manifest.model_dump(mode="json", by_alias=True))
         return
@@ -49,6 +60,25 @@ def command(*, reference: str, store_url: str, as_json: bool) -> None:
     _print_scores(manifest, proof)
     for file in manifest.files:
         click.echo(f"{file.sha256[:12]} {file.size:>12,}  {file.path}")
+
+
+def _show_differences(before: str, older: Manifest, after: str, newer: Manifest, *, as_json: bool) -> None:
+    """What the older one says, an arrow, what the newer one says."""
+    found = list_differences(older, newer)
+    names = f"{older.name}@{before}", f"{newer.name}@{after}"
+    if as_json:
+        print_json({"older": names[0], "newer": names[1], "differences": found})
+        return
+    click.echo(f"{names[0]} -> {names[1]}")
+    width = max(map(len, found), default=0)
+    for name, (was, became) in found.items():
+        click.echo(f"{name:{width}}  {was} -> {became}")
+    if not found:
+        click.echo("nothing differs")
+    if older.data_digest != newer.data_digest and older.git_commit and newer.git_commit:
+        say(f"the rows: `appliance data diff {older.git_commit[:12]}..{newer.git_commit[:12]}`")
+    if has_other_rows(older, newer):
+        say("scores are of other test rows: only a verdict compares versions on the same ones")
 
 
 def _read_proof(store: Store, manifest: Manifest) -> dict[str, Any]:
