@@ -50,6 +50,17 @@ def _forward(layer: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> to
     return product.view(*x.shape[:-1], -1)  # out here: what a function gives as a view may not be added to in place
 
 
+def _add_product(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, scale: float) -> torch.Tensor:
+    """The sum y + scale a b, in the place of y unless it is compiled.
+
+    A compiler finds the place by itself, and that of torch 2.11 gives an output that was changed in place no
+    gradient: zeros, without a word.
+    """
+    if torch.compiler.is_compiling():
+        return torch.addmm(y, a, b, alpha=scale)
+    return y.addmm_(a, b, alpha=scale)
+
+
 class _FusedProduct(torch.autograd.Function):  # type: ignore[misc]
     """y = x W' + b + scale (x A') B', (N, out); W (out, in) and b are frozen, A (r, in) and B (out, r) are trained."""
 
@@ -67,7 +78,7 @@ class _FusedProduct(torch.autograd.Function):  # type: ignore[misc]
         down, up = down.to(weight.dtype), up.to(weight.dtype)
         y = torch.mm(flat, weight.t()) if bias is None else torch.addmm(bias, flat, weight.t())
         hidden = torch.mm(flat, down.t())
-        y.addmm_(hidden, up.t(), alpha=scale)
+        y = _add_product(y, hidden, up.t(), scale=scale)
         ctx.save_for_backward(flat, weight, down, up, hidden)
         ctx.scale, ctx.shape = scale, x.shape
         return y

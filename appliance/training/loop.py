@@ -98,6 +98,7 @@ def build_trainer(
     align_special_tokens(model, tokenizer)  # as `train` does: it is in the saved configuration, steps or not
     trainer.remove_callback(PrinterCallback)  # standard output is the parent's channel
     trainer.head, trainer.penalty, trainer.ranks, trainer.is_sharded = levers.head, penalty, ranks, job.sharded
+    trainer.is_compiled = levers.compile
     trainer.shortest = build_records([min(train_rows, key=lambda r: len(r.input_ids))])[0]
     trainer.collate_apart = collate_apart  # the most that rows can take: nothing shared
     trainer.tokens_seen, trainer.tokens_computed, trainer.saves, trainer.save_seconds = 0, 0, 0, 0.0

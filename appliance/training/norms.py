@@ -72,8 +72,8 @@ class _Norm(torch.autograd.Function):  # type: ignore[misc]
         rate = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, rate)
         ctx.is_centred = is_centred
-        y.mul_(rate)
-        return y.mul_(weight.float() + 1).to(x.dtype) if is_centred else y.to(x.dtype) * weight
+        y.mul_(rate)  # and no further: torch 2.11 compiles an output that was changed in place to one without gradients
+        return (y * (weight.float() + 1)).to(x.dtype) if is_centred else y.to(x.dtype) * weight
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
