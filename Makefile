@@ -27,6 +27,11 @@ test: .venv/ready  ## The fast tests, two at a time
 test-slow: .venv/ready .cache/act/bin/act  ## The tests that train the real base model
 	@$(PYTHON) -m pytest -m 'slow and not image' --timeout 1800 $(ARGS)
 
+.PHONY: test-lowest
+test-lowest: .venv/ready  ## The fast tests with the oldest packages that pyproject.toml allows
+	@VENV=.venv-lowest VERSIONS=lowest .ci/setup
+	@PATH="$(CURDIR)/.venv-lowest/bin:$$PATH" .venv-lowest/bin/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
+
 .PHONY: gpu-test
 gpu-test: $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)  ## The tests that need a GPU: kernels, kills, want of memory, the plan's peak, doctor
 	@$(PYTHON) -m pytest -m gpu --timeout 900 -rs $(ARGS)
@@ -71,4 +76,4 @@ bench: .venv/ready  ## Training speed on this CPU, against TRL in the same run
 
 .PHONY: clean
 clean:  ## Remove the environment and the demo
-	@rm -rf .venv .demo .cache
+	@rm -rf .venv .venv-lowest .demo .cache

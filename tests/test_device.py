@@ -399,7 +399,8 @@ def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(
     assert [is_gpu_expected(driver, v) for v in (None, "0", "GPU-1", "", "-1")] == [True, True, True, False, False]
     monkeypatch.setattr(weights, "_DRIVER", driver)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert select_device().type == "cpu", "this torch has no CUDA: it was chosen for the CPU"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert select_device().type == "cpu", "a torch without CUDA was chosen for the CPU"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(LostDeviceError, match="does not see it"):
         select_device()

@@ -96,7 +96,7 @@ def load_model(
             folder,
             config=config,
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=attention or ("eager" if caps_scores(config) else None),
             quantization_config=quantisation,
             device_map="balanced" if spread else {"": device} if four_bit else None,
             use_safetensors=True,
@@ -119,6 +119,11 @@ def load_model(
     if four_bit:
         _keep_layout(model)
     return model if four_bit or spread else model.to(device)
+
+
+def caps_scores(config: Any) -> bool:
+    """Whether attention caps its scores (Gemma 2): torch's fused one does not, and transformers 5.17 takes it anyway."""
+    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
 
 
 def select_class(config: Any) -> Any:

@@ -20,6 +20,8 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from appliance.model.weights import caps_scores
+
 NAME = "appliance_packed"
 _PLAIN_LIMIT = 1024
 
@@ -40,7 +42,8 @@ def use(model: Any) -> None:
 
 def use_standard(model: Any) -> None:
     """Give the layers what the library chooses for their class: torch's fused attention where that computes all."""
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")  # noqa: SLF001 - so does transformers
+    is_fused = model._supports_sdpa and not caps_scores(model.config)  # noqa: SLF001 - so does transformers
+    model.set_attn_implementation("sdpa" if is_fused else "eager")
 
 
 def name_used(model: Any) -> str:
