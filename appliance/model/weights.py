@@ -122,7 +122,7 @@ def load_model(
 
 
 def caps_scores(config: Any) -> bool:
-    """Whether attention caps its scores (Gemma 2): torch's fused one does not, and transformers 5.17 takes it anyway."""
+    """Whether attention caps its scores (Gemma 2): torch's fused one cannot, and transformers 5.17 takes it anyway."""
     return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
 
 
