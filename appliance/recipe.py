@@ -36,6 +36,7 @@ def _check_path(path: str) -> str:
 FilePath = Annotated[str, AfterValidator(_check_path)]
 _EWC_METHODS = ("full", "lora", "qlora")
 _LISTED = 8
+_YOUNGER = ("prefix", "norm")
 
 
 class BaseSection(Section):
@@ -306,14 +307,17 @@ class Recipe(Section):
     def digest(self) -> str:
         """SHA-256 of the recipe's values; comments, order and spelled-out defaults do not count.
 
-        Neither does `needs`, which says where and not what; `forgetting` and `training.speed.prefix`,
-        which are younger than the first versions, count only where they are given.
+        Neither does `needs`, which says where and not what; keys that are younger than the first versions
+        (`forgetting`, and of `training.speed` those in `_YOUNGER`) count only where they are given: a new release
+        must not train everything anew.
         """
         values = self.model_dump(mode="json", exclude={"needs"})
         if self.forgetting is None:
             del values["forgetting"]
-        if self.training.speed.prefix == "auto":
-            del values["training"]["speed"]["prefix"]
+        speed = values["training"]["speed"]
+        for key in _YOUNGER:
+            if speed[key] == "auto":
+                del speed[key]
         return digest_json(values)
 
 

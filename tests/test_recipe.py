@@ -151,13 +151,15 @@ def test_comments_order_and_spelled_out_defaults_do_not_change_the_digest() -> N
     assert changed.digest != parse_recipe(GOOD, source="a").digest
 
 
-def test_a_lever_younger_than_a_recipe_does_not_change_its_digest() -> None:
-    """A release that adds `training.speed.prefix` retrains nobody; a recipe that rules it out is another recipe."""
+@pytest.mark.parametrize("lever", ["prefix", "norm"])
+def test_a_lever_younger_than_a_recipe_does_not_change_its_digest(lever: str) -> None:
+    """A release that adds one retrains nobody; a recipe that rules it out is another recipe."""
     recipe = parse_recipe(GOOD, source="a")
     values = recipe.model_dump(mode="json", exclude={"needs", "forgetting"})
-    del values["training"]["speed"]["prefix"]
+    for younger in ("prefix", "norm"):
+        del values["training"]["speed"][younger]
     assert recipe.digest == digest_json(values)
-    speed = recipe.training.speed.model_copy(update={"prefix": "standard"})
+    speed = recipe.training.speed.model_copy(update={lever: "standard"})
     training = recipe.training.model_copy(update={"speed": speed})
     assert recipe.model_copy(update={"training": training}).digest != recipe.digest
 

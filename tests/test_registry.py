@@ -25,11 +25,13 @@ from appliance.cli.promote import command as promote_command
 from appliance.digest import canonical_json, digest_bytes, digest_file, list_files
 from appliance.errors import ApplianceError, PreconditionFailedError, RegistryError, StoreError
 from appliance.manifest import FileEntry, Manifest, decode_manifest
+from appliance.recipe import Recipe
 from appliance.registry.layout import MANIFEST, blob_key, manifest_key, ref_key
 from appliance.store import Store, StoredObject, open_store
 from appliance.store.s3 import S3Store
 
 AT = "2026-01-31T12:00:00Z"
+RELEASED = Path(__file__).parent / "fixtures" / "manifests"
 
 
 def make_folder(folder: Path, text: str = "weights") -> Path:
@@ -82,6 +84,19 @@ def promote(store: Store, version: str, alias: str = "production", **overrides: 
 def snapshot(store: Store) -> dict[str, bytes]:
     """Every key and its bytes."""
     return {o.key: store.get(o.key)[0] for o in store.list("")}
+
+
+@pytest.mark.parametrize("file", sorted(RELEASED.glob("*.json")), ids=lambda f: f.stem)
+def test_a_manifest_that_was_ever_published_is_read_for_ever(file: Path) -> None:
+    """Its version is that of its bytes, its recipe still a recipe, and the same one: none is ever removed from here.
+
+    A recipe whose digest changed with a release is trained anew everywhere, for nothing.
+    """
+    content = file.read_bytes()
+    manifest = decode_manifest(content, source=str(file))
+    assert manifest.encode() == content
+    assert manifest.version == file.stem
+    assert Recipe.model_validate(manifest.recipe).digest == manifest.recipe_digest
 
 
 def test_a_published_version_comes_back_byte_for_byte_under_every_name(store: Store, tmp_path: Path) -> None:
