@@ -10,6 +10,7 @@ by themselves: a compiler can lose some without a word, as that of torch 2.11 di
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,8 @@ def _measure_gradients(trainer: Any, records: Sequence[dict[str, Any]]) -> torch
     trainer.model.zero_grad(set_to_none=True)
     _compute_gradients(trainer, records)
     gradients = [p.grad for p in trainer.model.parameters() if p.requires_grad]
-    return torch.stack([torch.zeros(()) if g is None else get_local(g).float().norm().cpu() for g in gradients])
+    norm = partial(torch.linalg.vector_norm, dtype=torch.float32)
+    return torch.stack([torch.zeros(()) if g is None else norm(get_local(g)).cpu() for g in gradients])
 
 
 def _sort_rows(rows: Sequence[TokenRow]) -> list[TokenRow]:
