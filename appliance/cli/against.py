@@ -14,9 +14,9 @@ _SHOWN = 12  # characters of a digest
 
 def list_differences(older: Manifest, newer: Manifest) -> dict[str, tuple[str, str]]:
     """Name -> what the older and the newer version say, where they do not say the same; `-` where one says nothing."""
-    pairs = {name: (_list_facts(older).get(name, NONE), value) for name, value in _list_facts(newer).items()}
-    pairs |= {name: (value, NONE) for name, value in _list_facts(older).items() if name not in pairs}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    before, after = _list_facts(older), _list_facts(newer)
+    pairs = {name: (before.get(name, NONE), after.get(name, NONE)) for name in {**after, **before}}
+    return {name: (was, became) for name, (was, became) in pairs.items() if was != became}
 
 
 def has_other_rows(older: Manifest, newer: Manifest) -> bool:
