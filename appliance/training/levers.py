@@ -62,7 +62,7 @@ def select_levers(section: TrainingSection, *, method: Method, on_cuda: bool) ->
 def settle_levers(levers: Levers, model: Any) -> Levers:
     """The levers for this very model: with dropout every row draws its own noise, so nothing is shared.
 
-    Nor where a router's loss counts tokens. Dropout is a module, or a number in the configuration. On CUDA the fused
+    Nor where a router's loss counts tokens. On CUDA the fused
     head is a kernel that Triton builds here: where it cannot, the head scores the labelled positions plainly. A class
     with attention of its own keeps it.
     """
@@ -72,9 +72,14 @@ def settle_levers(levers: Levers, model: Any) -> Levers:
         levers = replace(levers, attention="standard", prefix="standard")
     if levers.head == "fused" and model.device.type == "cuda" and not has_compiler():
         levers = replace(levers, head="labelled")
-    draws = any(type(m).__name__.startswith("Dropout") and m.p > 0 for m in model.modules())
-    counts = any(getattr(model.config, key, 0) for key in ("attention_dropout", "output_router_logits"))
-    return replace(levers, prefix="standard") if draws or counts else levers
+    is_apart = draws_noise(model) or getattr(model.config, "output_router_logits", False)
+    return replace(levers, prefix="standard") if is_apart else levers
+
+
+def draws_noise(model: Any) -> bool:
+    """Whether a forward pass in training draws dropout: by a module, or by a number in the configuration."""
+    has_module = any(type(m).__name__.startswith("Dropout") and m.p > 0 for m in model.modules())
+    return has_module or bool(getattr(model.config, "attention_dropout", 0))
 
 
 def pad_rows(levers: Levers) -> Levers:

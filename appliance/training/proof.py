@@ -18,6 +18,7 @@ import torch
 from appliance.errors import TrainingError
 from appliance.model import TokenRow
 from appliance.training.batches import build_records
+from appliance.training.levers import draws_noise
 from appliance.training.sharding import get_local
 from appliance.training.validation import score_rows
 
@@ -70,9 +71,8 @@ def _check_compiled(trainer: Any, records: Sequence[dict[str, Any]]) -> None:
     with torch.compiler.set_stance("force_eager"):
         wanted = _measure_gradients(trainer, records)
     found = _measure_gradients(trainer, records)
-    draws = any(type(m).__name__.startswith("Dropout") and m.p > 0 for m in trainer.model.modules())
     distance = float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
-    if not distance < (0.9 if draws else _COMPILED):
+    if not distance < (0.9 if draws_noise(trainer.model) else _COMPILED):
         raise TrainingError(
             f"training.speed.compile: torch {torch.__version__} compiles layers of this class to other gradients "
             f"(off by {distance:.0%}); set it to off"
