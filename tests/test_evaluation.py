@@ -343,8 +343,11 @@ def without_seconds(outputs: tuple[Output, ...]) -> list[tuple[str, ...]]:
     return sorted((o.id, o.arm, o.output, o.stop, str(o.tokens)) for o in outputs)
 
 
-def test_generation_goes_on_where_it_was_killed_with_the_same_answers(base: Path, tmp_path: Path) -> None:
-    """SIGKILL after some batches, a torn last line: the next call adds what is missing and changes nothing."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_generation_goes_on_where_it_was_killed_with_the_same_answers(
+    base: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Killed or stopped after some batches, a torn last line: the next call adds what is missing, changes nothing."""
     adapter = write_adapter(tmp_path / "adapter", base)
     job, prompts = make_job(base, tmp_path / "whole", adapter)
     whole = generate(job, prompts, note=lambda _: None)
@@ -358,7 +361,7 @@ def test_generation_goes_on_where_it_was_killed_with_the_same_answers(base: Path
 
     lines = (tmp_path / "whole" / "outputs.jsonl").read_bytes().splitlines(keepends=True)
     job, prompts = make_job(base, tmp_path / "torn", adapter)
-    killed_after(job, prompts, lines=8)
+    killed_after(job, prompts, lines=8, number=number)
     with (tmp_path / "torn" / "outputs.jsonl").open("ab") as stream:
         stream.write(lines[20][: len(lines[20]) // 2])
     kept = (tmp_path / "torn" / "outputs.jsonl").read_bytes().splitlines(keepends=True)[:-1]
@@ -367,8 +370,8 @@ def test_generation_goes_on_where_it_was_killed_with_the_same_answers(base: Path
     assert (tmp_path / "torn" / "outputs.jsonl").read_bytes().splitlines(keepends=True)[: len(kept)] == kept
 
 
-def killed_after(job: GenerationJob, prompts: list[Prompt], *, lines: int) -> None:
-    """Run the job in a process of its own and SIGKILL the worker once it has written `lines` lines."""
+def killed_after(job: GenerationJob, prompts: list[Prompt], *, lines: int, number: signal.Signals) -> None:
+    """Run the job in a process of its own and send the worker a signal once it has written `lines` lines."""
     code = (
         "import sys, pickle; from appliance.evaluation import generate\n"
         "job, prompts = pickle.load(sys.stdin.buffer)\n"
@@ -386,7 +389,7 @@ def killed_after(job: GenerationJob, prompts: list[Prompt], *, lines: int) -> No
         time.sleep(0.005)
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
     for child in children:
-        os.kill(int(child), signal.SIGKILL)
+        os.kill(int(child), number)
     assert parent.wait(timeout=60) != 0
 
 

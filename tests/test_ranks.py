@@ -21,7 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from test_resume import after_a_seal, finish, inside_a_save, kill
+from test_resume import after_a_seal, finish, inside_a_save, kill, wait_until
 from test_training import run_in_process, write_job
 from tiny import make_recipe, write_base
 from warm import Warm
@@ -252,6 +252,21 @@ def test_a_second_process_that_is_killed_ends_the_run_and_changes_no_byte(
     began = time.monotonic()
     assert warm.wait(pid) == -signal.SIGKILL
     assert time.monotonic() - began < 20
+    assert finish(warm, job) == whole
+
+
+@pytest.mark.slow
+def test_a_stop_before_the_first_step_leaves_nobody(base: Path, warm: Warm, whole: str, tmp_path: Path) -> None:
+    """SIGTERM to the first process while the models are loaded: it ends at once, and the kernel takes the other one."""
+    job = make_job(base, tmp_path, devices=2)
+    pid = warm.start(job.folder)
+    wait_until(lambda: list(job.folder.glob("worker-1.log")), lambda: warm.is_running(pid))
+    time.sleep(0.2)
+    peer = find_peer(job)
+    os.kill(pid, signal.SIGTERM)
+    assert warm.wait(pid) == 33
+    wait_until(lambda: is_gone(peer), lambda: True)
+    assert is_gone(peer)
     assert finish(warm, job) == whole
 
 
