@@ -1,6 +1,6 @@
 """Encoding of texts that begin alike: a conversation up to each of its turns, each in the time of what is new.
 
-Encoding every one whole takes the square of the turns: 20 s for 400 exchanges. A control token parts a text for the
+Encoding every one whole takes the square of the turns: 24 s for 400 exchanges. A control token parts a text for the
 tokenizer, which encodes what stands before it and what begins with it independently (tokenizers, `AddedVocabulary`:
 such tokens are cut out of the raw text first). So what stands before one is taken over from the text before.
 """
