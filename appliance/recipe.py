@@ -196,9 +196,11 @@ class ForgettingSection(Section):
 class GateSection(Section):
     """What the candidate must show before an alias moves."""
 
-    alpha: float = Field(0.01, gt=0.0, le=0.2, description="two-sided level of the exact McNemar test")
+    alpha: float = Field(0.01, gt=0.0, le=0.2, description="two-sided level of the exact test")
     min_gain: float = Field(0.02, ge=0.0, le=1.0, description="smallest gain worth its maintenance, as a share of rows")
-    min_test_rows: int = Field(100, ge=1, description="with fewer the verdict is inconclusive, or reject")
+    min_test_rows: int = Field(
+        100, ge=1, description="with fewer (those of one group are one) the verdict is inconclusive, or reject"
+    )
 
 
 class EvaluationSection(Section):

@@ -1,14 +1,15 @@
 """What a difference between two arms on the same rows is worth, and what so many rows can show.
 
-Exact: McNemar's test on discordant pairs, its power by summation. Intervals are Wilson's for one arm
-and Newcombe's for the paired difference. It stands below the rooms, because the check of a dataset
+Exact: McNemar's test on discordant pairs, its power by summation, and the sign flip of groups where rows
+come in groups. Intervals are Wilson's for one arm and Newcombe's for the paired difference, on as many
+rows as the groups are worth. It stands below the rooms, because the check of a dataset
 states what the verdict will judge by, and needs no library, because that check is part of the light core.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -32,7 +33,49 @@ def _list_tails(d: int) -> Iterator[tuple[int, int]]:
         tail += ways
 
 
-def wilson_interval(successes: float, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
+def sign_flip_exact(nets: Sequence[int]) -> float:
+    """Two-sided exact p-value of groups of rows, each by its wins less its losses; McNemar's where none is beyond 1.
+
+    Under no difference the two arms may be exchanged in any group, all its rows together (Fisher 1935). The ways
+    to reach each sum are counted in the slots of one whole number, as many bits wide as there can be ways.
+    """
+    sizes = [abs(n) for n in nets if n]
+    if max(sizes, default=1) == 1:
+        return mcnemar_exact(wins=sum(n > 0 for n in nets), losses=sum(n < 0 for n in nets))
+    slot, total = len(sizes) + 1, sum(sizes)
+    ways = 1  # of choosing groups to win, by the rows that they have together
+    for size in sizes:
+        ways += ways << (slot * size)
+    tail = ways >> (slot * ((total + abs(sum(nets))) // 2))
+    mask, count = (1 << slot) - 1, 0
+    while tail:
+        count += tail & mask
+        tail >>= slot
+    return min(1.0, 2 * count / (1 << len(sizes)))
+
+
+def design_effect(groups: Sequence[Sequence[float]]) -> float:
+    """How many rows in these groups are worth one independent row, at least 1; for intervals (Rao and Scott 1992).
+
+    The variance of the mean by groups over that by rows. Where rows do not vary it cannot be told, and a group
+    counts as one row.
+    """
+    values = [v for g in groups for v in g]
+    n, k = len(values), len(groups)
+    mean = sum(values) / n
+    by_rows = sum((v - mean) ** 2 for v in values) * n / max(1, n - 1)
+    if k == 1 or not by_rows:
+        return n / k
+    by_groups = sum(sum(v - mean for v in g) ** 2 for g in groups) * k / (k - 1)
+    return max(1.0, by_groups / by_rows)
+
+
+def count_test_rows(rows: int, groups: int) -> str:
+    """How many rows there are to judge by; those of one group are told apart from as many independent ones."""
+    return f"{rows} test rows" if rows == groups else f"{rows} test rows in {groups} groups, each of which counts once"
+
+
+def wilson_interval(successes: float, n: float, *, confidence: float = 0.95) -> tuple[float, float]:
     """Score interval of a proportion, within [0, 1] (Wilson 1927)."""
     if n == 0:
         return 0.0, 1.0
@@ -44,9 +87,12 @@ def wilson_interval(successes: float, n: int, *, confidence: float = 0.95) -> tu
 
 
 def paired_gain_interval(
-    *, both: int, wins: int, losses: int, neither: int, confidence: float = 0.95
+    *, both: float, wins: float, losses: float, neither: float, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Interval of the gain (wins - losses) / n over paired rows (Newcombe 1998, method 10)."""
+    """Interval of the gain (wins - losses) / n over paired rows (Newcombe 1998, method 10).
+
+    Counts need not be whole: rows in groups are divided by their `design_effect`.
+    """
     n = both + wins + losses + neither
     ours, theirs = (both + wins) / n, (both + losses) / n
     low1, high1 = wilson_interval(both + wins, n, confidence=confidence)
@@ -59,7 +105,7 @@ def paired_gain_interval(
     return max(-1.0, gain - math.sqrt(max(0.0, below))), min(1.0, gain + math.sqrt(max(0.0, above)))
 
 
-def _correct(product: int, n: int) -> float:
+def _correct(product: float, n: float) -> float:
     """The numerator of phi, corrected for continuity where the arms agree more than by chance: no tighter by luck."""
     return max(product - n / 2, 0.0) if product > 0 else product
 

@@ -419,13 +419,27 @@ def test_the_check_states_the_gain_that_the_verdict_states(tmp_path: Path, alpha
     (found,) = [f.message for f in report.warnings if f.rule == "test-size"]
     scores = {"exact_match": 1.0}
     results = [
-        Result(f"t{i}", arm, "", "eos", tokens=1, prompt_tokens=1, seconds=0.1, category=None, group="g", scores=scores)
+        Result(
+            f"t{i}", arm, "", "eos", tokens=1, prompt_tokens=1, seconds=0.1, category=None, group=f"g{i}", scores=scores
+        )
         for arm in ("zero_shot", "candidate")
         for i in range(report.counts["test"])
     ]
     reason = judge(results, metric="exact_match", gates=gates).reasons[0]
     (points,) = re.findall(r"gains of \d+ points or more", reason)
     assert points in found
+
+
+def test_the_check_counts_groups_of_test_rows(tmp_path: Path) -> None:
+    """Rows of one group are one to the verdict, so the check warns where their groups are too few."""
+    folder = write_dataset(tmp_path / "d", rows=200)
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps(r | {"group": f"g{i // 10}"}) + "\n" for i, r in enumerate(rows))
+    (folder / "rows.jsonl").write_text(text)
+    report = check_dataset(folder, split=SplitSection(test=0.5, validation=0.1), gates=GateSection(min_test_rows=20))
+    (found,) = [f.message for f in report.warnings if f.rule == "test-size"]
+    assert re.match(r"\d+ test rows in \d+ groups, each of which counts once; the gate wants 20", found)
+    assert report.counts["test"] > 50
 
 
 def make_base(folder: Path, *, template: str = TEMPLATE) -> Path:

@@ -14,13 +14,20 @@ from hypothesis import strategies as st
 from appliance.errors import EvaluationError
 from appliance.evaluation import Result, judge
 from appliance.recipe import GateSection
-from appliance.statistics import mcnemar_exact, paired_gain_interval, smallest_gain, wilson_interval
+from appliance.statistics import (
+    design_effect,
+    mcnemar_exact,
+    paired_gain_interval,
+    sign_flip_exact,
+    smallest_gain,
+    wilson_interval,
+)
 
 GATES = GateSection(min_test_rows=100)
 
 
-def make_results(arms: dict[str, Sequence[float]]) -> list[Result]:
-    """Results of each arm with these scores, row by row."""
+def make_results(arms: dict[str, Sequence[float]], *, group: int = 1) -> list[Result]:
+    """Results of each arm with these scores, row by row; `group` rows on end are one group."""
     return [
         Result(
             id=f"t{i}",
@@ -31,7 +38,7 @@ def make_results(arms: dict[str, Sequence[float]]) -> list[Result]:
             prompt_tokens=5,
             seconds=0.1,
             category="ab"[i % 2],
-            group=f"g{i}",
+            group=f"g{i // group}",
             scores={"exact_match": float(score), "contract_valid": 1.0},
         )
         for arm, scores in arms.items()
@@ -140,6 +147,55 @@ def test_equal_models_are_shipped_in_at_most_one_of_twenty_trials() -> None:
             shipped += outcome == "ship"
             trials += 1
     assert shipped / trials <= 0.05
+
+
+@pytest.mark.parametrize(("groups", "size"), [(100, 1), (100, 5), (120, 10)])
+def test_equal_models_are_not_shipped_because_rows_come_in_groups(groups: int, size: int) -> None:
+    """Rows of a group that are all right or all wrong together are one observation, to the test and to the interval."""
+    rng = random.Random(3)
+    judged = []
+    for _ in range(200):
+        ours, theirs = ([float(rng.random() < 0.5) for _ in range(groups)] for _ in range(2))
+        spread = ([s for s in side for _ in range(size)] for side in (theirs, ours))
+        arms = dict(zip(("zero_shot", "candidate"), spread, strict=True))
+        judged.append(judge(make_results(arms, group=size), metric="exact_match", gates=GATES))
+    shipped = sum(v.outcome == "ship" for v in judged)
+    covered = sum(v.comparison.interval[0] <= 0 <= v.comparison.interval[1] for v in judged)
+    assert shipped <= 0.025 * len(judged)
+    assert covered >= 0.92 * len(judged)
+
+
+def test_rows_of_one_group_count_once() -> None:
+    """120 rows in 12 groups are 12: too few for the gate, told in words."""
+    ours, theirs = pairs(wins=110, neither=10)
+    results = make_results({"zero_shot": theirs, "candidate": ours}, group=10)
+    verdict = judge(results, metric="exact_match", gates=GATES)
+    assert verdict.outcome == "inconclusive"
+    assert "120 test rows in 12 groups, each of which counts once; the gate wants 100" in verdict.reasons[0]
+    assert "exact sign flip of 12 groups" in verdict.reasons[1]
+    assert (verdict.comparison.rows, verdict.comparison.groups, verdict.power["n"]) == (120, 12, 12)
+
+
+@given(st.lists(st.lists(st.integers(-1, 1), min_size=1, max_size=4), min_size=1, max_size=9))
+@settings(max_examples=150, deadline=None)
+def test_the_sign_flip_is_the_enumeration_of_all_flips(rows: list[list[int]]) -> None:
+    """Every group is flipped in every way: the share of ways that are as far from nothing as what was seen."""
+    nets = [sum(g) for g in rows]
+    ways = [
+        abs(sum(sign * net for sign, net in zip(signs, nets, strict=True)))
+        for signs in product((1, -1), repeat=len(nets))
+    ]
+    assert sign_flip_exact(nets) == pytest.approx(sum(w >= abs(sum(nets)) for w in ways) / len(ways))
+
+
+def test_single_rows_are_worth_a_row_and_copies_are_worth_one() -> None:
+    """The design effect of independent rows is 1, of copies the size of their groups, of rows in between in between."""
+    rng = random.Random(2)
+    values = [float(rng.random() < 0.5) for _ in range(400)]
+    assert design_effect([[v] for v in values]) == 1.0
+    assert design_effect([[v] * 5 for v in values]) == pytest.approx(5.0, rel=0.01)
+    assert design_effect([values[i : i + 4] for i in range(0, 400, 4)]) == pytest.approx(1.0, abs=0.3)
+    assert design_effect([[0.0, 0.0], [0.0, 0.0]]) == 2.0, "rows that do not vary tell nothing of it"
 
 
 def test_a_known_gain_is_shipped_at_the_stated_power() -> None:

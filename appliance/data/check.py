@@ -24,7 +24,7 @@ from appliance.errors import TrainingError
 from appliance.example import Example, normalise_text
 from appliance.model import read_tools
 from appliance.recipe import GateSection, SplitSection
-from appliance.statistics import smallest_gain
+from appliance.statistics import count_test_rows, smallest_gain
 
 _SMALLEST = 10
 _IMBALANCE = 20
@@ -73,7 +73,7 @@ def check_dataset(folder: Path, *, split: SplitSection | None = None, gates: Gat
     counts = _count(dataset, split)
     findings += _check_volume(dataset)
     if split is not None and gates is not None:
-        findings += _check_test_rows(dataset, counts["test"], gates=gates)
+        findings += _check_test_rows(dataset, split, gates=gates)
     return Report(dataset, tuple(findings), counts)
 
 
@@ -302,14 +302,16 @@ def _check_volume(dataset: Dataset) -> Iterator[Finding]:
         yield Finding(severity, "volume", place, message, "collect more, or prompt with a few examples instead")
 
 
-def _check_test_rows(dataset: Dataset, test_rows: int, *, gates: GateSection) -> Iterator[Finding]:
+def _check_test_rows(dataset: Dataset, split: SplitSection, *, gates: GateSection) -> Iterator[Finding]:
     """What so many test rows can show, by the test that will judge."""
-    if len(dataset.rows) >= _SMALLEST and test_rows < gates.min_test_rows:
-        gain = smallest_gain(test_rows, alpha=gates.alpha)
+    keys = [r.example.group_key for r in dataset.rows if select_side(r.example.group_key, split) == "test"]
+    groups = len(set(keys))
+    if len(dataset.rows) >= _SMALLEST and groups < gates.min_test_rows:
+        gain = smallest_gain(groups, alpha=gates.alpha)
         finds = f"find only gains of {gain * 100:.0f} points or more" if gain else "hardly show any gain"
         message = (
-            f"{test_rows} test rows, the gate wants {gates.min_test_rows}: a test at {gates.alpha:g} on so few can "
-            f"{finds}, the verdict will be inconclusive"
+            f"{count_test_rows(len(keys), groups)}; the gate wants {gates.min_test_rows}: a test at {gates.alpha:g} on "
+            f"so few can {finds}, the verdict will be inconclusive"
         )
         yield Finding("warning", "test-size", str(dataset.folder), message, "add rows or raise dataset.split.test")
 

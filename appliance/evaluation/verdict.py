@@ -7,7 +7,8 @@ its maintenance is ruled out does a verdict say "do not fine-tune". Missing answ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +16,14 @@ from appliance.errors import EvaluationError
 from appliance.evaluation.outputs import Result
 from appliance.manifest import Outcome
 from appliance.recipe import GateSection
-from appliance.statistics import mcnemar_exact, paired_gain_interval, smallest_gain, wilson_interval
+from appliance.statistics import (
+    count_test_rows,
+    design_effect,
+    paired_gain_interval,
+    sign_flip_exact,
+    smallest_gain,
+    wilson_interval,
+)
 
 _PROMPTED = ("zero_shot", "few_shot")
 _CHAMPION_ALPHA = 0.05
@@ -23,7 +31,7 @@ _CHAMPION_ALPHA = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The candidate against one arm on the same rows; `gain` is a share of rows."""
+    """The candidate against one arm on the same rows; `gain` is a share of rows, `groups` how many are independent."""
 
     against: str
     gain: float
@@ -32,6 +40,12 @@ class Comparison:
     wins: int
     losses: int
     ties: int
+    groups: int
+
+    @property
+    def rows(self) -> int:
+        """How many rows were compared."""
+        return self.wins + self.losses + self.ties
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +72,13 @@ def judge(results: Sequence[Result], *, metric: str, gates: GateSection) -> Verd
     """Decide from scored results. Raises `EvaluationError` when an arm or a score is missing."""
     scores = _gather(results, metric)
     n = len(scores["candidate"])
+    groups = {r.id: r.group for r in results}
     prompted = [a for a in _PROMPTED if a in scores]
     best = max(prompted, key=lambda a: (sum(scores[a].values()), a))
-    comparison = _compare(scores["candidate"], scores[best], against=best)
-    champion = _compare(scores["candidate"], scores["champion"], against="champion") if "champion" in scores else None
-    detectable = smallest_gain(n, alpha=gates.alpha)
-    outcome, reasons = _decide(n, comparison, champion, gates=gates, detectable=detectable, metric=metric)
+    comparison = _compare(scores, against=best, groups=groups)
+    champion = _compare(scores, against="champion", groups=groups) if "champion" in scores else None
+    detectable = smallest_gain(comparison.groups, alpha=gates.alpha)
+    outcome, reasons = _decide(comparison, champion, gates=gates, detectable=detectable, metric=metric)
     return Verdict(
         outcome=outcome,
         reasons=tuple(reasons),
@@ -73,7 +88,7 @@ def judge(results: Sequence[Result], *, metric: str, gates: GateSection) -> Verd
         best_prompted=best,
         comparison=comparison,
         champion=champion,
-        power={"n": n, "alpha": gates.alpha, "smallest_gain": detectable},
+        power={"n": comparison.groups, "alpha": gates.alpha, "smallest_gain": detectable},
         slices=_slice(results, metric),
     )
 
@@ -98,23 +113,39 @@ def _gather(results: Sequence[Result], metric: str) -> dict[str, dict[str, float
     return scores
 
 
-def _compare(ours: dict[str, float], theirs: dict[str, float], *, against: str) -> Comparison:
-    pairs = [(ours[i], theirs[i]) for i in ours]
-    both, wins = pairs.count((1.0, 1.0)), pairs.count((1.0, 0.0))
-    losses, neither = pairs.count((0.0, 1.0)), pairs.count((0.0, 0.0))
+def _compare(scores: Mapping[str, Mapping[str, float]], *, against: str, groups: Mapping[str, str]) -> Comparison:
+    """Rows of one group stand or fall together: the test flips groups, the interval is that of so many fewer rows."""
+    pairs = {i: (ours, scores[against][i]) for i, ours in scores["candidate"].items()}
+    counts = Counter(pairs.values())
+    wins, losses = counts[1.0, 0.0], counts[0.0, 1.0]
+    differences = _gather_groups({i: ours - theirs for i, (ours, theirs) in pairs.items()}, groups)
+    worth = design_effect(differences)
     return Comparison(
         against=against,
         gain=(wins - losses) / len(pairs),
-        interval=paired_gain_interval(both=both, wins=wins, losses=losses, neither=neither),
-        p_value=mcnemar_exact(wins, losses),
+        interval=paired_gain_interval(
+            both=counts[1.0, 1.0] / worth,
+            wins=wins / worth,
+            losses=losses / worth,
+            neither=counts[0.0, 0.0] / worth,
+        ),
+        p_value=sign_flip_exact([int(sum(d)) for d in differences]),
         wins=wins,
         losses=losses,
-        ties=both + neither,
+        ties=len(pairs) - wins - losses,
+        groups=len(differences),
     )
 
 
+def _gather_groups(values: Mapping[str, float], groups: Mapping[str, str]) -> list[list[float]]:
+    """The values of the rows of each group."""
+    gathered: dict[str, list[float]] = {}
+    for row, value in values.items():
+        gathered.setdefault(groups[row], []).append(value)
+    return list(gathered.values())
+
+
 def _decide(
-    n: int,
     comparison: Comparison,
     champion: Comparison | None,
     *,
@@ -127,9 +158,10 @@ def _decide(
     is_significant = comparison.p_value < gates.alpha
     if is_significant and comparison.gain < 0:
         return "reject", [f"worse than prompting: {found}"]
-    if n < gates.min_test_rows:
+    if comparison.groups < gates.min_test_rows:
         finds = f"finds gains of {detectable * 100:.0f} points or more" if detectable else "finds no gain at all"
-        reason = f"{n} test rows, the gate wants {gates.min_test_rows}: the test {finds} with 80% power; add rows"
+        there = count_test_rows(comparison.rows, comparison.groups)
+        reason = f"{there}; the gate wants {gates.min_test_rows}: the test {finds} with 80% power; add rows"
         return "inconclusive", [reason, found]
     if not is_significant:
         worthwhile = f"a gain of {gates.min_gain * 100:g} points"
@@ -143,25 +175,27 @@ def _decide(
         loses = champion.gain < 0 and champion.p_value < _CHAMPION_ALPHA
         if loses or champion.gain < -gates.min_gain:
             return "hold", [found, f"loses to the version in use: {_describe(champion, metric)}"]
-        return "ship", [found, f"does not lose to the version in use: {_describe(champion, metric)}"]
+        return "ship", [found, f"is not seen to lose to the version in use: {_describe(champion, metric)}"]
     return "ship", [found]
 
 
 def _describe(c: Comparison, metric: str) -> str:
     low, high = c.interval
+    test = "exact McNemar" if c.groups == c.rows else f"exact sign flip of {c.groups} groups"
     return (
         f"{metric} {c.gain * 100:+.1f} points against {c.against} (95% interval {low * 100:+.1f} to {high * 100:+.1f}, "
-        f"exact McNemar p = {c.p_value:.2g}; {c.wins} rows better, {c.losses} worse, {c.ties} equal)"
+        f"{test} p = {c.p_value:.2g}; {c.wins} rows better, {c.losses} worse, {c.ties} equal)"
     )
 
 
 def _summarise(results: Sequence[Result], metric: str) -> dict[str, Any]:
     n = len(results)
+    worth = design_effect(_gather_groups({r.id: r.scores[metric] for r in results}, {r.id: r.group for r in results}))
     mean = {name: sum(r.scores[name] for r in results) / n for name in results[0].scores}
     return {
         "n": n,
         "score": mean[metric],
-        "interval": wilson_interval(mean[metric] * n, n),
+        "interval": wilson_interval(mean[metric] * n / worth, n / worth),
         **{k: v for k, v in mean.items() if k != metric},
         "length_stops": sum(r.stop == "length" for r in results) / n,
         "mean_tokens": sum(r.tokens for r in results) / n,
