@@ -28,6 +28,7 @@ from appliance.data import (
     summarise_dataset,
 )
 from appliance.data.check import _check_duplicates, _check_prompts, _check_text, _check_turns
+from appliance.data.findings import Finding
 from appliance.errors import DatasetError, TrainingError
 from appliance.evaluation import Result, judge
 from appliance.example import Example, Message
@@ -428,6 +429,26 @@ def test_the_check_states_the_gain_that_the_verdict_states(tmp_path: Path, alpha
     reason = judge(results, metric="exact_match", gates=gates).reasons[0]
     (points,) = re.findall(r"gains of \d+ points or more", reason)
     assert points in found
+
+
+def test_an_answer_that_a_conversation_trains_in_another_group_is_told(tmp_path: Path) -> None:
+    """After other turns it is no shared prompt, and could be tested all the same: one warning, with how many."""
+    folder = write_dataset(tmp_path / "d", rows=30)
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    greeting = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "red"}]
+    longer = [r | {"id": f"long-{r['id']}", "messages": [*greeting, *r["messages"]]} for r in rows[:3]]
+
+    def find(added: list[dict[str, Any]]) -> list[Finding]:
+        text = "".join(json.dumps(r) + "\n" for r in (*rows, *added))
+        (folder / "rows.jsonl").write_text(text)
+        return [f for f in check_dataset(folder).findings if f.rule == "shared-prompt"]
+
+    (found,) = find(longer)
+    assert (found.severity, found.id) == ("warning", "long-r0")
+    assert "turn 4 and the one before are the last two of row r0 at" in found.message
+    assert "(3 turns like it)" in found.message
+    rows[:3] = [r | {"group": r["id"]} for r in rows[:3]]
+    assert find([r | {"group": r["id"].removeprefix("long-")} for r in longer]) == []
 
 
 def test_the_check_counts_groups_of_test_rows(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,37 @@ def _check_turns(dataset: Dataset) -> Iterator[Finding]:
                 yield _error(row, "shared-prompt", message, "give both rows the same group, or remove one")
 
 
+def _check_exchanges(dataset: Dataset) -> Iterator[Finding]:
+    """What a row asks last, and is answered, is said in no other group's conversation: it is trained on there."""
+    several = [r for r in dataset.rows if sum(m.role == "assistant" for m in r.example.messages) > 1]
+    last: dict[str, Row] = {}
+    for row in dataset.rows if several else ():
+        for _, exchange in list(_hash_exchanges(row.example))[-1:]:
+            last.setdefault(exchange, row)
+    found = [
+        (row, turn, last[exchange])
+        for row in several
+        for turn, exchange in _hash_exchanges(row.example)
+        if exchange in last and last[exchange].example.group_key != row.example.group_key
+    ]
+    if found:
+        row, turn, seen = found[0]
+        message = (
+            f"turn {turn} and the one before are the last two of row {seen.example.id} at {seen.where} in another "
+            f"group, so the answer could be trained on in one and tested in the other ({len(found)} turns like it)"
+        )
+        fix = "give both rows the same group, or leave it where such an answer is a courtesy"
+        yield Finding("warning", "shared-prompt", row.where, message, fix, id=row.example.id)
+
+
+def _hash_exchanges(example: Example) -> Iterator[tuple[int, str]]:
+    """Each assistant's turn by number, with the hash of it and of the turn before it, normalised."""
+    for number, (before, message) in enumerate(pairwise(example.messages), start=2):
+        if message.role == "assistant":
+            said = [normalise_text(before.content), normalise_text(message.content), message.tool_calls]
+            yield number, digest_json(said)
+
+
 def _list_earlier(example: Example) -> Iterator[tuple[int, bytes]]:
     """The assistant's turns before the last one, by number, with the hash of the normalised prompt of each."""
     hashed: hashlib.blake2b | None = None
@@ -286,6 +318,7 @@ _RULES: tuple[Callable[[Dataset], Iterator[Finding]], ...] = (
     _check_duplicates,
     _check_prompts,
     _check_turns,
+    _check_exchanges,
     _check_provenance,
     _check_categories,
 )
