@@ -160,7 +160,7 @@ def _find_origin(path: Path, recipe: Recipe, *, desire: _Desire) -> Origin:
     if faults and not desire.choice.allow_dirty:
         raise CommandError(describe_unheld(root, faults))
     if faults:
-        return replace(desire.origin, commit=None, head=None)
+        return replace(desire.origin, commit=None, head=None, unheld=": ".join(next(iter(faults.items()))))
     in_git = [place for place in places if not Path(place).is_relative_to(out)]
     return read_commit(root, actor=desire.origin.actor, places=in_git) if in_git else desire.origin
 

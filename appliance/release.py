@@ -102,9 +102,6 @@ def promote_by_verdict(
     alias = recipe.publish.alias
     standing = judge_alias(recipe, version, manifest, store=store, origin=origin, root=root)
     current = standing.current
-    if standing.target and origin.unheld:
-        command = f"appliance promote {recipe.name}@{standing.target} {alias}"
-        return "", f"{alias} is not moved: {origin.unheld}, then `appliance reconcile`; or as it is: `{command}`"
     if standing.target:
         current = registry.promote(
             store,
@@ -122,7 +119,19 @@ def promote_by_verdict(
 def judge_alias(
     recipe: Recipe, version: str, manifest: Manifest, *, store: Store, origin: Origin, root: Path
 ) -> Standing:
-    """Whether the alias should move, when `version` is what HEAD asks for (docs/decisions/0043).
+    """Whether the alias should move, when `version` is what HEAD asks for; never for what no commit holds."""
+    standing = _judge_asked(recipe, version, manifest, store=store, origin=origin, root=root)
+    if not standing.target or not origin.unheld:
+        return standing
+    alias, command = recipe.publish.alias, f"appliance promote {recipe.name}@{standing.target} {recipe.publish.alias}"
+    said = f"{alias} is not moved: {origin.unheld}, then `appliance reconcile`; or as it is: `{command}`"
+    return Standing(standing.current, note=said)
+
+
+def _judge_asked(
+    recipe: Recipe, version: str, manifest: Manifest, *, store: Store, origin: Origin, root: Path
+) -> Standing:
+    """Where the alias goes by verdict, history and ancestry (docs/decisions/0043).
 
     A version that ships and has never been behind the alias gets it from the one that it was compared with. One that
     was there gets it back when a verdict moved the alias last and HEAD is newer than the commit that asked for that; a

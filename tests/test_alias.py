@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_gitops import project, template  # noqa: F401 - fixtures
@@ -25,12 +26,12 @@ def head(project: Project) -> str:  # noqa: F811
     return project.run("git", "rev-parse", "HEAD").strip()
 
 
-def publish_asked(project: Project, folder: Path, *, verdict: str = "ship", text: str = "") -> str:  # noqa: F811
-    """A version of what HEAD asks for, compared with the one in use, as a training would publish it."""
+def publish_asked(project: Project, folder: Path, *, text: str = "", **overrides: Any) -> str:  # noqa: F811
+    """A version of what is asked for here, compared with the one in use, as a training would publish it."""
     workspace = Workspace(project.root, project.root / ".cache", project.root / ".appliance", note=lambda _: None)
     key = prepare(load_recipe(project.root / "recipes" / "colours.yaml"), workspace=workspace).key
-    facts = {"name": "colours", "run_key": key, "git_commit": head(project), "verdict": verdict}
-    return publish_new(project.store, folder, f"{key}{text}", **facts, parent=project.alias())
+    facts = {"name": "colours", "run_key": key, "git_commit": head(project), "parent": project.alias(), **overrides}
+    return publish_new(project.store, folder, f"{key}{text}", **facts)
 
 
 def ask_for(project: Project, epochs: int) -> str:  # noqa: F811
@@ -222,6 +223,24 @@ def test_what_is_not_committed_moves_nothing_back(project: Project, tmp_path: Pa
     (outcome,) = project.reconcile(allow_dirty=True)
     assert outcome.action == "none"
     assert project.alias() == newer
+
+
+def test_a_version_of_what_no_commit_holds_gets_no_alias(project: Project, tmp_path: Path) -> None:  # noqa: F811
+    """With --allow-dirty as by `run`: published, told, and nothing that Git has to take back; a dry run says it too."""
+    kept = ship(project, tmp_path, 2)
+    project.write_recipe(training={**TRAINING, "epochs": 5})
+    dirty = publish_asked(project, tmp_path, git_commit=None)
+    (planned,) = project.reconcile(allow_dirty=True, dry_run=True)
+    (outcome,) = project.reconcile(allow_dirty=True)
+    assert (outcome.action, project.alias()) == ("none", kept)
+    assert outcome.reason == planned.reason
+    assert outcome.reason.endswith(
+        "production is not moved: recipes/colours.yaml: not what the commit HEAD holds; commit it, then "
+        f"`appliance reconcile`; or as it is: `appliance promote colours@{dirty} production`"
+    )
+    project.run("git", "checkout", "--quiet", "--", ".")
+    (settled,) = project.reconcile()
+    assert settled.reason == f"{kept} was made from this recipe, data and base"
 
 
 def call_run(project: Project, capfd: pytest.CaptureFixture[str], *arguments: str) -> str:  # noqa: F811
