@@ -135,7 +135,8 @@ def _judge_asked(
 
     A version that ships and has never been behind the alias gets it from the one that it was compared with. One that
     was there gets it back when a verdict moved the alias last and HEAD is newer than the commit that asked for that; a
-    person's move stays. A commit older than the one that asked for what is there now moves nothing, however late.
+    person's move stays. A commit older than the one that asked for what is there now moves nothing, however late, nor
+    does one in a clone that does not know that commit, which may be newer than the clone.
     """
     name, alias = recipe.name, recipe.publish.alias
     current = registry.read_alias(store, name, alias)
@@ -157,8 +158,11 @@ def _judge_asked(
     if all(move.version != target for move in registry.read_reflog(store, name, alias)):
         parent = registry.load_manifest(store, name, target).parent
         is_compared = parent == current.version or manifest.base.get("revision") != there.base.get("revision")
-        said = f"{where}, and {target} was compared with {parent or 'no version in use'}; to move it: `{command}`"
-        return Standing(current, target, reason) if is_compared else Standing(current, note=said)
+        why = "" if is_compared else f"{target} was compared with {parent or 'no version in use'}"
+        if asked and not why and _has_commit(head, root=root) and not _has_commit(asked, root=root):
+            why = f"this clone lacks the commit {asked[:12]} that asked for it (`git fetch`, then reconcile again)"
+        note = f"{where}, and {why}; to move it: `{command}`"
+        return Standing(current, note=note) if why else Standing(current, target, reason)
     if there.run_key == manifest.run_key:
         return Standing(current)
     if _MADE_BY_VERDICT.fullmatch(current.reason) and _is_ancestor(asked, head, root=root):
@@ -178,6 +182,15 @@ def _read_asker(move: registry.AliasMove) -> str | None:
     """The commit whose reconcile made the move; `None` where a person did, or an earlier release."""
     found = _MADE_BY_VERDICT.fullmatch(move.reason)
     return found[1] if found else None
+
+
+def _has_commit(commit: str | None, *, root: Path) -> bool:
+    """Whether the repository has the commit: no clone has what was pushed after it was made, or written over."""
+    try:
+        run_command(["git", "cat-file", "-e", f"{commit}^{{commit}}"], cwd=root)
+    except CommandError:
+        return False
+    return True
 
 
 def _is_ancestor(older: str | None, newer: str | None, *, root: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,30 @@ def test_an_older_checkout_never_takes_the_alias_back(project: Project, tmp_path
     (side,) = project.reconcile()
     assert side.finished is not None
     assert project.alias() == side.finished.version, "neither commit is known to be the newer one: as it was before"
+
+
+def test_a_late_job_moves_nothing_though_its_clone_is_older(project: Project, tmp_path: Path) -> None:  # noqa: F811
+    """What asked for the version in use may be younger than this clone: the alias stays, and says what to do."""
+    ship(project, tmp_path, 2)
+    ask_for(project, 3)
+    late = replace(project, root=tmp_path / "late")
+    shutil.copytree(project.root, late.root, symlinks=True)
+    newer, asker = ship(project, tmp_path, 4), head(project)
+    older = publish_asked(late, tmp_path)
+    (told,) = late.reconcile()
+    assert late.alias() == newer
+    assert told.reason.endswith(
+        f"production is at {newer}, and this clone lacks the commit {asker[:12]} that asked for it (`git fetch`, then "
+        f"reconcile again); to move it: `appliance promote colours@{older} production --expected {newer}`"
+    )
+    late.run("git", "fetch", "--quiet", str(project.root), "main")
+    (fetched,) = late.reconcile()
+    assert late.alias() == newer
+    assert fetched.reason.endswith(f"which the newer commit {asker[:12]} asked for; it stays")
+    ask_for(late, 5)
+    beside = publish_asked(late, tmp_path)
+    late.reconcile()
+    assert late.alias() == beside, "a commit that is known, and neither older nor newer, hinders nothing"
 
 
 def test_two_pushes_in_quick_succession_end_at_the_newer_one(project: Project, tmp_path: Path) -> None:  # noqa: F811
