@@ -351,23 +351,18 @@ def _publish_stage(run: Run, prepared: Prepared, *, workspace: Workspace, store:
     workspace.note(f"publishing {manifest.name} {manifest.version} to {store.url}")
     version = registry.publish(store, manifest=manifest, folder=folder)
     run.finish("publish", version=version)
-    _forget_checkpoints(run.key, workspace)
+    if workspace.mirror is not None:
+        training.delete_checkpoints(training.Mirror(workspace.mirror, run.key), note=workspace.note)
     alias, note = promote_by_verdict(
         prepared.recipe, version, manifest, store=store, origin=origin, root=workspace.root
     )
     return _describe(run, prepared.recipe, version=version, alias=alias, note=note)
 
 
-def _forget_checkpoints(key: str, workspace: Workspace) -> None:
-    if workspace.mirror is not None:
-        training.delete_checkpoints(training.Mirror(workspace.mirror, key), note=workspace.note)
-
-
 def finish_published(
     recipe: Recipe, version: str, *, key: str, workspace: Workspace, store: Store, origin: Origin
 ) -> Finished:
     """The version is there; make sure that its promotion was not lost between two steps."""
-    _forget_checkpoints(key, workspace)
     manifest = registry.load_manifest(store, recipe.name, version)
     alias, note = promote_by_verdict(recipe, version, manifest, store=store, origin=origin, root=workspace.root)
     return Finished(

@@ -13,13 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from test_registry import AT, publish_new
 from test_resume import FACTS, MEDIUM, build_job, finish, flip_a_bit, make_checkpoint, wait_until
-from tiny import write_base
+from tiny import make_recipe, write_base
 from warm import Warm
 
 from appliance.cli import main
 from appliance.digest import digest_bytes
 from appliance.errors import InterruptedRunError, StoreError
+from appliance.pipeline import finish_published
+from appliance.preparation import Origin, Workspace
 from appliance.store import Store, StoredObject
 from appliance.store.local import LocalStore
 from appliance.training import TrainingJob
@@ -113,6 +116,20 @@ def test_the_store_holds_what_the_folder_holds(store: Store, tmp_path: Path) -> 
     assert upload(mirror, tmp_path) == []
     assert [n.partition("-")[0] for n in mirror.list_names(complete=False)] == ["3", "2"]
     assert not list(tmp_path.glob(".*")), "no links are left"
+
+
+def test_a_version_that_is_found_leaves_the_checkpoints_of_who_makes_it_again(store: Store, tmp_path: Path) -> None:
+    """Another host may be at it with --force, under its lease: only who trained removes, and the collector the rest."""
+    recipe, key = make_recipe(), digest_bytes(b"run")
+    version = publish_new(store, tmp_path / "made", name=recipe.name, run_key=key)
+    mirror = Mirror(store, key)
+    make_checkpoint(tmp_path / "checkpoints", 4, **KEY)
+    assert upload(mirror, tmp_path / "checkpoints") == []
+    workspace = Workspace(tmp_path, tmp_path / "cache", tmp_path / "runs", note=pytest.fail, mirror=store)
+    origin = Origin(commit="a" * 40, time=AT, actor="b")
+    found = finish_published(recipe, version, key=key, workspace=workspace, store=store, origin=origin)
+    assert (found.was_done, found.alias) == (True, "production")
+    assert [n.partition("-")[0] for n in mirror.list_names(complete=True)] == ["4"]
 
 
 def make_evaluated(folder: Path, step: int, *, best: int) -> Path:
