@@ -350,11 +350,12 @@ def _publish_stage(run: Run, prepared: Prepared, *, workspace: Workspace, store:
     manifest = build_manifest(run, prepared, folder=folder)
     workspace.note(f"publishing {manifest.name} {manifest.version} to {store.url}")
     version = registry.publish(store, manifest=manifest, folder=folder)
+    is_new = not run.is_done("publish")
     run.finish("publish", version=version)
     if workspace.mirror is not None:
         training.delete_checkpoints(training.Mirror(workspace.mirror, run.key), note=workspace.note)
     alias, note = promote_by_verdict(
-        prepared.recipe, version, manifest, store=store, origin=origin, root=workspace.root
+        prepared.recipe, version, manifest, store=store, origin=origin, root=workspace.root, is_new=is_new
     )
     return _describe(run, prepared.recipe, version=version, alias=alias, note=note)
 

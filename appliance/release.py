@@ -10,7 +10,7 @@ from pathlib import Path
 from appliance import registry
 from appliance.command import run_command
 from appliance.digest import digest_file, list_files
-from appliance.errors import CommandError
+from appliance.errors import CommandError, RegistryError
 from appliance.manifest import FileEntry, Manifest
 from appliance.method import FullMethod
 from appliance.preparation import Origin, Prepared, Workspace, read_versions
@@ -96,11 +96,18 @@ class Standing:
 
 
 def promote_by_verdict(
-    recipe: Recipe, version: str, manifest: Manifest, *, store: Store, origin: Origin, root: Path
+    recipe: Recipe,
+    version: str,
+    manifest: Manifest,
+    *,
+    store: Store,
+    origin: Origin,
+    root: Path,
+    is_new: bool = False,
 ) -> tuple[str, str]:
     """Move the recipe's alias where `judge_alias` wants it; the alias if it is at `version` now, and the note."""
     alias = recipe.publish.alias
-    standing = judge_alias(recipe, version, manifest, store=store, origin=origin, root=root)
+    standing = judge_alias(recipe, version, manifest, store=store, origin=origin, root=root, is_new=is_new)
     current = standing.current
     if standing.target:
         current = registry.promote(
@@ -117,10 +124,20 @@ def promote_by_verdict(
 
 
 def judge_alias(
-    recipe: Recipe, version: str, manifest: Manifest, *, store: Store, origin: Origin, root: Path
+    recipe: Recipe,
+    version: str,
+    manifest: Manifest,
+    *,
+    store: Store,
+    origin: Origin,
+    root: Path,
+    is_new: bool = False,
 ) -> Standing:
-    """Whether the alias should move, when `version` is what HEAD asks for; never for what no commit holds."""
-    standing = _judge_asked(recipe, version, manifest, store=store, origin=origin, root=root)
+    """Whether the alias should move, when `version` is what HEAD asks for; never for what no commit holds.
+
+    One that `is_new`, published just now, was never behind the alias, whatever is left of the history.
+    """
+    standing = _judge_asked(recipe, version, manifest, store=store, origin=origin, root=root, is_new=is_new)
     if not standing.target or not origin.unheld:
         return standing
     alias, command = recipe.publish.alias, f"appliance promote {recipe.name}@{standing.target} {recipe.publish.alias}"
@@ -129,7 +146,7 @@ def judge_alias(
 
 
 def _judge_asked(
-    recipe: Recipe, version: str, manifest: Manifest, *, store: Store, origin: Origin, root: Path
+    recipe: Recipe, version: str, manifest: Manifest, *, store: Store, origin: Origin, root: Path, is_new: bool
 ) -> Standing:
     """Where the alias goes by verdict, history and ancestry (docs/decisions/0043).
 
@@ -140,9 +157,8 @@ def _judge_asked(
     """
     name, alias = recipe.name, recipe.publish.alias
     current = registry.read_alias(store, name, alias)
-    if current is not None and current.version == version:
-        return Standing(current)
-    target = version if manifest.verdict == "ship" else _find_shipped(store, manifest)
+    is_at_it = current is not None and current.version == version
+    target = version if is_at_it or manifest.verdict == "ship" else _find_shipped(store, manifest)
     if not target or (current is not None and current.version == target):
         return Standing(current)
     head = origin.head or origin.commit or manifest.git_commit
@@ -154,22 +170,32 @@ def _judge_asked(
     where = f"{alias} is at {current.version}"
     if _is_ancestor(head, asked, root=root):
         return Standing(current, note=f"{where}, which the newer commit {str(asked)[:12]} asked for; it stays")
-    command = f"appliance promote {name}@{target} {alias} --expected {current.version}"
-    if all(move.version != target for move in registry.read_reflog(store, name, alias)):
+    move_it = f"to move it: `appliance promote {name}@{target} {alias} --expected {current.version}`"
+    try:
+        was_there = not (is_new and target == version) and _was_there(current, target, store=store)
+    except RegistryError as fault:
+        return Standing(
+            current, note=f"{where}, and whether {target} was there before is not known: {fault}; {move_it}"
+        )
+    if not was_there:
         parent = registry.load_manifest(store, name, target).parent
         is_compared = parent == current.version or manifest.base.get("revision") != there.base.get("revision")
         why = "" if is_compared else f"{target} was compared with {parent or 'no version in use'}"
         if asked and not why and _has_commit(head, root=root) and not _has_commit(asked, root=root):
             why = f"this clone lacks the commit {asked[:12]} that asked for it (`git fetch`, then reconcile again)"
-        note = f"{where}, and {why}; to move it: `{command}`"
-        return Standing(current, note=note) if why else Standing(current, target, reason)
+        return Standing(current, note=f"{where}, and {why}; {move_it}") if why else Standing(current, target, reason)
     if there.run_key == manifest.run_key:
         return Standing(current)
     if _MADE_BY_VERDICT.fullmatch(current.reason) and _is_ancestor(asked, head, root=root):
         note = f"{alias} goes back from {current.version} to {target}, which HEAD asks for again"
         return Standing(current, target, f"{reason} again", note)
-    said = f"{where} ({current.actor}: {current.reason}), HEAD asks for {target}; to move it: `{command}`"
+    said = f"{where} ({current.actor}: {current.reason}), HEAD asks for {target}; {move_it}"
     return Standing(current, note=said)
+
+
+def _was_there(current: registry.AliasMove, version: str, *, store: Store) -> bool:
+    """Whether the alias was at the version, read back from its move now. Raises `RegistryError` before a broken one."""
+    return any(move.version == version for move in registry.follow_alias(store, current.name, current.alias))
 
 
 def _find_shipped(store: Store, manifest: Manifest) -> str:

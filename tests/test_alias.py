@@ -19,7 +19,8 @@ from appliance.cli import main
 from appliance.cli.common import find_origin
 from appliance.preparation import Origin, Workspace, prepare
 from appliance.recipe import load_recipe
-from appliance.registry import AliasMove
+from appliance.registry import AliasMove, load_manifest
+from appliance.release import judge_alias, promote_by_verdict
 
 
 def head(project: Project) -> str:  # noqa: F811
@@ -240,6 +241,27 @@ def test_the_version_that_shipped_counts_when_a_forced_one_did_not(project: Proj
     assert newer != older
 
 
+def test_a_lost_record_of_the_history_stops_no_new_version(project: Project, tmp_path: Path) -> None:  # noqa: F811
+    """What was published just now was never there; of an older one it is not known, and no rollback is undone."""
+    first, second = ship(project, tmp_path, 2), ship(project, tmp_path, 3)
+    move_by_hand(project, first)
+    lost = next(o.key for o in project.store.list("models/colours/reflog/") if "/00000002-" in o.key)
+    project.store.delete(lost)
+    (told,) = project.reconcile()
+    assert project.alias() == first, "a person moved it away from there"
+    assert told.reason.endswith(
+        f"production is at {first}, and whether {second} was there before is not known: {project.store.url}/{lost}: "
+        "missing, the history of production is broken here; to move it: "
+        f"`appliance promote colours@{second} production --expected {first}`"
+    )
+    asker = ask_for(project, 4)
+    new = publish_asked(project, tmp_path)
+    facts = {"store": project.store, "origin": Origin(asker, "2026-01-31T12:00:00Z", "ci"), "root": project.root}
+    recipe, manifest = load_recipe(project.root / "recipes/colours.yaml"), load_manifest(project.store, "colours", new)
+    assert promote_by_verdict(recipe, new, manifest, **facts) == ("", judge_alias(recipe, new, manifest, **facts).note)
+    assert promote_by_verdict(recipe, new, manifest, **facts, is_new=True) == ("production", "")
+
+
 def test_what_is_not_committed_moves_nothing_back(project: Project, tmp_path: Path) -> None:  # noqa: F811
     """With --allow-dirty nobody's commit asks."""
     ship(project, tmp_path, 2)
@@ -285,11 +307,12 @@ def environment(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:  # n
 @pytest.mark.usefixtures("environment")
 def test_what_no_commit_holds_gets_a_version_and_no_alias(
     project: Project,  # noqa: F811
+    tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """`run` on an edited recipe says so and what to do; committed, it is published with its commit, and has the alias.
 
-    Nothing is trained again where the run folder is still there.
+    Nothing is trained again where the run folder is still there, and a new version needs no history of the alias.
     """
     better = {"method": {"type": "full"}, "training": {**TRAINING, "learning_rate": 0.003}}
     project.write_recipe(**better, evaluation={"gates": {"min_test_rows": 20}})
@@ -304,6 +327,7 @@ def test_what_no_commit_holds_gets_a_version_and_no_alias(
     assert "already there" in call_run(project, capfd)
     (adapter,) = (project.root / ".appliance" / "runs").glob("*/adapter")
     trained = adapter.stat().st_mtime_ns
+    break_history(project, tmp_path)
     commit = project.commit("the recipe")
     (planned,) = project.reconcile(dry_run=True)
     assert planned.reason == (
@@ -318,7 +342,15 @@ def test_what_no_commit_holds_gets_a_version_and_no_alias(
     (again,) = project.reconcile()
     assert again.reason == f"{outcome.finished.version} was made from this recipe, data and base"
     assert "already there" in call_run(project, capfd)
-    assert len(project.versions()) == 2
+    assert len(project.versions()) == 4
+
+
+def break_history(project: Project, folder: Path) -> None:  # noqa: F811
+    """Two versions of another base, the alias at both, and the record of the first move lost."""
+    for text in ("one", "two"):
+        facts = {"name": "colours", "base": {"revision": "another"}, "git_commit": None}
+        move_by_hand(project, publish_new(project.store, folder, text, **facts))
+    project.store.delete(next(o.key for o in project.store.list("models/colours/reflog/") if "/00000001-" in o.key))
 
 
 def edit_rows(project: Project) -> None:  # noqa: F811

@@ -81,6 +81,11 @@ def promote(store: Store, version: str, alias: str = "production", **overrides: 
     return registry.promote(store, version=version, alias=alias, **(facts | overrides))
 
 
+def read_history(store: Store, alias: str = "production") -> list[registry.AliasMove]:
+    """Every move of an alias of `demo`, newest first."""
+    return list(registry.follow_alias(store, "demo", alias))
+
+
 def snapshot(store: Store) -> dict[str, bytes]:
     """Every key and its bytes."""
     return {o.key: store.get(o.key)[0] for o in store.list("")}
@@ -170,13 +175,13 @@ def test_a_second_move_keeps_the_first_in_the_history(store: Store, tmp_path: Pa
     moves = [promote(store, v, reason=r) for v, r in ((first, "1"), (second, "2"), (first, "rollback"))]
     assert promote(store, first) == moves[-1]
     promote(store, second, "staging")
-    assert registry.read_reflog(store, "demo", "production") == tuple(reversed(moves))
+    assert read_history(store) == list(reversed(moves))
     assert [m.seq for m in moves] == [1, 2, 3]
     assert moves[2].prev == digest_bytes(moves[1].encode())
-    assert len(registry.read_reflog(store, "demo")) == 4
+    assert len(read_history(store, "staging")) == 1
     assert registry.read_alias(store, "demo", "production") == moves[-1]
     assert registry.read_alias(store, "demo", "nowhere") is None
-    assert registry.read_reflog(store, "unknown") == ()
+    assert read_history(store, "nowhere") == []
 
 
 def test_a_rewritten_history_is_named(store: Store, tmp_path: Path) -> None:
@@ -186,10 +191,10 @@ def test_a_rewritten_history_is_named(store: Store, tmp_path: Path) -> None:
     promote(store, publish_new(store, tmp_path, "b"))
     store.put(old, store.get(old)[0].replace(b'"ci"', b'"me"'))
     with pytest.raises(RegistryError, match=r"altered, the history of production"):
-        registry.read_reflog(store, "demo")
+        read_history(store)
     store.delete(old)
     with pytest.raises(RegistryError, match=r"missing, the history of production"):
-        registry.read_reflog(store, "demo")
+        read_history(store)
 
 
 @pytest.mark.parametrize("verdict", ["hold", "inconclusive", "reject"])
@@ -250,9 +255,9 @@ def check_race(store: Store, folder: Path, racers: int) -> None:
 
     with ThreadPoolExecutor(racers) as pool:
         moves = list(pool.map(attempt, versions))
-    chain = registry.read_reflog(store, "demo", "production")
+    chain = read_history(store)
     assert sorted(m.version for m in chain) == sorted(versions)
-    assert sorted(moves, key=lambda m: -m.seq) == list(chain)
+    assert sorted(moves, key=lambda m: -m.seq) == chain
 
 
 class WatchedStore:
@@ -293,7 +298,7 @@ def test_a_promotion_that_was_applied_and_overtaken_is_not_made_twice(tmp_path: 
     store: Any = WatchedStore(inner, lose)
     mine = promote(store, first, op_id="mine")
     assert (mine.seq, mine.op_id) == (1, "mine")
-    assert [m.version for m in registry.read_reflog(inner, "demo")] == [second, first]
+    assert [m.version for m in read_history(inner)] == [second, first]
 
 
 def check_readable(store: Store, folder: Path) -> None:
@@ -341,7 +346,7 @@ def test_a_publisher_killed_at_any_step_leaves_only_whole_versions(tmp_path: Pat
         check_readable(store, tmp_path / f"pulled{step}")
         version = job(store)
         assert registry.resolve(store, "demo")[0] == version
-        assert len(registry.read_reflog(store, "demo")) == 1
+        assert len(read_history(store)) == 1
         if not killed:
             break
     assert steps == 7  # FORMAT.json, three blobs, manifest, reflog, ref
@@ -358,7 +363,7 @@ def test_a_publisher_killed_at_any_moment_leaves_only_whole_versions(tmp_path: P
 
         run_killed(job, after_s=0.007 * (number + 1))
         check_readable(store, tmp_path / f"pulled{number}")
-        list(registry.read_reflog(store, "demo"))
+        read_history(store)
     assert registry.list_versions(store)
 
 

@@ -22,7 +22,7 @@ from appliance.registry.listing import (
     survey_versions,
 )
 from appliance.registry.marks import Garbage
-from appliance.registry.moves import AliasMove, read_alias, read_reflog
+from appliance.registry.moves import AliasMove, follow_alias, read_alias
 from appliance.registry.publish import publish
 from appliance.registry.pull import pull, read_file
 from appliance.registry.refs import promote, resolve
@@ -42,6 +42,7 @@ __all__ = [
     "check_registry",
     "collect_garbage",
     "find_run",
+    "follow_alias",
     "hold_model",
     "list_names",
     "list_versions",
@@ -53,7 +54,6 @@ __all__ = [
     "read_alias",
     "read_file",
     "read_lease",
-    "read_reflog",
     "resolve",
     "select_run",
     "survey_versions",

@@ -67,15 +67,6 @@ def read_alias(store: Store, name: str, alias: str) -> AliasMove | None:
     return ref.move if ref else None
 
 
-def read_reflog(store: Store, name: str, alias: str | None = None) -> tuple[AliasMove, ...]:
-    """Every move of one alias, or of all of the model's, newest first within an alias.
-
-    Each record is checked against the hash in the next one. Raises `RegistryError` on a broken chain.
-    """
-    aliases = [alias] if alias is not None else list_aliases(store, name)
-    return tuple(move for each in aliases for move in follow_alias(store, name, each))
-
-
 def list_aliases(store: Store, name: str) -> list[str]:
     """The aliases of a model; none for an unknown one."""
     pairs = (split_ref_key(o.key) for o in store.list(f"{model_prefix(name)}refs/"))
@@ -83,7 +74,10 @@ def list_aliases(store: Store, name: str) -> list[str]:
 
 
 def follow_alias(store: Store, name: str, alias: str) -> Iterator[AliasMove]:
-    """The moves of an alias from the newest back, read as they are asked for. Raises `RegistryError`."""
+    """The moves of an alias from the newest back, read as they are asked for; none for an unknown one.
+
+    Each record is checked against the hash in the next one. Raises `RegistryError` on a broken chain.
+    """
     move = read_alias(store, name, alias)
     while move is not None:
         yield move
