@@ -15,7 +15,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from test_reconcile import TRAINING, Project, base, build_project, wait_for  # noqa: F401 - one is a fixture
-from test_registry import AT, promote, publish_new
+from test_registry import AT, WatchedStore, promote, publish_new
 from tiny import make_recipe, write_dataset
 
 from appliance import registry
@@ -26,7 +26,7 @@ from appliance.data import load_pointer, read_listing
 from appliance.demo.storage import Storage
 from appliance.desired import find_changes, find_touched, read_origin
 from appliance.digest import digest_bytes
-from appliance.errors import CommandError, DatasetError, DeviceError, RegistryError
+from appliance.errors import CommandError, DatasetError, DeviceError, RegistryError, StoreError
 from appliance.plan import Machine, check_device
 from appliance.preparation import Origin, Workspace, prepare
 from appliance.recipe import Recipe, load_recipe
@@ -102,6 +102,27 @@ def test_a_lost_lease_is_not_fought_for(store: Store, tmp_path: Path) -> None:
         store.put("leases/model-colours.json", other.encode())
         time.sleep(0.5)
     assert store.get("leases/model-colours.json")[0] == other.encode()
+
+
+@pytest.mark.parametrize("ends_at", [2, 5])
+def test_a_lease_outlives_an_answer_that_was_lost(store: Store, tmp_path: Path, ends_at: int) -> None:
+    """The holder knows a renewal of its own that was applied: it renews on, and gives the lease back in the end."""
+    writes = [0]
+
+    def lose(number: int, _key: str, done: bool) -> None:
+        writes.append(number)
+        if done and number == 2:
+            raise StoreError("no answer")
+
+    watched: Any = WatchedStore(store, lose)
+    with hold(watched, tmp_path / "one", ttl_s=1.2):
+        deadline = time.monotonic() + 20
+        while writes[-1] < ends_at and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with pytest.raises(RegistryError, match="elsewhere"):
+            hold(store, tmp_path / "two").__enter__()
+    with hold(store, tmp_path / "two"):
+        pass
 
 
 def test_a_damaged_lease_is_named(store: Store, tmp_path: Path) -> None:

@@ -67,6 +67,14 @@ class _Claim:
         except PreconditionFailedError:
             return None
 
+    def write_again(self, *, etag: str, ttl_s: float) -> str | None:
+        """As `write` for the holder, also when an earlier write was applied and its answer, the new ETag, was lost."""
+        written = self.write(etag=etag, ttl_s=ttl_s)
+        found = None if written else read_lease(self.store, self.lease.name)
+        if found is not None and found[0].holder == self.lease.holder:
+            return self.write(etag=found[1], ttl_s=ttl_s)
+        return written
+
 
 def lease_key(name: str) -> str:
     """`leases/model-<name>.json`."""
@@ -146,8 +154,8 @@ def _renew(claim: _Claim, etag: str) -> Iterator[None]:
 
     def renew() -> None:
         while not ended.wait(claim.ttl_s / 3) and held[0] is not None:
-            with contextlib.suppress(StoreError):  # the store may be back the next time
-                held[0] = claim.write(etag=held[0], ttl_s=claim.ttl_s)
+            with contextlib.suppress(StoreError, RegistryError):  # the store may be back the next time
+                held[0] = claim.write_again(etag=held[0], ttl_s=claim.ttl_s)
 
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()
@@ -157,8 +165,8 @@ def _renew(claim: _Claim, etag: str) -> Iterator[None]:
         ended.set()
         thread.join()
         if held[0] is not None:
-            with contextlib.suppress(StoreError):  # it runs out by itself
-                claim.write(etag=held[0], ttl_s=0.0)
+            with contextlib.suppress(StoreError, RegistryError):  # it runs out by itself
+                claim.write_again(etag=held[0], ttl_s=0.0)
 
 
 @contextlib.contextmanager
