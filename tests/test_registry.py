@@ -169,6 +169,27 @@ def test_versions_are_listed_oldest_first_with_aliases_and_found_by_run_key(stor
     assert registry.find_run(store, "unknown", digest_bytes(b"2")) is None
 
 
+def test_a_stray_object_stops_nobody(store: Store, tmp_path: Path) -> None:
+    """A copy under a name that nothing here writes is told by `check`, and is neither version, alias nor model."""
+    version = publish_new(store, tmp_path)
+    promote(store, version)
+    ref, content = store.get("models/demo/refs/production.json")[0], store.get(manifest_key("demo", version))[0]
+    for stray in (
+        "models/demo/refs/Production.json",
+        "models/demo/refs/production (1).json",
+        "models/Demo/refs/a.json",
+    ):
+        store.put(stray, ref)
+    store.put(f"models/Demo/versions/{version}/{MANIFEST}", content)
+    ((found,), faults) = registry.survey_versions(store)
+    assert (found.version, found.aliases, faults) == (version, ("production",), ())
+    assert registry.find_run(store, "demo", digest_bytes(b"run")) == version
+    assert registry.list_names(store) == ("demo",)
+    with pytest.raises(RegistryError, match=r"no alias 'prod' of demo; there is production; the newest"):
+        registry.resolve(store, "demo@prod")
+    assert {f.kind for f in registry.check_registry(store, now=store.clock()).findings} == {"unknown-key"}
+
+
 def test_a_second_move_keeps_the_first_in_the_history(store: Store, tmp_path: Path) -> None:
     """Newest first, chained by hash; a rollback is a new move; repeating a move is none."""
     first, second = publish_new(store, tmp_path, "a"), publish_new(store, tmp_path, "b")

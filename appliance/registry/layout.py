@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -128,19 +129,9 @@ def locate(key: str) -> Location | None:
     return None
 
 
-def split_version_key(key: str) -> tuple[str, str] | None:
-    """Name and version of a manifest key, `None` for any other key."""
-    parts = key.split("/")
-    is_manifest = len(parts) == 5 and (parts[0] + "/", parts[2], parts[4]) == (MODELS, "versions", MANIFEST)
-    return (parts[1], parts[3]) if is_manifest and is_version(parts[3]) else None
-
-
-def split_ref_key(key: str) -> tuple[str, str] | None:
-    """Name and alias of a ref key, `None` for any other key."""
-    parts = key.split("/")
-    if len(parts) != 4 or (parts[0] + "/", parts[2]) != (MODELS, "refs") or not parts[3].endswith(".json"):
-        return None
-    return parts[1], parts[3].removesuffix(".json")
+def select_keys(keys: Iterable[str], place: Place) -> list[tuple[str, str]]:
+    """Model and item of every key in this place; what nothing here writes is in none."""
+    return [(at.name, at.item) for at in map(locate, keys) if at is not None and at.place == place]
 
 
 def check_format(store: Store, *, create: bool = False) -> None:

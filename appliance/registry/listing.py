@@ -20,8 +20,7 @@ from appliance.registry.layout import (
     MODELS,
     manifest_key,
     model_prefix,
-    split_ref_key,
-    split_version_key,
+    select_keys,
 )
 from appliance.registry.moves import AliasMove, read_alias
 from appliance.store import Store
@@ -61,8 +60,7 @@ def list_versions(store: Store, name: str | None = None) -> tuple[VersionInfo, .
 def survey_versions(store: Store, name: str | None = None) -> tuple[tuple[VersionInfo, ...], tuple[RegistryError, ...]]:
     """As `list_versions`, with the damaged manifests and refs beside what is whole."""
     keys = [o.key for o in store.list(MODELS if name is None else model_prefix(name))]
-    versions = [pair for pair in map(split_version_key, keys) if pair]
-    refs = [pair for pair in map(split_ref_key, keys) if pair]
+    versions, refs = select_keys(keys, "manifest"), select_keys(keys, "ref")
     with ThreadPoolExecutor(_READERS) as pool:
         manifests = list(pool.map(lambda pair: _catch(lambda: _read_listed(store, pair[0], pair[1])), versions))
         moves = list(pool.map(lambda pair: _catch(lambda: read_alias(store, pair[0], pair[1])), refs))
@@ -91,8 +89,7 @@ def _group(moves: Iterable[AliasMove]) -> dict[tuple[str, str], tuple[str, ...]]
 
 def list_names(store: Store) -> tuple[str, ...]:
     """Every model that has a version, by name."""
-    keys = (o.key for o in store.list(MODELS))
-    return tuple(sorted({pair[0] for pair in map(split_version_key, keys) if pair}))
+    return tuple(sorted({name for name, _ in select_keys((o.key for o in store.list(MODELS)), "manifest")}))
 
 
 def find_run(store: Store, name: str, run_key: str, *, is_committed: bool = False) -> str | None:
@@ -178,7 +175,7 @@ def check_known(store: Store, name: str) -> list[str]:
 
 def _list_own(store: Store, name: str) -> list[str]:
     """The versions of a model, oldest first, by their names. Raises `RegistryError` when there is no such model."""
-    return [pair[1] for pair in map(split_version_key, check_known(store, name)) if pair]
+    return [version for _, version in select_keys(check_known(store, name), "manifest")]
 
 
 def complete_version(store: Store, name: str, beginning: str) -> str:
@@ -208,6 +205,5 @@ def _describe_missing_version(store: Store, name: str, version: str) -> str:
 def describe_missing_alias(store: Store, name: str, alias: str) -> str:
     """The message about an alias that `name` does not have."""
     keys = check_known(store, name)
-    aliases = [pair[1] for pair in map(split_ref_key, keys) if pair]
-    versions = [pair[1] for pair in map(split_version_key, keys) if pair]
+    aliases, versions = ([item for _, item in select_keys(keys, place)] for place in ("ref", "manifest"))
     return f"{store.url}: no alias {alias!r} of {name}{suggest(alias, aliases)}{_name_newest(name, versions)}"

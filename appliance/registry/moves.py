@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from appliance.digest import canonical_json, digest_bytes
 from appliance.errors import NotFoundError, RegistryError
 from appliance.manifest import Sha256
-from appliance.registry.layout import model_prefix, ref_key, reflog_key, split_ref_key
+from appliance.registry.layout import model_prefix, ref_key, reflog_key, select_keys
 from appliance.store import Store
 
 
@@ -69,8 +69,7 @@ def read_alias(store: Store, name: str, alias: str) -> AliasMove | None:
 
 def list_aliases(store: Store, name: str) -> list[str]:
     """The aliases of a model; none for an unknown one."""
-    pairs = (split_ref_key(o.key) for o in store.list(f"{model_prefix(name)}refs/"))
-    return [pair[1] for pair in pairs if pair]
+    return [alias for _, alias in select_keys((o.key for o in store.list(f"{model_prefix(name)}refs/")), "ref")]
 
 
 def follow_alias(store: Store, name: str, alias: str) -> Iterator[AliasMove]:
