@@ -71,9 +71,13 @@ class Manifest(BaseModel):
     @property
     def version(self) -> str:
         """`<commit time>-<git12>-<manifest sha12>`: sortable, without a counter to race for."""
-        time = "".join(c for c in self.created_at if c.isdigit())
-        commit = (self.git_commit or "0" * 12)[:12]
-        return f"{time}-{commit}-{self.sha256[:12]}"
+        return f"{begin_version(self.created_at, self.git_commit)}-{self.sha256[:12]}"
+
+
+def begin_version(created_at: str, git_commit: str | None) -> str:
+    """`<commit time>-<git12>`: the beginning of a version, known before its manifest is."""
+    time, commit = (c for c in created_at if c.isdigit()), (c for c in git_commit or "0" * 12 if c.isalnum())
+    return f"{''.join(time)}-{''.join(commit)[:12]}"
 
 
 def decode_manifest(content: bytes, *, source: str) -> Manifest:

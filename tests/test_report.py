@@ -317,14 +317,22 @@ def test_a_card_with_little_in_it_is_still_a_card() -> None:
     assert "By category" not in render_markdown(card)
 
 
-def test_only_a_shipped_version_is_fetched_by_its_alias() -> None:
-    """Who copies the commands of a card that moved no alias must not get what the alias is at."""
-    assert "appliance pull colours@production ./colours" in render_markdown(make_card())
-    held = make_card()
-    held["verdict"]["outcome"] = "hold"
-    for text in (render_markdown(held), read_page(render_html(held)).text):
-        assert "appliance pull colours@VERSION ./colours" in text
-        assert "@production" not in text
+@pytest.mark.parametrize("outcome", ["ship", "hold"])
+@pytest.mark.parametrize("commit", ["b" * 40, None])
+def test_a_card_fetches_the_version_that_it_is_of(tmp_path: Path, outcome: str, commit: str | None) -> None:
+    """Who copies its commands never gets what the alias is at by then, before or after it moved."""
+    card = make_card(git_commit=commit)
+    card["verdict"]["outcome"] = outcome
+    store = open_store((tmp_path / "store").as_uri())
+    facts = {"name": card["name"], "created_at": card["created_at"], "git_commit": commit, "verdict": outcome}
+    version = publish_new(store, tmp_path, "own", **facts)
+    newer = publish_new(store, tmp_path, "newer", name=card["name"], created_at="2026-02-01T00:00:00Z")
+    registry.promote(
+        store, name=card["name"], version=newer, alias="production", actor="ci", reason="verdict ship", at="now"
+    )
+    for text in (render_markdown(card), read_page(render_html(card)).text):
+        (reference,) = re.findall(r"^appliance pull (\S+) \./colours$", text, re.MULTILINE)
+        assert registry.resolve(store, reference)[0] == version
 
 
 def publish_card(store: Store, folder: Path, card: dict[str, Any] | bytes) -> str:

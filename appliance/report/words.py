@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Iterable
 from typing import Any
 
+from appliance.manifest import begin_version
+
 _METHOD_KEYS = ("rank", "alpha", "dropout", "tokens", "init", "projection", "encoder", "hidden")
 DASH = "–"
 _LISTED = 20
@@ -210,8 +212,10 @@ def _list_mask(training: dict[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def list_use(card: dict[str, Any]) -> tuple[str, ...]:
-    """The commands that fetch and try the version; only `ship` moved the alias to it."""
-    name, is_shipped = card["name"], card["verdict"]["outcome"] == "ship"
-    note = () if is_shipped else (f"appliance list {name}    # VERSION: no alias was moved to this one",)
-    pull = f"appliance pull {name}@{card['alias'] if is_shipped else 'VERSION'} ./{name}"
-    return (*note, pull, f"appliance generate ./{name} --prompt '...' --compare")
+    """The commands that fetch and try this very version, wherever its alias is by now."""
+    name, beginning = card["name"], begin_version(card["created_at"], card["git_commit"])
+    return (
+        f"# this version; the one in use is {name}@{card['alias']}",
+        f"appliance pull {name}@{beginning} ./{name}",
+        f"appliance generate ./{name} --prompt '...' --compare",
+    )
