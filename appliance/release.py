@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,7 +118,7 @@ def promote_by_verdict(
             alias=alias,
             actor=origin.actor,
             reason=standing.reason,
-            at=origin.time,
+            at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             expected=current.version if current else "nothing",
         )
     return (alias if current is not None and current.version == version else ""), standing.note

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -614,6 +615,7 @@ def test_an_older_commit_never_replaces_a_newer_one(tmp_path: Path, store: Store
     move = registry.read_alias(store, "colours", "staging")
     assert move is not None
     assert move.version == newest
+    assert abs(datetime.fromisoformat(move.at).timestamp() - time.time()) < 3600, "when it moved, not the commit's time"
 
 
 @pytest.mark.parametrize(("revision", "moves"), [("tiny", False), ("another", True)])
