@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_recipe, make_stop, write_base
+from tiny import TEMPLATE, make_recipe, make_stop, write_base
 
 from appliance.child import Emit
 from appliance.command import WorkerEnd
@@ -27,6 +27,7 @@ from appliance.training.launch import _halve
 from appliance.training.rows import load_rows
 
 COLOURS = ("red", "blue", "green", "black")
+FULL = {"method": {"type": "full"}, "training": {"epochs": 1, "learning_rate": 0.001, "checkpoints": 1}}
 
 
 @pytest.fixture(scope="session")
@@ -113,6 +114,26 @@ def write_job(job: TrainingJob) -> Path:
     """The job file, as the parent writes it."""
     (job.folder / "job.json").write_text(job.model_dump_json())
     return job.folder
+
+
+@pytest.mark.parametrize("form", ["folder", "list"])
+def test_a_full_model_keeps_every_chat_template_of_its_base(base: Path, tmp_path: Path, form: str) -> None:
+    """A second template, for tools, lies in a folder of its own: the artifact has it, and all of it can be read."""
+    folder, tools = shutil.copytree(base, tmp_path / "base"), TEMPLATE + "{{ tools or '' }}"
+    if form == "folder":
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text(tools)
+    else:  # as tokenizers were published before there were such folders
+        (folder / "chat_template.jinja").unlink()
+        config = json.loads((folder / "tokenizer_config.json").read_bytes())
+        config["chat_template"] = [{"name": n, "template": t} for n, t in (("default", TEMPLATE), ("tool_use", tools))]
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    job = make_job(folder, tmp_path / "job", make_recipe(**FULL))
+    run_in_process(job)
+    load_template(job.adapter)
+    assert (job.adapter / "chat_template.jinja").read_text() == TEMPLATE
+    assert (job.adapter / "additional_chat_templates" / "tool_use.jinja").read_text() == tools
+    assert {p.stat().st_mode & 0o777 for p in job.adapter.rglob("*") if p.is_file()} == {0o644}
 
 
 def test_packed_and_padded_batches_train_alike(base: Path, tmp_path: Path, reference: dict[str, Any]) -> None:

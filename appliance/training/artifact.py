@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import resource
 import shutil
 from pathlib import Path
@@ -22,7 +21,7 @@ from appliance.model.shapes import count_values, read_weight_shapes
 from appliance.model.weights import Precision, load_model
 from appliance.recipe import select_learning_rate
 from appliance.training import attention
-from appliance.training.checkpoints import is_sound, name_checkpoint
+from appliance.training.checkpoints import is_sound, make_durable, name_checkpoint
 from appliance.training.journal import Journal
 from appliance.training.launch import TrainingJob
 from appliance.training.levers import Levers
@@ -54,10 +53,7 @@ def save_artifact(model: Any, job: TrainingJob, *, start: Weights, weights: Weig
         if start:
             subtract_start(staged, start)
         _normalise_config(staged / "adapter_config.json", base_name=job.base_name, is_difference=bool(start))
-    for file in staged.iterdir():
-        file.chmod(0o644)  # safetensors writes 0600
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
+    make_durable(staged)
     shutil.rmtree(job.adapter, ignore_errors=True)
     staged.rename(job.adapter)
     fsync_folder(job.adapter.parent)

@@ -65,24 +65,26 @@ class Facts:
 
 
 def seal_checkpoint(folder: Path, *, fingerprint: Mapping[str, str], facts: Facts) -> None:
-    """Make every file of a checkpoint durable and readable (mode 0644), then say so in its seal."""
-    files = {}
-    for name in list_files(folder):
-        path = folder / name
-        path.chmod(0o644)  # safetensors writes 0600
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-        if name != SEAL:
-            files[name] = digest_file(path)
-    for inner in (p for p in folder.rglob("*") if p.is_dir()):
-        fsync_folder(inner)
+    """Make every file of a checkpoint durable and readable, then say so in its seal."""
+    make_durable(folder)
     seal = {
-        "files": files,
+        "files": {name: digest_file(folder / name) for name in list_files(folder) if name != SEAL},
         "fingerprint": dict(fingerprint),
         "facts": asdict(facts),
     }
     write_atomic(folder / SEAL, canonical_json(seal))
     fsync_folder(folder.parent)
+
+
+def make_durable(folder: Path) -> None:
+    """Make all that is below a folder durable, folders in it too, and every file readable (mode 0644)."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            fsync_folder(path)
+            continue
+        path.chmod(0o644)  # safetensors writes 0600
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
 
 
 def prune_checkpoints(folder: Path, *, best: Path | None = None) -> None:
