@@ -136,6 +136,18 @@ def test_a_full_model_keeps_every_chat_template_of_its_base(base: Path, tmp_path
     assert {p.stat().st_mode & 0o777 for p in job.adapter.rglob("*") if p.is_file()} == {0o644}
 
 
+def test_a_full_model_keeps_how_its_base_samples(base: Path, tmp_path: Path) -> None:
+    """Sampling values without `do_sample`, as published bases have them, reach checkpoints and artifact as they are."""
+    folder, own = shutil.copytree(base, tmp_path / "base"), {"eos_token_id": [257], "temperature": 0.6, "top_p": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    job = make_job(folder, tmp_path / "job", make_recipe(**FULL))
+    run_in_process(job)
+    for made in (job.adapter, *job.checkpoints.glob("checkpoint-*")):
+        kept = json.loads((made / "generation_config.json").read_bytes())
+        assert {k: kept[k] for k in own} == own
+        assert "do_sample" not in kept
+
+
 def test_packed_and_padded_batches_train_alike(base: Path, tmp_path: Path, reference: dict[str, Any]) -> None:
     """Packing changes speed, not what is learned: the first loss agrees, the last closely."""
     summary = run_in_process(make_job(base, tmp_path, make_recipe(training={"packing": False})))

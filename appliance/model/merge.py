@@ -17,7 +17,7 @@ from peft import PeftModel
 from appliance.errors import ModelError
 from appliance.model.shapes import read_weight_dtypes
 from appliance.model.template import load_template
-from appliance.model.weights import Precision, copy_beside_weights, load_model
+from appliance.model.weights import Precision, copy_beside_weights, keeping_generation, load_model
 
 _KEPT = 0.5  # of what the adapter changes: more than half of it lost is another model
 _TEXT = (
@@ -45,7 +45,8 @@ def merge(base: Path, adapter: Path, folder: Path) -> dict[str, float]:
             f"merged, its logits are {drift:.3g} off, where the adapter moves them by {effect:.3g}: the change is lost "
             f"in the rounding of {precision} weights; serve the adapter"
         )
-    merged.save_pretrained(folder)
+    with keeping_generation(merged, folder):
+        merged.save_pretrained(folder)
     copy_beside_weights(base, folder)
     return {"effect": effect, "drift": drift}
 

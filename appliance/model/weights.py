@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,6 +175,33 @@ def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 - no mapping
                 yield name, weights.get_tensor(name)
+
+
+@contextmanager
+def keeping_generation(model: Any, folder: Path) -> Iterator[None]:
+    """While a whole model is saved to `folder`, its generation_config.json is written whatever its makers put in it.
+
+    transformers loads sampling values without `do_sample`, as many models are published with, and refuses to write
+    them where anything else was changed; servers take them. Nothing is done for a model with an adapter around it.
+    """
+    generation = model.generation_config
+    if strip_adapter(model) is not model or _is_writable(generation):
+        yield
+        return
+    model.generation_config = type(generation)()
+    try:
+        yield
+    finally:
+        model.generation_config = generation
+    generation.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
+
+
+def _is_writable(generation: Any) -> bool:
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def copy_beside_weights(source: Path, folder: Path) -> None:

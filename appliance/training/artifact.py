@@ -18,7 +18,7 @@ from appliance.digest import digest_folder, fsync_folder
 from appliance.errors import TrainingError
 from appliance.method import FullMethod
 from appliance.model.shapes import count_values, read_weight_shapes
-from appliance.model.weights import Precision, load_model
+from appliance.model.weights import Precision, keeping_generation, load_model
 from appliance.recipe import select_learning_rate
 from appliance.training import attention
 from appliance.training.checkpoints import is_sound, make_durable, name_checkpoint
@@ -45,7 +45,8 @@ def save_artifact(model: Any, job: TrainingJob, *, start: Weights, weights: Weig
     staged = job.adapter.with_name(f".{job.adapter.name}.tmp")
     shutil.rmtree(staged, ignore_errors=True)
     if isinstance(job.method, FullMethod):
-        model.save_pretrained(staged, state_dict=weights)
+        with keeping_generation(model, staged):
+            model.save_pretrained(staged, state_dict=weights)
         AutoTokenizer.from_pretrained(job.base, local_files_only=True).save_pretrained(staged)
     else:
         model.save_pretrained(staged)

@@ -18,7 +18,7 @@ from transformers.trainer_utils import align_special_tokens
 from trl import SFTConfig, SFTTrainer
 
 from appliance.model import TokenRow, load_template
-from appliance.model.weights import Precision
+from appliance.model.weights import Precision, keeping_generation
 from appliance.training.arguments import build_training_arguments
 from appliance.training.artifact import load_parts
 from appliance.training.batches import (
@@ -248,8 +248,10 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
         return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, gather_weights(self.model, keeps=True) or state_dict)
-        save_encoder(self.model, Path(output_dir or self.args.output_dir))
+        folder = Path(output_dir or self.args.output_dir)
+        with keeping_generation(self.model, folder):
+            super()._save(output_dir, gather_weights(self.model, keeps=True) or state_dict)
+        save_encoder(self.model, folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The first rank writes; where each trains its part, the others bring theirs in the order it asks for them."""
