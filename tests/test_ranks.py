@@ -88,11 +88,14 @@ rank = next((r for r in range(1, size) if os.fork() == 0), 0)
 torch.set_num_threads(1)
 ranks = join_ranks(meeting, rank, size, torch.device("cpu"))
 weights = [torch.nn.Parameter(torch.zeros(3, dtype=d)) for d in (torch.float32, torch.bfloat16)]
+beside = torch.nn.Parameter(torch.ones(3))
 if rank != 1:
     for w in weights:
         w.grad = torch.full_like(w, 0.5 + rank)
-ranks.add_up_gradients(weights)
+ranks.add_up_gradients([weights[0], beside, weights[1]])
+torch.optim.AdamW([beside], weight_decay=0.5).step()
 found = {
+    "beside": beside.tolist(),
     "gradients": [w.grad.tolist() for w in weights],
     "counts": ranks.add_up(rank, 1),
     "any": [ranks.is_any(rank == 2), ranks.is_any(False)],
@@ -116,7 +119,10 @@ if rank == 0:
 
 
 def test_what_ranks_tell_each_other(tmp_path: Path) -> None:
-    """Sums, a rank without gradients included; shares come back in order; what differs is refused by all."""
+    """Sums, a rank without gradients included; shares come back in order; what differs is refused by all.
+
+    A weight that no row reaches, as in a tower for images, is not decayed: on one device it stays as it is.
+    """
     done = subprocess.run(
         [sys.executable, "-c", PEERS, str(tmp_path / "meeting")],
         capture_output=True, text=True, timeout=120, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -125,6 +131,7 @@ def test_what_ranks_tell_each_other(tmp_path: Path) -> None:
     assert len(answers) == 3
     for found in answers:
         assert found["gradients"] == [[3.0] * 3] * 2
+        assert found["beside"] == [1.0] * 3
         assert found["counts"] == [3, 3]
         assert found["any"] == [True, False]
         assert found["gathered"] == [f"row {i}" for i in range(7)]

@@ -64,7 +64,8 @@ class Ranks:
     def add_up_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Each `.grad` becomes the sum over the ranks; a rank that had no rows adds zeros.
 
-        Those of weights that are shared out are sums already, see `sharding`.
+        One that no rank has is left `None`: an optimizer passes over it, where it decays a weight with a gradient of
+        zeros. Those of weights that are shared out are sums already, see `sharding`.
         """
         if self.size == 1:
             return
@@ -72,8 +73,10 @@ class Ranks:
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
             flat = torch.cat([g.flatten().float() for g in gradients])
             distributed.all_reduce(flat)
-            for p, gradient, part in zip(bucket, gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                p.grad = gradient.copy_(part.view_as(gradient))
+            parts = flat.split([g.numel() for g in gradients])
+            reached = self.add_up(*(p.grad is not None for p in bucket))
+            for p, gradient, part, ranks in zip(bucket, gradients, parts, reached, strict=True):
+                p.grad = gradient.copy_(part.view_as(gradient)) if ranks else None
 
     def add_up(self, *counts: Any) -> list[int]:
         """The sums of whole numbers over the ranks."""
