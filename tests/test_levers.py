@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from test_plan import save_with_vision
 from test_training import make_examples, make_job, run_in_process
 from tiny import build_adapted as build_job_model
 from tiny import make_recipe, make_stop, write_base
@@ -324,6 +326,21 @@ def test_nothing_is_shared_where_rows_draw_their_own_noise(base: Path) -> None:
     assert settle_levers(levers, noisy).prefix == "standard"
     plain.config.attention_dropout = 0.1
     assert settle_levers(levers, plain).prefix == "standard"
+
+
+@pytest.mark.parametrize(("key", "value"), [("attention_dropout", 0.1), ("output_router_logits", True)])
+def test_nothing_is_shared_where_the_text_part_of_a_model_says_so(
+    base: Path, tmp_path: Path, key: str, value: object
+) -> None:
+    """A class that reads images too has a configuration for its text inside the outer one."""
+    attention.register()
+    folder = save_with_vision(shutil.copytree(base, tmp_path / "base"), "Gemma3")
+    model = load_model(folder, precision="fp32", device=torch.device("cpu"), attention=attention.NAME)
+    recipe = make_recipe()
+    levers = select_levers(recipe.training, method=recipe.method, on_cuda=False)
+    assert settle_levers(levers, model).prefix == "shared"
+    setattr(model.config.get_text_config(), key, value)
+    assert settle_levers(levers, model).prefix == "standard"
 
 
 def test_the_worst_step_shares_nothing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

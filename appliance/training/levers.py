@@ -72,14 +72,14 @@ def settle_levers(levers: Levers, model: Any) -> Levers:
         levers = replace(levers, attention="standard", prefix="standard")
     if levers.head == "fused" and model.device.type == "cuda" and not has_compiler():
         levers = replace(levers, head="labelled")
-    is_apart = draws_noise(model) or getattr(model.config, "output_router_logits", False)
+    is_apart = draws_noise(model) or getattr(model.config.get_text_config(), "output_router_logits", False)
     return replace(levers, prefix="standard") if is_apart else levers
 
 
 def draws_noise(model: Any) -> bool:
     """Whether a forward pass in training draws dropout: by a module, or by a number in the configuration."""
     has_module = any(type(m).__name__.startswith("Dropout") and m.p > 0 for m in model.modules())
-    return has_module or bool(getattr(model.config, "attention_dropout", 0))
+    return has_module or bool(getattr(model.config.get_text_config(), "attention_dropout", 0))
 
 
 def pad_rows(levers: Levers) -> Levers:
