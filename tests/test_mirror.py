@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_registry import AT, publish_new
@@ -28,6 +29,8 @@ from appliance.store.local import LocalStore
 from appliance.training import TrainingJob
 from appliance.training.checkpoints import SEAL, is_sound, list_newest_first, prune_checkpoints, seal_checkpoint
 from appliance.training.mirror import Mirror, delete_checkpoints, fetch_checkpoints, follow_checkpoints
+from appliance.training.monitor import Rules
+from appliance.training.trainer import _find_start
 
 KEY = {"run_key": "k"}
 
@@ -178,6 +181,46 @@ def test_a_damaged_best_checkpoint_is_fetched_again(tmp_path: Path) -> None:
     assert is_sound(run / "checkpoint-2")
     assert fetch(mirror, run) == [], "nothing else is missing"
     assert not (run / "checkpoint-4").exists()
+
+
+def find_start(folder: Path) -> tuple[str, list[str]]:
+    """The checkpoint that a run in this folder would go on from, and what it says."""
+    said: list[str] = []
+
+    def say(*, note: str) -> None:
+        said.append(note)
+
+    job, rules = SimpleNamespace(checkpoints=folder), Rules(keep="best_loss", patience=None, max_steps=100)
+    found = _find_start(job, rules, fingerprint=KEY, emit=say)  # type: ignore[arg-type]
+    return found.name if found else "", said
+
+
+def test_a_best_checkpoint_damaged_in_the_store_costs_its_steps_once(tmp_path: Path) -> None:
+    """A host goes on from the newest checkpoint whose best one is sound; what it made, the next one goes on from."""
+    mirror = Mirror(LocalStore(tmp_path / "store"), "k")
+    for step in (30, 40, 45):
+        make_evaluated(tmp_path / "first", step, best=30)
+    upload(mirror, tmp_path / "first")
+    flip_a_bit(next((tmp_path / "store" / mirror.prefix).glob("30-*")) / "metrics.jsonl")
+    second, third = tmp_path / "second", tmp_path / "third"
+    (told, *_) = [line for line in fetch(mirror, second) if "not used" in line]
+    assert "damaged" in told
+    assert "publish" not in told, "a checkpoint is nothing that is published"
+    assert find_start(second) == (
+        "",
+        [
+            "the checkpoint of step 45 is no start: that of its best step, 30, is lost or damaged",
+            "the checkpoint of step 40 is no start: that of its best step, 30, is lost or damaged",
+            "no checkpoint is left to go on from: training starts over",
+        ],
+    )
+    for step in (5, 10):
+        make_evaluated(second, step, best=5)
+    assert upload(mirror, second) == []
+    fetch(mirror, third)
+    name, said = find_start(third)
+    assert (name, len(said)) == ("checkpoint-10", 2)
+    assert [c.name for c in list_newest_first(third)] == ["checkpoint-10", "checkpoint-5"], "no newer one stays"
 
 
 def test_a_finished_run_does_not_wait_for_its_last_upload(tmp_path: Path) -> None:

@@ -82,7 +82,8 @@ def load_kept_weights(model: Any, checkpoints: Path, *, step: int) -> None:
     checkpoint = checkpoints / name_checkpoint(step)
     if not is_sound(checkpoint):
         raise TrainingError(
-            f"{checkpoint}: the best step's checkpoint is damaged; run the same command to train from the start"
+            f"{checkpoint}: the best step's checkpoint is damaged; run the same command: it goes on from one that does "
+            "not need it, or starts over"
         )
     if load_encoder(model, checkpoint):
         return

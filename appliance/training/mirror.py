@@ -79,7 +79,8 @@ def fetch_checkpoints(
         try:
             _fetch_one(mirror, name, target, fingerprint=fingerprint)
         except (StoreError, ValueError) as fault:
-            note(f"checkpoint {name} in the store is not used: {fault}")
+            found, _, _ = str(fault).partition(";")  # what to do with it is said for blobs
+            note(f"checkpoint {name} in the store is not used: {found}")
         else:
             note(f"checkpoint of step {_read_step(name)} fetched from {mirror.store.url}")
 
@@ -238,7 +239,7 @@ def _hold_files(checkpoint: Path) -> Iterator[Path]:
 
 
 def _find_kept(checkpoint: Path, *, step: int, keep: Keep) -> int:
-    """The step whose weights a run that goes on from this checkpoint may publish: it starts over without them."""
+    """The step whose weights a run that goes on from this checkpoint may publish: it is no start without them."""
     rules = Rules(keep=keep, patience=None, max_steps=step)
     try:
         return select_kept_step(watch_records(read_records(checkpoint), rules), rules, last=step)

@@ -7,7 +7,6 @@ not finite, of packed rows that see each other, of an adapter that changes nothi
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from appliance.training.checkpoints import (
     is_sound,
     name_checkpoint,
     read_seal,
+    remove_checkpoint,
 )
 from appliance.training.ewc import Penalty, build_penalty
 from appliance.training.fingerprint import (
@@ -256,16 +256,18 @@ def _name_parts(start: Weights, penalty: Penalty | None, levers: Levers) -> dict
 
 
 def _find_start(job: TrainingJob, rules: Rules, *, fingerprint: dict[str, str], emit: Emit) -> Path | None:
-    """The newest sound checkpoint; none when the best one before it is lost."""
-    resume = find_checkpoint(job.checkpoints, fingerprint=fingerprint)
-    if resume is None:
-        return None
-    seen = watch_records(read_records(resume), rules)
-    kept = select_kept_step(seen, rules, last=count_steps_done(resume))
-    if is_sound(job.checkpoints / name_checkpoint(kept)):
-        return resume
-    emit(note=f"the checkpoint of the best step, {kept}, is lost or damaged: training starts over")
-    shutil.rmtree(job.checkpoints)
+    """The newest sound checkpoint whose best one is sound too; newer ones are removed, steps will be kept by number."""
+    lost = False
+    while (resume := find_checkpoint(job.checkpoints, fingerprint=fingerprint)) is not None:
+        done = count_steps_done(resume)
+        kept = select_kept_step(watch_records(read_records(resume), rules), rules, last=done)
+        if is_sound(job.checkpoints / name_checkpoint(kept)):
+            return resume
+        emit(note=f"the checkpoint of step {done} is no start: that of its best step, {kept}, is lost or damaged")
+        remove_checkpoint(resume)
+        lost = True
+    if lost:
+        emit(note="no checkpoint is left to go on from: training starts over")
     return None
 
 
