@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from appliance import evaluation, registry, report, training
+from appliance import evaluation, registry, release, report, training
 from appliance.data import summarise_dataset
 from appliance.digest import canonical_json, digest_file, digest_folder, write_atomic
 from appliance.errors import DatasetError
@@ -217,7 +217,7 @@ def _train_stage(run: Run, prepared: Prepared, *, workspace: Workspace, precisio
         f"{plan['steps']} steps of {plan['effective_batch']} rows, {plan['tokens']:,} tokens"
         f"{f', on {devices} devices' if devices > 1 else ''}"
     )
-    threads = max(1, record["cores"] // devices)
+    threads, versions = max(1, record["cores"] // devices), read_versions(image=workspace.image)
     job = training.TrainingJob(
         folder=run.training,
         adapter=run.adapter,
@@ -244,7 +244,7 @@ def _train_stage(run: Run, prepared: Prepared, *, workspace: Workspace, precisio
     env = {"OMP_NUM_THREADS": str(threads)}
     summary = training.train(job, note=workspace.note, env=env, board=board, mirror=mirror)
     predicted = {"peak_memory_bytes": plan["peak_bytes"], "micro_batch": plan["micro_batch"]}
-    run.finish("train", summary={**summary, "predicted": predicted}, image=workspace.image)
+    run.finish("train", summary={**summary, "predicted": predicted}, versions=versions)
     shutil.rmtree(job.checkpoints, ignore_errors=True)
 
 
@@ -332,7 +332,7 @@ def _card_stage(run: Run, prepared: Prepared) -> None:
         metrics=metrics,
         evaluation={"four_bit": run.read("evaluate").get("four_bit", False)},
         verdict=run.read("judge")["verdict"],
-        versions=read_versions(image=run.read("train").get("image")),
+        versions=release.name_versions(run),
     )
     report.write_card(card, run.card)
     run.finish("card", commit=record["commit"])

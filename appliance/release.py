@@ -78,9 +78,15 @@ def build_manifest(run: Run, prepared: Prepared, *, folder: Path) -> Manifest:
             "arms": {a: v["score"] for a, v in verdict["arms"].items()},
         },
         training=trained["summary"],
-        versions=read_versions(image=trained.get("image")),
+        versions=name_versions(run),
         parent=run.read("evaluate")["champion"],
     )
+
+
+def name_versions(run: Run) -> dict[str, str]:
+    """The versions and the image that trained; those of now where an earlier release trained, which kept none."""
+    trained = run.read("train")
+    return trained.get("versions") or read_versions(image=trained.get("image"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,16 +21,20 @@ import yaml
 from test_command import run_beside_read_only
 from tiny import make_recipe, write_base, write_dataset
 
+from appliance import preparation, registry, release
 from appliance.answers import load_pulled
 from appliance.cli import VERBS, appliance
 from appliance.cli.common import print_finished
 from appliance.cli.reconcile import _print_outcome as print_outcome
 from appliance.demo.storage import Storage
 from appliance.errors import RegistryError
-from appliance.pipeline import Finished
+from appliance.pipeline import Finished, run_recipe
+from appliance.preparation import Origin, Workspace
+from appliance.recipe import load_recipe
 from appliance.reconcile import Outcome
 from appliance.registry.refs import DEFAULT_ALIAS
 from appliance.run import Run
+from appliance.store import open_store
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "boto3", "botocore", "dvc", "pydantic")
@@ -271,6 +275,27 @@ def test_a_run_goes_from_rows_to_a_pulled_version(project: Path, tmp_path: Path)
     figures = json.loads(merged.stdout)
     assert figures["drift"] < 0.5 * figures["effect"], merged.stderr
     assert json.loads((tmp_path / "model" / "merged.json").read_bytes())["version"] == rows[0]["version"]
+
+
+def test_what_is_upgraded_after_the_training_did_not_make_the_weights(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Card and manifest name the versions that trained, whatever publishes it; of an older run, those of now."""
+    notes: list[str] = []
+    workspace = Workspace(project, tmp_path / "cache", tmp_path / "runs", note=notes.append)
+    store, origin = open_store((tmp_path / "store").as_uri()), Origin(None, "2026-01-31T12:00:00Z", "tester")
+    recipe, trained = load_recipe(project / "recipes" / "colours.yaml"), preparation.read_versions()
+    done = run_recipe(recipe, workspace=workspace, store=store, origin=origin, until="train")
+    monkeypatch.setattr(preparation, "__version__", "99.0.0")
+    finished = run_recipe(recipe, workspace=workspace, store=store, origin=origin)
+    assert finished.folder == done.folder is not None
+    assert len([n for n in notes if n.startswith("training ")]) == 1
+    card = json.loads((finished.folder / "card" / "card.json").read_bytes())
+    manifest = registry.load_manifest(store, recipe.name, finished.version)
+    assert card["versions"] == manifest.versions == trained
+    run = Run(finished.folder, finished.key)
+    run.finish("train", summary=run.read("train")["summary"], image="x")  # as earlier releases did
+    assert release.name_versions(run) == {**trained, "appliance": "99.0.0", "image": "x"}
 
 
 def test_what_is_published_was_compared_with_what_it_replaces(project: Path, tmp_path: Path) -> None:
