@@ -100,6 +100,8 @@ def train_alone(prepared: Prepared, *, workspace: Workspace, origin: Origin, cho
     check_device(prepared.recipe, read_machine())
     run = open_run(workspace.runs, name=prepared.recipe.name, key=prepared.key)
     with run.lock():
+        if run.is_done("train") and run.read("train").get("versions") != read_versions(image=workspace.image):
+            run.start_over()  # what was asked is what these versions make
         _prepare_stage(run, prepared, workspace=workspace, origin=origin)
         record = run.read("prepare")
         taken = ("micro_batch", "devices", "sharded", "checkpointing")

@@ -26,7 +26,7 @@ from appliance.digest import digest_file, list_files
 from appliance.errors import CommandError, RegistryError
 from appliance.manifest import Manifest
 from appliance.pipeline import train_alone
-from appliance.preparation import Origin, Prepared, Workspace, prepare, read_versions
+from appliance.preparation import Origin, Prepared, Workspace, prepare
 from appliance.recipe import Recipe
 from appliance.store import Store
 
@@ -76,8 +76,9 @@ def reproduce(reference: str, *, workspace: Workspace, store: Store) -> Reproduc
     """Train a version again and compare its artifact's files with the manifest's.
 
     The run folder stays until the bytes are found identical, so that an interrupted one goes on and a
-    different one can be looked at. Raises `RegistryError` when the version cannot be made again
-    (no commit, another recipe format), and `ApplianceError`s of the stages.
+    different one can be looked at; with other versions, or in another image, it is made anew. Raises
+    `RegistryError` when the version cannot be made again (no commit, another recipe format), and
+    `ApplianceError`s of the stages.
     """
     version, manifest = registry.resolve(store, reference)
     recipe = _load_recipe(manifest, version)
@@ -90,7 +91,8 @@ def reproduce(reference: str, *, workspace: Workspace, store: Store) -> Reproduc
         origin = Origin(commit=manifest.git_commit, time=manifest.created_at, actor="")
         run = train_alone(prepared, workspace=there, origin=origin, choices=_read_choices(manifest))
     files, compared = _compare_files(manifest, run.adapter)
-    facts = _compare_facts(manifest, run.read("train")["summary"])
+    trained = run.read("train")
+    facts = _compare_facts(manifest, trained["summary"], versions=trained["versions"])
     if not files:
         shutil.rmtree(runs)
     return Reproduction(version, files, facts, compared, run.adapter if files else None)
@@ -198,11 +200,13 @@ def _compare_files(manifest: Manifest, folder: Path) -> tuple[tuple[Difference, 
     return _compare(recorded, made), len(recorded)
 
 
-def _compare_facts(manifest: Manifest, summary: Mapping[str, Any]) -> tuple[Difference, ...]:
+def _compare_facts(
+    manifest: Manifest, summary: Mapping[str, Any], *, versions: Mapping[str, str]
+) -> tuple[Difference, ...]:
     """Versions, device and choices that are not those of the manifest."""
     known = [k for k in _COMPARED if k in manifest.training]
     recorded = {**manifest.versions, **{k: str(_plain(manifest.training[k])) for k in known}}
-    made = {**read_versions(), **{k: str(_plain(summary.get(k))) for k in known}}
+    made = {**versions, **{k: str(_plain(summary.get(k))) for k in known}}
     return _compare(recorded, made)
 
 

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from tiny import make_recipe, write_base, write_dataset
 
-from appliance import pipeline, registry, reproduction
+from appliance import pipeline, preparation, registry, reproduction
 from appliance.cli import main
 from appliance.desired import read_origin
 from appliance.digest import digest_file, digest_folder, list_files
@@ -185,6 +185,32 @@ def test_what_differs_is_named(published: Published, tmp_path: Path, capsys: pyt
     assert digest_file(made / WEIGHTS) == original, "what was made is there to be looked at"
 
 
+def test_what_other_versions_made_is_made_anew(
+    published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever installs what the facts name asks again, and is told of what those versions made, in their image."""
+    folder, image, notes = tmp_path / "forged", f"registry.example/appliance@sha256:{'a' * 64}", list[str]()
+    manifest = registry.pull(published.store, f"colours@{published.version}", folder)
+    (folder / WEIGHTS).write_bytes(b"other weights")
+    files = [
+        {"path": f.path, "size": (folder / f.path).stat().st_size, "sha256": digest_file(folder / f.path)}
+        for f in manifest.files
+    ]
+    versions = {**manifest.versions, "appliance": "99.0.0", "image": image}
+    forged = published.publish_variant(folder, files=files, versions=versions)
+    workspace = replace(published.workspace, note=notes.append)
+    first = reproduce(f"colours@{forged}", workspace=workspace, store=published.store)
+    assert [(f.name, f.recorded, f.made) for f in first.facts] == [
+        ("appliance", "99.0.0", manifest.versions["appliance"]), ("image", image, "-")
+    ]  # fmt: skip
+    monkeypatch.setattr(preparation, "__version__", "99.0.0")
+    for _ in range(2):
+        again = reproduce(f"colours@{forged}", workspace=replace(workspace, image=image), store=published.store)
+        assert again.facts == ()
+        assert [f.name for f in again.files] == [WEIGHTS]
+    assert len([n for n in notes if n.startswith("training ")]) == 2, "once by each"
+
+
 def test_how_the_model_lay_and_computed_is_taken_over_and_compared(
     published: Published, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,8 +218,13 @@ def test_how_the_model_lay_and_computed_is_taken_over_and_compared(
     _, manifest = registry.resolve(published.store, f"colours@{published.version}")
     others = {"sharded": True, "levers": {**manifest.training["levers"], "head": "fused"}, "packing": False}
     changed = manifest.model_copy(update={"training": {**manifest.training, **others}})
-    assert [f.name for f in reproduction._compare_facts(changed, manifest.training)] == ["levers", "packing", "sharded"]
-    assert reproduction._compare_facts(manifest, json.loads(json.dumps(manifest.training))) == ()
+    compare_facts, made = reproduction._compare_facts, manifest.versions
+    assert [f.name for f in compare_facts(changed, manifest.training, versions=made)] == [
+        "levers",
+        "packing",
+        "sharded",
+    ]
+    assert compare_facts(manifest, json.loads(json.dumps(manifest.training)), versions=made) == ()
 
     monkeypatch.setattr(pipeline, "_train_stage", lambda *_a, **_k: None)
     prepared = prepare(Recipe.model_validate(manifest.recipe), workspace=published.workspace)
