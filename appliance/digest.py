@@ -6,12 +6,14 @@ paths on this machine and file modes never take part.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _CHUNK = 1 << 20
 _SETTLED_NS = 2 * 10**9
@@ -66,15 +68,23 @@ def stat_files(path: Path) -> State | None:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader sees the old bytes or the new ones, never a part.
+    """Write `content` to `path` so that a reader sees the old bytes or the new ones, never a part. Raises `OSError`."""
+    with stage_file(path) as stream:
+        stream.write(content)
 
-    Temporary name in the same folder, fsync, rename, fsync of the folder. Raises `OSError`.
+
+@contextlib.contextmanager
+def stage_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that is at `path`, and durable, from the end of the block on; where that raises, nothing is.
+
+    Temporary name in the same folder, fsync, rename, fsync of the folder. The name is by chance: in two containers
+    that share the folder, two processes have one number. Raises `OSError`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
+        with temporary.open("xb") as stream:
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
@@ -83,9 +93,26 @@ def write_atomic(path: Path, content: bytes) -> None:
     fsync_folder(path.parent)
 
 
+def rename_whole(staged: Path, folder: Path) -> None:
+    """Give a folder that is complete the name that is trusted, which a power cut leaves to all of it or to none."""
+    fsync_all(staged)
+    staged.rename(folder)
+    fsync_folder(folder.parent)
+
+
+def fsync_all(folder: Path) -> None:
+    """Make every file and every name below `folder` durable."""
+    for path in (folder, *folder.rglob("*")):
+        _fsync(path)
+
+
 def fsync_folder(folder: Path) -> None:
     """Make the names in `folder` durable (a rename survives a power cut only after this)."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    _fsync(folder)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

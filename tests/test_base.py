@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from tiny import write_tokenizer
 from appliance.digest import digest_folder
 from appliance.errors import ModelError
 from appliance.model import Base, resolve_base
+from appliance.model import base as base_module
 from appliance.model.shapes import read_weight_dtypes, read_weight_shapes
 from appliance.recipe import BaseSection
 
@@ -241,6 +243,31 @@ def test_a_model_that_others_rounded_is_refused(tmp_path: Path, form: str) -> No
     (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": form, "bits": 4}}))
     with pytest.raises(ModelError, match=rf"quantised \({form}\).*Give the model it was made from"):
         resolve("./a", tmp_path)
+
+
+@pytest.mark.parametrize("source", ["a", "base.gguf"])
+def test_a_conversion_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """Its name is trusted by every later run: a power cut must not leave it to files that are empty."""
+    write_fp8(tmp_path / "a")
+    (tmp_path / "base.gguf").write_bytes(b"GGUF")
+
+    def convert(_source: Path, folder: Path, *, model: str) -> None:
+        (folder / "inner").mkdir()
+        for name in ("inner/model.safetensors", "config.json"):
+            (folder / name).write_text("{}")
+
+    kept: list[Path] = []
+    fsync = os.fsync
+    monkeypatch.setattr(base_module, "_convert", convert)
+    monkeypatch.setattr(os, "fsync", lambda file: (kept.append(Path(f"/proc/self/fd/{file}").readlink()), fsync(file)))
+    folder = resolve(f"./{source}", tmp_path).folder
+    names = [p.relative_to(folder) for p in folder.rglob("*")]
+    (staged,) = {p for p in kept if p.name.startswith(f".{folder.name}-")}
+    assert len(names) == 3
+    assert {staged / name for name in names} <= set(kept)
+    assert kept[-1] == folder.parent, "the name comes last"
 
 
 def test_two_at_once_convert_once_and_what_a_killed_one_left_goes(tmp_path: Path) -> None:

@@ -22,10 +22,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from appliance.demo.storage import Storage
-from appliance.digest import digest_bytes
+from appliance.digest import digest_bytes, write_atomic
 from appliance.errors import NotFoundError, PreconditionFailedError, StoreError
 from appliance.store import Store, StoredObject, open_store, s3_writing
 from appliance.store import s3 as s3_module
+from appliance.store.fetching import write_verified
 from appliance.store.local import LocalStore
 from appliance.store.s3 import S3Store
 from appliance.store.s3_writing import Clients
@@ -227,6 +228,25 @@ def test_if_match_loses_against_a_newer_object_and_against_none(store: Store) ->
         store.put("absent", b"3", if_match=old.etag)
     assert store.get("ref")[0] == b"2"
     assert store.head("absent") is None
+
+
+@pytest.mark.parametrize("write", [write_atomic, lambda p, c: write_verified([c], p, sha256=None, subject="it")])
+def test_two_writers_of_one_name_and_one_number_do_not_meet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, bytes], None]
+) -> None:
+    """Processes of two containers that share a cache may both be number 1: each writes its own bytes, the last stay."""
+    file, others = tmp_path / "f", [b"other"]
+    fsync = os.fsync
+
+    def meet(descriptor: int) -> None:
+        if others:
+            write(file, others.pop())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", meet)
+    write(file, b"mine")
+    assert file.read_bytes() == b"mine"
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_file_is_stored_once_and_comes_back_byte_for_byte(store: Store, tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ def test_old_entries_go_and_used_ones_stay(template: ChatTemplate, tmp_path: Pat
         write_entry(big, key, rows)
         os.utime(big.folder / f"{key}.rows", times=(time.time() - age,) * 2)
     theirs = ("notes.tmp", "archive.rows")
-    for age, name in ((7200, f".{first}.rows.1.tmp"), (10, f".{first}.rows.2.tmp"), *((9999, n) for n in theirs)):
+    for age, name in ((7200, f".{first}.rows.0fa.tmp"), (10, f".{first}.rows.2.tmp"), *((9999, n) for n in theirs)):
         (big.folder / name).write_bytes(b"x")
         os.utime(big.folder / name, times=(time.time() - age,) * 2)
     assert read_entry(big, first) == rows, "a use makes it new"

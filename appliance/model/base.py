@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from appliance.command import run_command
-from appliance.digest import State, digest_file, digest_folder, digest_json, fsync_folder, list_files, stat_files
+from appliance.digest import State, digest_file, digest_folder, digest_json, list_files, rename_whole, stat_files
 from appliance.errors import CommandError, ModelError
 from appliance.model.shapes import read_quantisation, read_sizes
 from appliance.recipe import BaseSection
@@ -257,7 +257,7 @@ def _download(store: Store, objects: list[StoredObject], folder: Path) -> None:
 
 
 def _make_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder`, complete from the moment it has its name; one process at a time makes folders beside it.
+    """`folder`, complete and durable from the moment it has its name; one process at a time makes folders beside it.
 
     What a killed one left of this folder is removed: a model's weights are many gigabytes.
     """
@@ -271,8 +271,7 @@ def _make_once(folder: Path, make: Callable[[Path], None]) -> Path:
             staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
             try:
                 make(staged)
-                staged.rename(folder)
-                fsync_folder(folder.parent)
+                rename_whole(staged, folder)
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
     return folder

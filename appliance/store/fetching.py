@@ -1,4 +1,4 @@
-"""How fetched bytes become a file: hidden partial name, running SHA-256, fsync, rename.
+"""How fetched bytes become a file: hidden temporary name, running SHA-256, fsync, rename.
 
 A name that a reader can see always has the right bytes behind it. Also the words for local disk
 faults, which every store can meet.
@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from appliance.digest import fsync_folder
+from appliance.digest import stage_file
 from appliance.errors import StoreError, is_denied, is_disk_full
 
 
@@ -20,33 +20,21 @@ def write_verified(chunks: Iterable[bytes], path: Path, *, sha256: str | None, s
 
     Raises `StoreError` naming `subject` on other bytes, and `path` on a disk fault.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    digest = hashlib.sha256()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found = _write_hashed(chunks, partial)
-        if sha256 is not None and found != sha256:
-            raise StoreError(
-                f"{subject}: damaged, SHA-256 is {found}, expected {sha256}; "
-                "remove it and run `appliance publish` again"
-            )
-        partial.chmod(0o644)
-        partial.replace(path)
-        fsync_folder(path.parent)
+        with stage_file(path) as stream:
+            for chunk in chunks:
+                digest.update(chunk)
+                stream.write(chunk)
+            found = digest.hexdigest()
+            if sha256 is not None and found != sha256:
+                raise StoreError(
+                    f"{subject}: damaged, SHA-256 is {found}, expected {sha256}; "
+                    "remove it and run `appliance publish` again"
+                )
+            os.fchmod(stream.fileno(), 0o644)
     except OSError as fault:
         raise StoreError(describe_disk_fault(fault, str(path))) from fault
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _write_hashed(chunks: Iterable[bytes], path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("wb") as stream:
-        for chunk in chunks:
-            digest.update(chunk)
-            stream.write(chunk)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return digest.hexdigest()
 
 
 def describe_disk_fault(fault: OSError, subject: str) -> str:

@@ -14,14 +14,14 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from appliance.digest import digest_folder, fsync_folder
+from appliance.digest import digest_folder, rename_whole
 from appliance.errors import TrainingError
 from appliance.method import FullMethod
 from appliance.model.shapes import count_values, read_weight_shapes
 from appliance.model.weights import Precision, keeping_generation, load_model
 from appliance.recipe import select_learning_rate
 from appliance.training import attention
-from appliance.training.checkpoints import is_sound, make_durable, name_checkpoint
+from appliance.training.checkpoints import is_sound, make_readable, name_checkpoint
 from appliance.training.journal import Journal
 from appliance.training.launch import TrainingJob
 from appliance.training.levers import Levers
@@ -54,10 +54,9 @@ def save_artifact(model: Any, job: TrainingJob, *, start: Weights, weights: Weig
         if start:
             subtract_start(staged, start)
         _normalise_config(staged / "adapter_config.json", base_name=job.base_name, is_difference=bool(start))
-    make_durable(staged)
+    make_readable(staged)
     shutil.rmtree(job.adapter, ignore_errors=True)
-    staged.rename(job.adapter)
-    fsync_folder(job.adapter.parent)
+    rename_whole(staged, job.adapter)
 
 
 def _normalise_config(file: Path, *, base_name: str, is_difference: bool) -> None:

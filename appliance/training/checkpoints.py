@@ -9,7 +9,6 @@ bytes differ from its seal is set aside under another name; in both cases the on
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from appliance.digest import canonical_json, digest_file, fsync_folder, list_files, write_atomic
+from appliance.digest import canonical_json, digest_file, fsync_all, fsync_folder, list_files, write_atomic
 from appliance.errors import TrainingError
 
 SEAL = "sealed.json"
@@ -66,7 +65,8 @@ class Facts:
 
 def seal_checkpoint(folder: Path, *, fingerprint: Mapping[str, str], facts: Facts) -> None:
     """Make every file of a checkpoint durable and readable, then say so in its seal."""
-    make_durable(folder)
+    make_readable(folder)
+    fsync_all(folder)
     seal = {
         "files": {name: digest_file(folder / name) for name in list_files(folder) if name != SEAL},
         "fingerprint": dict(fingerprint),
@@ -76,15 +76,10 @@ def seal_checkpoint(folder: Path, *, fingerprint: Mapping[str, str], facts: Fact
     fsync_folder(folder.parent)
 
 
-def make_durable(folder: Path) -> None:
-    """Make all that is below a folder durable, folders in it too, and every file readable (mode 0644)."""
-    for path in (folder, *folder.rglob("*")):
-        if path.is_dir():
-            fsync_folder(path)
-            continue
-        path.chmod(0o644)  # safetensors writes 0600
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
+def make_readable(folder: Path) -> None:
+    """Give every file below a folder mode 0644: safetensors writes 0600."""
+    for name in list_files(folder):
+        (folder / name).chmod(0o644)
 
 
 def prune_checkpoints(folder: Path, *, best: Path | None = None) -> None:

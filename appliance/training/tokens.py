@@ -30,7 +30,7 @@ from appliance.model import ChatTemplate, TokenRow
 _MOST_BYTES = 2 << 30
 _ABANDONED_S = 3600.0
 _LIBRARIES = ("jinja2", "tokenizers")
-_OWN = re.compile(r"[0-9a-f]{64}\.rows|\.[0-9a-f]{64}\.rows\.[0-9]+\.tmp")
+_OWN = re.compile(r"[0-9a-f]{64}\.rows|\.[0-9a-f]{64}\.rows\.[0-9a-f]+\.tmp")
 
 
 @dataclass(frozen=True, slots=True)
