@@ -244,6 +244,24 @@ def test_a_promotion_that_expected_another_version_changes_nothing(store: Store,
     assert promote(store, second, expected=first).seq == 2
 
 
+def test_a_mistyped_alias_is_refused_and_a_new_one_is_called_new(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An alias is for ever: one that reads like another is only made where it is said that there is none yet."""
+    store = open_store((tmp_path / "store").as_uri())
+    first, second = publish_new(store, tmp_path, "a"), publish_new(store, tmp_path, "b")
+    promote(store, first)
+    before = snapshot(store)
+    with pytest.raises(RegistryError, match=r"'prodution' of demo; did you mean production\?.*--expected nothing"):
+        promote(store, second, "prodution")
+    assert snapshot(store) == before
+    assert promote(store, second, "production-eu", expected="nothing").seq == 1
+    assert main(["promote", f"demo@{second}", "canary", "--store", store.url]) == 0
+    assert "canary is a new alias; not moved: production, production-eu\n" in capsys.readouterr().out
+    assert main(["promote", f"demo@{second}", "production", "--store", store.url]) == 0
+    assert capsys.readouterr().out == f"demo@production is now {second}\n"
+
+
 def test_a_version_without_all_its_blobs_is_not_promoted(store: Store, tmp_path: Path) -> None:
     """An alias never points at what cannot be pulled."""
     version = publish_new(store, tmp_path)

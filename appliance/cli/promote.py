@@ -25,13 +25,18 @@ from appliance.store import open_store
 )
 @click.option("--force", is_flag=True, help="Also a version whose verdict is not `ship`.")
 def command(*, reference: str, alias: str, store_url: str, reason: str, expected: str | None, force: bool) -> None:
-    """Point ALIAS at a version; going back to an older version is the same command."""
+    """Point ALIAS at a version; going back to an older version is the same command.
+
+    An alias that is not there yet is made, and none is ever removed: one that reads like another takes
+    `--expected nothing`.
+    """
     store = open_store(store_url)
     version, manifest = registry.resolve(store, reference)
     given = reference.partition("@")[2]
     if given[:1].isdigit() and given != version:  # an alias begins with a letter
         message = f"{reference}: the beginning of a version is enough to read it; give the whole version, {version}"
         raise RegistryError(message)
+    others = registry.list_aliases(store, manifest.name)
     registry.promote(
         store,
         name=manifest.name,
@@ -44,3 +49,5 @@ def command(*, reference: str, alias: str, store_url: str, reason: str, expected
         expected=expected,
     )
     click.echo(f"{manifest.name}@{alias} is now {version}")
+    if others and alias not in others:
+        click.echo(f"{alias} is a new alias; not moved: {', '.join(others)}")

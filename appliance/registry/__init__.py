@@ -22,7 +22,7 @@ from appliance.registry.listing import (
     survey_versions,
 )
 from appliance.registry.marks import Garbage
-from appliance.registry.moves import AliasMove, follow_alias, read_alias
+from appliance.registry.moves import AliasMove, follow_alias, list_aliases, read_alias
 from appliance.registry.publish import publish
 from appliance.registry.pull import pull, read_file
 from appliance.registry.refs import promote, resolve
@@ -44,6 +44,7 @@ __all__ = [
     "find_run",
     "follow_alias",
     "hold_model",
+    "list_aliases",
     "list_names",
     "list_versions",
     "load_manifest",

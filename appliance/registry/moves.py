@@ -68,8 +68,8 @@ def read_alias(store: Store, name: str, alias: str) -> AliasMove | None:
 
 
 def list_aliases(store: Store, name: str) -> list[str]:
-    """The aliases of a model; none for an unknown one."""
-    return [alias for _, alias in select_keys((o.key for o in store.list(f"{model_prefix(name)}refs/")), "ref")]
+    """The aliases of a model, by name; none for an unknown one."""
+    return sorted(alias for _, alias in select_keys((o.key for o in store.list(f"{model_prefix(name)}refs/")), "ref"))
 
 
 def follow_alias(store: Store, name: str, alias: str) -> Iterator[AliasMove]:

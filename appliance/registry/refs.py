@@ -6,6 +6,7 @@ answer was lost is recognised by its `op_id`. A rollback is a new forward move.
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import uuid
 
@@ -53,8 +54,9 @@ def promote(
     """Point `alias` at `version` and return the move; an alias that is there already is left alone.
 
     Only a version whose verdict is `ship` is accepted, others with `force`. With `expected` the alias
-    must point at that version now. `at` is a UTC time; `op_id` identifies the call over retries and is
-    made when not given. Raises `RegistryError` when refused (nothing is written then), `StoreError`.
+    must point at that version now; without it a new alias that reads like one of the model's is refused.
+    `at` is a UTC time; `op_id` identifies the call over retries and is made when not given. Raises
+    `RegistryError` when refused (nothing is written then), `StoreError`.
     """
     check_format(store)
     ref_key(name, alias)
@@ -73,6 +75,8 @@ def promote(
         forced=force,
     )
     _check_alive(store, wanted)
+    if expected is None:
+        _check_spelling(store, wanted)
     return _move_alias(store, wanted, expected=expected)
 
 
@@ -111,6 +115,17 @@ def _check_expected(current: Ref | None, expected: str | None, *, subject: str) 
     found = current.move.version if current else "nothing"
     if expected is not None and found != expected:
         raise RegistryError(f"{subject} points at {found}, expected {expected}; look at it again before you move it")
+
+
+def _check_spelling(store: Store, wanted: AliasMove) -> None:
+    """Refuse a new alias that reads like one that is there: that one would stay, the new one for ever."""
+    aliases = list_aliases(store, wanted.name)
+    close = difflib.get_close_matches(wanted.alias, aliases, n=1)
+    if wanted.alias not in aliases and close:
+        raise RegistryError(
+            f"{store.url}: no alias {wanted.alias!r} of {wanted.name}; did you mean {close[0]}? "
+            "A new alias of this name takes --expected nothing"
+        )
 
 
 def _find_operation(store: Store, wanted: AliasMove, *, since: int) -> AliasMove | None:
