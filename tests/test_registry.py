@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -203,6 +204,44 @@ def test_a_second_move_keeps_the_first_in_the_history(store: Store, tmp_path: Pa
     assert registry.read_alias(store, "demo", "production") == moves[-1]
     assert registry.read_alias(store, "demo", "nowhere") is None
     assert read_history(store, "nowhere") == []
+
+
+def test_show_says_which_aliases_are_at_a_version_and_how_they_came_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who moved an alias, when, from where and why is shown, not only kept; to programs all of it."""
+    store = open_store((tmp_path / "store").as_uri())
+    base = {"model": "tiny", "revision": "1"}
+    first = publish_new(store, tmp_path, "a", base=base)
+    second = publish_new(store, tmp_path, "b", base=base, verdict="hold")
+    for number in range(3):
+        promote(store, first, reason=f"shipped {number}")
+        promote(store, second, force=True, actor="ann", reason="she knows\nbetter")
+    promote(store, second, "staging", force=True)
+
+    def show(*arguments: str) -> str:
+        assert main(["show", *arguments, "--store", store.url]) == 0
+        return capsys.readouterr().out
+
+    said = show("demo")
+    assert "aliases    production, staging\n" in said
+    assert f"moved      {AT}  production: {first} -> {second}  ann: she knows better (--force)\n" in said
+    assert said.count("moved ") == 5
+    assert "and 1 moves before" not in said
+    assert "and 1 move before; --json has all\n" in said
+    assert "moved" not in show(f"demo@{first}"), "a version has no history of its own"
+    assert "aliases    -\n" in show(f"demo@{first}")
+    assert f"moved      {AT}  staging: nothing -> {second}  ci: verdict ship (--force)\n" in show("demo@staging")
+    facts = json.loads(show("demo@production", "--json"))
+    assert (facts["version"], facts["aliases"], len(facts["moves"])) == (second, ["production", "staging"], 6)
+    oldest = {"alias": "production", "seq": 1, "at": AT, "actor": "ci", "reason": "shipped 0", "forced": False}
+    assert facts["moves"][-1] == {**oldest, "from": None, "to": first}
+    assert json.loads(show(f"demo@{first}", "--json"))["moves"] == []
+    store.delete(next(o.key for o in store.list("models/demo/reflog/00000004-")))
+    assert main(["show", "demo", "--store", store.url]) == 0
+    broken = capsys.readouterr()
+    assert f"production: ? -> {first}  ci: shipped 2\n" in broken.out, "what is not known is not called nothing"
+    assert "missing, the history of production is broken here" in broken.err
 
 
 def test_a_rewritten_history_is_named(store: Store, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from appliance.store import open_store
 @click.argument("reference", metavar="NAME@VERSION")
 @click.argument("alias")
 @store_option(required=True)
-@click.option("--reason", default="by hand", show_default=True, help="Why, for the alias's history.")
+@click.option("--reason", default="by hand", show_default=True, help="Why, for the alias's history (`appliance show`).")
 @click.option(
     "--expected", metavar="VERSION", help="Refuse unless ALIAS points at this version now (`nothing`: at none)."
 )

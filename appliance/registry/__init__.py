@@ -25,10 +25,11 @@ from appliance.registry.marks import Garbage
 from appliance.registry.moves import AliasMove, follow_alias, list_aliases, read_alias
 from appliance.registry.publish import publish
 from appliance.registry.pull import pull, read_file
-from appliance.registry.refs import promote, resolve
+from appliance.registry.refs import DEFAULT_ALIAS, promote, resolve
 from appliance.registry.walk import GRACE_S
 
 __all__ = [
+    "DEFAULT_ALIAS",
     "GRACE_S",
     "LEASE_S",
     "AliasMove",
