@@ -22,6 +22,7 @@ from tiny import load_dataset, write_base
 from appliance.cli import appliance
 from appliance.data.findings import Rule
 from appliance.demo import QUICK_ROWS, write_dataset
+from appliance.example import Example
 from appliance.manifest import Outcome
 from appliance.recipe import GateSection, Recipe, render_schema
 from appliance.statistics import mcnemar_exact, paired_gain_interval, smallest_gain
@@ -311,10 +312,26 @@ def test_every_rule_is_explained() -> None:
     assert sorted(told) == sorted(get_args(Rule))
 
 
+def convert(file: Path) -> subprocess.CompletedProcess[bytes]:
+    """What the script of docs/data.md makes of a file."""
+    (script,) = re.findall(r"```python\n(.*?)```", read("docs/data.md"), re.DOTALL)
+    return subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, check=False)
+
+
+def convert_all(folder: Path, *files: Path) -> tuple[Example, ...]:
+    """The dataset of the files, converted one by one."""
+    folder.mkdir()
+    (folder / "dataset.yaml").write_text("name: x\n")
+    for file in files:
+        done = convert(file)
+        assert done.returncode == 0, done.stderr.decode()
+        (folder / f"{file.stem}.jsonl").write_bytes(done.stdout)
+    return load_dataset(folder).examples
+
+
 @pytest.mark.parametrize("form", ["lines", "array", "indented array"])
 def test_the_conversion_makes_rows(tmp_path: Path, form: str) -> None:
     """The script of docs/data.md turns each of the forms that it names into rows that can be read."""
-    (script,) = re.findall(r"```python\n(.*?)```", read("docs/data.md"), re.DOTALL)
     theirs = [
         {"prompt": "a", "completion": "b"},
         {"instruction": "a", "input": "c", "output": "b"},
@@ -324,13 +341,46 @@ def test_the_conversion_makes_rows(tmp_path: Path, form: str) -> None:
     indent = 2 if form == "indented array" else None
     text = "\n".join(map(json.dumps, theirs)) if form == "lines" else json.dumps(theirs, indent=indent)
     (tmp_path / "theirs.jsonl").write_text(f"\ufeff{text}\n", "utf-8")
-    (tmp_path / "dataset.yaml").write_text("name: x\n")
-    command = [sys.executable, "-c", script, str(tmp_path / "theirs.jsonl")]
-    done = subprocess.run(command, capture_output=True, check=True)
-    (tmp_path / "theirs.jsonl").unlink()
-    (tmp_path / "rows.jsonl").write_bytes(done.stdout)
-    rows = load_dataset(tmp_path).examples
+    rows = convert_all(tmp_path / "rows", tmp_path / "theirs.jsonl")
     assert [(r.request, r.answer) for r in rows] == [("a", "b"), ("a\n\nc", "b"), ("a", "b"), ("\u00e4", "b")]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_the_conversion_reads_what_a_spreadsheet_writes(tmp_path: Path, separator: str, mark: str) -> None:
+    """With a byte-order mark or without, by comma, semicolon or tab, with line ends inside of a cell."""
+    text = f'{mark}prompt{separator}completion\r\n"a{separator}\r\nb"{separator}c\r\n'
+    (tmp_path / "table.csv").write_bytes(text.encode())
+    (row,) = convert_all(tmp_path / "rows", tmp_path / "table.csv")
+    assert (row.request.replace("\r", ""), row.answer) == (f"a{separator}\nb", "c")
+
+
+def test_the_conversion_loses_nothing_that_a_row_holds(tmp_path: Path) -> None:
+    """Ids, writers, tools and calls stay, text in parts is joined; two files of one dataset never collide."""
+    call = {"type": "function", "function": {"name": "look", "arguments": "{}"}}
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    row = {"messages": turns, "tools": [{"type": "function", "function": {"name": "look"}}]}
+    for name in ("one", "two"):
+        kept = {**row, "id": f"kept-{name}", "provenance": "synthetic", "tools": json.dumps(row["tools"])}
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(kept)}\n")
+    rows = convert_all(tmp_path / "rows", tmp_path / "one.jsonl", tmp_path / "two.jsonl")
+    assert [r.id for r in rows] == ["one-00001", "kept-one", "two-00001", "kept-two"]
+    assert [r.provenance for r in rows] == ["human", "synthetic"] * 2
+    assert {r.request for r in rows} == {"ab"}
+    assert [r.messages[-1].tool_calls for r in rows] == [[call]] * 4
+    assert [json.loads(r.tools or "") for r in rows] == [row["tools"]] * 4
+
+
+def test_the_conversion_names_the_keys_that_it_does_not_know(tmp_path: Path) -> None:
+    """What is in no form that it names is one line with the keys that were found, and no traceback."""
+    (tmp_path / "theirs.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    done = convert(tmp_path / "theirs.jsonl")
+    assert done.returncode == 1
+    assert b"row 1 has question, answer; expected messages" in done.stderr
+    assert done.stderr.count(b"\n") == 1
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "recipe.md"], ids=lambda p: str(p.relative_to(ROOT)))
