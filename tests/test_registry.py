@@ -685,9 +685,10 @@ def test_a_damaged_blob_in_the_store_stops_a_publication(store: Store, tmp_path:
         ("dmo", "no model 'dmo'; did you mean demo?"),
         ("demo@prodution", "no alias 'prodution' of demo; did you mean production?"),
         ("demo@zzz", "no alias 'zzz' of demo; there is production"),
+        ("held", "`appliance list held` has all; held alone means held@production"),
         (
             "held",
-            "held has no alias 'production', which held alone means; give held@VERSION or an alias (held@staging)",
+            "no alias 'production' of held; there is staging; the newest version is 20260131120000-aaaaaaaaaaaa-",
         ),
         (
             "demo@20260131120000-aaaaaaaaaaaa-000000000000",

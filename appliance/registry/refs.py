@@ -23,7 +23,6 @@ from appliance.registry.layout import (
     reflog_key,
 )
 from appliance.registry.listing import (
-    check_known,
     complete_version,
     describe_missing_alias,
     load_manifest,
@@ -177,20 +176,9 @@ def find_version(store: Store, reference: str) -> tuple[str, str]:
         return name, complete_version(store, name, rest)
     alias = check_alias(rest) if separator else DEFAULT_ALIAS
     move = read_alias(store, name, alias)
-    if move is None and not separator:
-        raise RegistryError(_describe_choices(store, name))
     if move is None:
-        raise RegistryError(describe_missing_alias(store, name, alias))
+        meant = "" if separator else f"; {name} alone means {name}@{alias}"
+        raise RegistryError(describe_missing_alias(store, name, alias) + meant)
     if digest_bytes(read_manifest(store, name, move.version)[0]) != move.manifest_sha256:
         raise RegistryError(f"{store.url}: {reference}: its manifest is not the one promoted; pull another version")
     return name, move.version
-
-
-def _describe_choices(store: Store, name: str) -> str:
-    check_known(store, name)
-    aliases = list_aliases(store, name)
-    listed = ", ".join(f"{name}@{alias}" for alias in aliases) or "none yet"
-    return (
-        f"{store.url}: {name} has no alias {DEFAULT_ALIAS!r}, which {name} alone means; "
-        f"give {name}@VERSION or an alias ({listed})"
-    )
