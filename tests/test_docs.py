@@ -241,9 +241,10 @@ def test_every_key_of_a_recipe_is_described() -> None:
     assert mute == []
 
 
-def test_the_schema_can_be_written_from_what_is_installed(tmp_path: Path) -> None:
-    """The command of docs/recipe.md writes the schema, outside of a clone too."""
-    (command,) = re.findall(r"^python .*recipe\.schema\.json$", read("docs/recipe.md"), re.MULTILINE)
+@pytest.mark.parametrize("page", ["docs/recipe.md", "appliance/starter/files/start/recipe.yaml"])
+def test_the_schema_can_be_written_from_what_is_installed(page: str, tmp_path: Path) -> None:
+    """The command of docs/recipe.md and of a first recipe writes the schema, outside of a clone too."""
+    (command,) = re.findall(r"^(?:# +)?(python .*recipe\.schema\.json)$", read(page), re.MULTILINE)
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     subprocess.run(["bash", "-euc", command], cwd=tmp_path, env=env, check=True, timeout=60)
     assert (tmp_path / "recipe.schema.json").read_text("utf-8") == render_schema()

