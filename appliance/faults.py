@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, get_args
 
 import yaml
@@ -31,6 +32,7 @@ _KINDS = {
     "tuple_type": "a list",
 }
 _SHORT = {"lr": "learning_rate"}  # what others call a key, where no letter tells
+_LISTED = 8
 _TYPES = ("bool", "str", "int", "float")  # members of a union, in pydantic's locations
 Model = type[BaseModel]
 
@@ -58,9 +60,9 @@ def describe_fault(error: Any, *, model: Model, lines: Lines, source: str) -> st
         return f"{source}:{line}: {key}.type: found {tag!r}, which is no {key}; {_hint_form(tag, _FORMS_OF[key])}"
     key = key or "the file"
     if error["type"] == "value_error":
-        found = f", found {error['input']!r}" if not isinstance(error["input"], dict | BaseModel) else ""
+        found = f"found {error['input']!r}: " if not isinstance(error["input"], dict | BaseModel | None) else ""
         text = error["msg"].removeprefix("Value error, ").removeprefix(f"{key}: ")
-        return f"{where}: {key}: {text}{found}"
+        return f"{where}: {key}: {found}{text}"
     found = "nothing" if error["input"] is None else repr(error["input"])
     return f"{where}: {key}: found {found}, expected {_describe_expected(error, model)}"
 
@@ -144,6 +146,16 @@ def _find_section(annotation: Any) -> Model | None:
 def join_path(path: tuple[str | int, ...]) -> str:
     """`training.epochs` for (training, epochs)."""
     return ".".join(str(p) for p in path)
+
+
+def suggest_recipes(path: Path) -> str:
+    """What to give in place of a recipe that is not there: one whose name is close, or those that there are."""
+    folders = (path, path / "recipes") if path.is_dir() else (path.parent, path.parent / "recipes")
+    found = [p for folder in folders for p in sorted(folder.glob("*.yaml")) if p != path and p.name != "prices.yaml"]
+    close = difflib.get_close_matches(path.stem, [p.stem for p in found], n=1)
+    if close:
+        return f"did you mean {next(p for p in found if p.stem == close[0])}?"
+    return f"there is {', '.join(map(str, found[:_LISTED]))}" if found else "give the path of a recipe, a *.yaml"
 
 
 def map_lines(node: Any, lines: Lines, path: tuple[str | int, ...]) -> list[tuple[int, str]]:

@@ -6,18 +6,17 @@ with its line, and a misspelt key is an error with a suggestion, never a default
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from appliance.digest import digest_json
 from appliance.document import Document, load_document, parse_document
 from appliance.errors import RecipeError
-from appliance.faults import ALIAS, NAME, Lines, describe_fault, map_lines
+from appliance.faults import ALIAS, NAME, Lines, describe_fault, map_lines, suggest_recipes
 from appliance.method import (
     VIRTUAL_TOKENS,
     Method,
@@ -35,7 +34,6 @@ def _check_path(path: str) -> str:
 
 FilePath = Annotated[str, AfterValidator(_check_path)]
 _EWC_METHODS = ("full", "lora", "qlora")
-_LISTED = 8
 _YOUNGER = ("prefix", "norm")
 
 
@@ -46,23 +44,26 @@ class BaseSection(Section):
         min_length=1,
         description="hub id, local folder, .gguf file, s3:// prefix, or package:NAME/FILE.gguf of an installed package",
     )
-    revision: str | None = Field(None, description="hub commit (40 hex digits); a branch name moves and is refused")
+    revision: str | None = Field(
+        None, validate_default=True, description="hub commit (40 hex digits); a branch name moves and is refused"
+    )
 
-    @model_validator(mode="after")
-    def _pin_hub_models(self) -> BaseSection:
-        if self.is_hub and not _is_commit(self.revision):
-            message = (
-                "a hub model needs 'revision' with its 40-digit commit, so that a retrain uses the same weights; "
-                f"`git ls-remote https://huggingface.co/{self.model} HEAD` shows it"
+    @field_validator("revision")
+    @classmethod
+    def _pin_hub_models(cls, revision: str | None, info: ValidationInfo) -> str | None:
+        model = info.data.get("model", "")
+        if _is_on_hub(model) and not _is_commit(revision):
+            lack = "a hub model needs 'revision' with" if revision is None else "no commit, and a name moves; write"
+            raise ValueError(
+                f"{lack} its 40-digit commit, so that a retrain uses the same weights; "
+                f"`git ls-remote https://huggingface.co/{model} HEAD` shows it"
             )
-            raise ValueError(message)
-        return self
+        return revision
 
     @property
     def is_hub(self) -> bool:
         """Whether `model` is an `owner/name` on the model hub."""
-        looks_local = self.model.startswith((".", "/", "~", "s3://", "package:")) or self.model.endswith(".gguf")
-        return not looks_local and self.model.count("/") == 1
+        return _is_on_hub(self.model)
 
 
 class SplitSection(Section):
@@ -355,18 +356,8 @@ def load_recipe(path: Path) -> Recipe:
         document = load_document(path, error=RecipeError)
     except OSError as fault:
         reason = (fault.strerror or str(fault)).lower()
-        raise RecipeError(f"{path}: cannot be read, {reason}; {_describe_recipes(path)}") from fault
+        raise RecipeError(f"{path}: cannot be read, {reason}; {suggest_recipes(path)}") from fault
     return _build_recipe(document, source=str(path))
-
-
-def _describe_recipes(path: Path) -> str:
-    """What to give in place of a recipe that is not there: one whose name is close, or those that there are."""
-    folders = (path, path / "recipes") if path.is_dir() else (path.parent, path.parent / "recipes")
-    found = [p for folder in folders for p in sorted(folder.glob("*.yaml")) if p != path and p.name != "prices.yaml"]
-    close = difflib.get_close_matches(path.stem, [p.stem for p in found], n=1)
-    if close:
-        return f"did you mean {next(p for p in found if p.stem == close[0])}?"
-    return f"there is {', '.join(map(str, found[:_LISTED]))}" if found else "give the path of a recipe, a *.yaml"
 
 
 def parse_recipe(text: str, *, source: str) -> Recipe:
@@ -388,6 +379,11 @@ def _build_recipe(document: Document, *, source: str) -> Recipe:
     if faults:
         raise RecipeError("\n".join(dict.fromkeys(faults)))
     return recipe
+
+
+def _is_on_hub(model: str) -> bool:
+    looks_local = model.startswith((".", "/", "~", "s3://", "package:")) or model.endswith(".gguf")
+    return not looks_local and model.count("/") == 1
 
 
 def _is_commit(revision: str | None) -> bool:

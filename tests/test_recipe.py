@@ -61,7 +61,11 @@ def test_all_faults_are_reported_at_once_with_their_lines() -> None:
         ("- a\n", "r.yaml:1: found list"),
         ("name: [\n", "r.yaml:2"),
         (GOOD + "name: b\n", "r.yaml:5: key name is given twice"),
-        (GOOD.replace("./base", "owner/model"), "needs 'revision'"),
+        (GOOD.replace("./base", "owner/model"), "r.yaml:2: base.revision: a hub model needs 'revision'"),
+        (
+            GOOD.replace("base: {model: ./base}", "base:\n  model: owner/model\n  revision: main"),
+            "r.yaml:4: base.revision: found 'main': no commit, and a name moves; write its 40-digit commit",
+        ),
         (GOOD.replace("./base", "owner/model"), "`git ls-remote https://huggingface.co/owner/model HEAD` shows it"),
         (GOOD.replace("type: lora", "rank: 8"), "r.yaml:4: key method.type is missing; use one of lora, qlora"),
         (GOOD.replace("lora", "lroa"), "r.yaml:4: method.type: found 'lroa', which is no method; did you mean lora?"),
