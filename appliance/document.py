@@ -16,6 +16,7 @@ import yaml
 from appliance.errors import ApplianceError
 
 _DEPTH, _VALUES, _BITS = 64, 100_000, 4096  # Python writes no integer of more than 4300 digits
+_ONE = "expected a single document in the stream"  # in PyYAML's words
 _DATE, _BOOL = "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:bool"
 _TRUTH = re.compile("^(?:true|True|TRUE|false|False|FALSE)$")
 _KEYS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
@@ -50,9 +51,7 @@ def parse_document(text: str, *, source: str, error: type[ApplianceError]) -> Do
         _check_extent(root)
         return Document(loader.construct_document(root), root)
     except yaml.YAMLError as fault:
-        problem = getattr(fault, "problem", None) or getattr(fault, "reason", None) or "not YAML"
-        message = f"{source}:{_find_line(fault, text)}: {problem}; check the indentation and the quotes"
-        raise error(message) from fault
+        raise error(f"{source}:{_find_line(fault, text)}: {_describe(fault)}") from fault
     except RecursionError as fault:  # while nodes are made of brackets in brackets
         line = loader.get_mark().line + 1 if loader else 1
         raise error(f"{source}:{line}: too many levels inside each other; correct it") from fault
@@ -107,6 +106,14 @@ def _check_keys(node: yaml.MappingNode) -> None:
                 f"the key {key.value[:32]!r} is a value of type {kind}" if is_value else "a key is a list or a mapping"
             )
             raise yaml.composer.ComposerError(None, None, f"{words}, not text", key.start_mark)
+
+
+def _describe(fault: yaml.YAMLError) -> str:
+    """What is wrong, and what to do."""
+    if getattr(fault, "context", None) == _ONE:
+        return "a second document begins here, and a file is one; remove the `---`, or what follows it"
+    problem = getattr(fault, "problem", None) or getattr(fault, "reason", None) or "not YAML"
+    return f"{problem}; check the indentation and the quotes"
 
 
 def _find_line(fault: yaml.YAMLError, text: str) -> int:

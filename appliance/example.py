@@ -32,7 +32,7 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 class Example(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One row: `messages` ends with the assistant turn that is the reference answer."""
 
-    id: str
+    id: Annotated[str, msgspec.Meta(min_length=1)]
     messages: Annotated[tuple[Message, ...], msgspec.Meta(min_length=1)]
     provenance: Provenance
     tools: str | None = None

@@ -31,6 +31,7 @@ _KINDS = {
     "string_type": "text",
     "tuple_type": "a list",
 }
+_HELD = {type(None): "nothing", list: "a list", str: "text"}
 _SHORT = {"lr": "learning_rate"}  # what others call a key, where no letter tells
 _LISTED = 8
 _TYPES = ("bool", "str", "int", "float")  # members of a union, in pydantic's locations
@@ -67,6 +68,11 @@ def describe_fault(error: Any, *, model: Model, lines: Lines, source: str) -> st
     return f"{where}: {key}: found {found}, expected {_describe_expected(error, model)}"
 
 
+def name_kind(value: Any) -> str:
+    """What a file holds in place of keys, in words."""
+    return _HELD.get(type(value), "a single value")
+
+
 def _hint_form(tag: str, forms: Mapping[str, Model]) -> str:
     for name, form in forms.items():
         variant = form.model_fields.get("variant")
@@ -85,6 +91,8 @@ def _describe_expected(error: Any, model: Model) -> str:
         return f"keys below it, such as {_list_keys(_find_model((*error['loc'], ''), model))[0]}"
     if kind == "string_type" and not isinstance(error["input"], dict | list):
         return "text; put it in quotes"
+    if kind in ("too_short", "string_too_short"):
+        return f"at least {error['ctx']['min_length']}; add some" if kind == "too_short" else "text; write some"
     field = _find_model(error["loc"], model).model_fields.get(error["loc"][-1])
     if kind == "literal_error":
         close = difflib.get_close_matches(str(error["input"]), [c.strip("'") for c in _CHOICE.findall(asked)], n=1)

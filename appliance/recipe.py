@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, fie
 from appliance.digest import digest_json
 from appliance.document import Document, load_document, parse_document
 from appliance.errors import RecipeError
-from appliance.faults import ALIAS, NAME, Lines, describe_fault, map_lines, suggest_recipes
+from appliance.faults import ALIAS, NAME, Lines, describe_fault, map_lines, name_kind, suggest_recipes
 from appliance.method import (
     VIRTUAL_TOKENS,
     Method,
@@ -368,7 +368,7 @@ def parse_recipe(text: str, *, source: str) -> Recipe:
 def _build_recipe(document: Document, *, source: str) -> Recipe:
     values = document.values
     if not isinstance(values, dict):
-        message = f"{source}:1: found {type(values).__name__}, expected keys such as name, base, dataset, method"
+        message = f"{source}:1: found {name_kind(values)}, expected keys such as name, base, dataset, method"
         raise RecipeError(message)
     lines: Lines = {}
     faults = [f"{source}:{line}: {text}" for line, text in map_lines(document.root, lines, ())]

@@ -247,12 +247,32 @@ def test_a_misspelt_key_is_answered_with_the_right_one(tmp_path: Path) -> None:
 STRANGE: list[tuple[str, str, str]] = [
     ("encoding", "\ufeff" + json.dumps(make_row(0)), "byte-order mark"),
     ("json", json.dumps([make_row(0), make_row(1)], indent=1), "each row as one line of JSON"),
-    ("schema", '{"prompt": "a", "completion": "red"}', "docs/data.md shows how"),
-    ("schema", '{"instruction": "a", "input": "", "output": "red"}', "docs/data.md shows how"),
-    ("schema", '{"conversations": [{"from": "human", "value": "a"}]}', "docs/data.md shows how"),
-    ("schema", '{"id": "a", "messages": [{"from": "human", "value": "a"}]}', "docs/data.md shows how"),
+    ("schema", '{"prompt": "a", "completion": "red"}', "the script in the appliance's docs/data.md"),
+    ("schema", '{"instruction": "a", "input": "", "output": "red"}', "the script in the appliance's docs/data.md"),
+    ("schema", '{"conversations": [{"from": "human", "value": "a"}]}', "the script in the appliance's docs/data.md"),
+    (
+        "schema",
+        '{"id": "a", "messages": [{"from": "human", "value": "a"}]}',
+        "the script in the appliance's docs/data.md",
+    ),
     ("schema", '{"messages": [{"role": "user", "content": "a"}]}', "a row needs id, messages and provenance"),
     ("schema", '{"id": "a", "messages": [{"role": "human", "content": "a"}]}', "one of system, user, assistant, tool"),
+    ("schema", json.dumps({**make_row(0), "id": ""}), "[schema] id: empty; a row has id, messages"),
+    ("schema", json.dumps({**make_row(0), "id": 7}), "id: found a number, expected text; put it in quotes"),
+    ("schema", json.dumps({**make_row(0), "tools": []}), "tools: found a list, expected text; write the list as"),
+    ("schema", "[]", "[schema] found a list, expected an object; a row has id, messages"),
+    (
+        "schema",
+        json.dumps(make_row(0) | {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}),
+        "turn 1: content: found a list, expected text; join its parts into one text",
+    ),
+    (
+        "schema",
+        json.dumps(
+            make_row(0) | {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]}
+        ),
+        'turn 2: content: found null, expected text; write "" where the turn calls a tool',
+    ),
     ("schema", json.dumps({**make_row(0), "provenance": "me"}), "one of human, synthetic, program"),
 ]
 
@@ -265,6 +285,14 @@ def test_rows_in_another_form_are_met_with_what_to_do(tmp_path: Path, rule: str,
     first = check_dataset(folder, split=SPLIT).errors[0]
     assert (first.rule, first.where) == (rule, f"{folder / 'rows.jsonl'}:1")
     assert fix in str(first)
+
+
+def test_a_file_in_utf_16_is_one_finding(tmp_path: Path) -> None:
+    """What an old editor saved is named once, not once for every line of it."""
+    folder = write_dataset(tmp_path / "d")
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(make_row(n)) for n in range(30)), "utf-16")
+    found = [f for f in check_dataset(folder).errors if f.where.startswith(str(folder / "rows.jsonl"))]
+    assert [str(f).partition(": ")[2] for f in found] == ["[encoding] not UTF-8 but UTF-16; save the file as UTF-8"]
 
 
 def test_a_folder_without_rows_says_what_it_has(tmp_path: Path) -> None:
@@ -402,6 +430,9 @@ def test_a_contract_that_is_no_schema_is_a_fault_of_the_card(tmp_path: Path) -> 
     (finding,) = check_dataset(folder, split=SPLIT).errors
     assert finding.where.endswith("dataset.yaml:1")
     assert "not a JSON Schema" in finding.message
+    folder = write_rows(tmp_path / "e", [make_row()], contract={"type": "labels", "labels": []})
+    (finding,) = check_dataset(folder, split=SPLIT).errors
+    assert str(finding).endswith("contract.labels: found [], expected at least 2; add some")
 
 
 def test_fewer_than_ten_rows_are_refused_and_few_are_questioned(tmp_path: Path) -> None:

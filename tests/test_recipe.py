@@ -57,10 +57,12 @@ def test_all_faults_are_reported_at_once_with_their_lines() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "r.yaml:1: found NoneType"),
-        ("- a\n", "r.yaml:1: found list"),
+        ("", "r.yaml:1: found nothing, expected keys such as name"),
+        ("- a\n", "r.yaml:1: found a list, expected keys such as name"),
         ("name: [\n", "r.yaml:2"),
+        ("name: a\n---\nname: b\n", "r.yaml:2: a second document begins here, and a file is one; remove the `---`"),
         (GOOD + "name: b\n", "r.yaml:5: key name is given twice"),
+        (GOOD.replace("./base", "''"), "r.yaml:2: base.model: found '', expected text; write some"),
         (GOOD.replace("./base", "owner/model"), "r.yaml:2: base.revision: a hub model needs 'revision'"),
         (
             GOOD.replace("base: {model: ./base}", "base:\n  model: owner/model\n  revision: main"),

@@ -28,10 +28,20 @@ from appliance.faults import Lines, describe_fault, map_lines
 
 _SHOWN = 20
 _UNKNOWN = re.compile(r"Object contains unknown field `(.+?)`")
+_LACKING = re.compile(r"Object missing required field `(.+?)`")
+_WRONG = re.compile(r"Expected `(\w+)(?: \| null)?`(?:, got `(\w+)`| of length >= 1)")
+_PLACE = re.compile(r" - at `\$\.?(?:messages\[(\d+)\]\.?)?(.*)`$")
+_KINDS = {"str": "text", "array": "a list", "object": "an object", "int": "a number", "float": "a number"}
 _ROWS = re.compile(r"\.(jsonl?|ndjson)(\.\w+)?$", re.IGNORECASE)
 _ROW_KEYS = tuple(f'"{key}"'.encode() for key in Example.__struct_fields__)
 _TURN_KEYS = tuple(f'"{key}"'.encode() for key in Message.__struct_fields__)
 _CHOICES = {"role": Role, "provenance": Provenance}
+_REMEDIES = {  # by msgspec's words; the first two are what OpenAI's format holds
+    r"got `array`.*\.content`": "join its parts into one text",
+    r"got `null`.*\.content`": 'write "" where the turn calls a tool, else its text',
+    r"got `array`.*\.tools`": "write the list as one text of JSON",
+    r"`str.*got `(int|float|bool)`": "put it in quotes",
+}
 # Keys of rows as other trainers read them: prompt and completion, Alpaca, ShareGPT.
 _FOREIGN = {
     *("prompt", "completion", "response", "instruction", "input", "output", "question", "answer", "text"),
@@ -154,6 +164,8 @@ def _read_file(file: Path, rows: list[Row]) -> list[Finding]:
         fix = "put a file of rows in its place, or remove it"
         return [_fault("missing", file, f"cannot be read ({fault.strerror})", fix)]
     with stream:
+        if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return [Finding("error", "encoding", f"{file}:1", "not UTF-8 but UTF-16", "save the file as UTF-8")]
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
@@ -204,8 +216,24 @@ def _describe_row_fault(where: str, line: bytes, fault: Exception) -> Finding:
     except (msgspec.DecodeError, RecursionError) as broken:  # what begins as something else may be no JSON at all
         return Finding("error", "json", where, f"not one JSON object: {broken}", "write each row as one line of JSON")
     found = value.get("id") if isinstance(value, dict) else None
-    row = found if isinstance(found, str) else None
-    return Finding("error", "schema", where, str(fault), _suggest(str(fault)), id=row)
+    row = found if isinstance(found, str) and found else None
+    return Finding("error", "schema", where, _say_fault(str(fault)), _suggest(str(fault)), id=row)
+
+
+def _say_fault(fault: str) -> str:
+    """A schema fault of msgspec's in this project's words: place, found, expected."""
+    place = _PLACE.search(fault)
+    turn, key = (place[1], place[2]) if place else (None, "")
+    where = f"turn {int(turn) + 1}: " if turn else ""
+    if unknown := _UNKNOWN.match(fault):
+        return f"{where}unknown key {unknown[1]}"
+    if lacking := _LACKING.match(fault):
+        return f"{where}key {lacking[1]} is missing"
+    where += f"{key}: " if key else ""
+    if wrong := _WRONG.match(fault):
+        wanted, got = (_KINDS.get(kind or "", kind) for kind in wrong.groups())
+        return f"{where}found {got}, expected {wanted}" if got else f"{where}empty"
+    return where + _PLACE.sub("", fault).replace("Invalid enum value", "found")
 
 
 def _suggest(fault: str) -> str:
@@ -217,12 +245,15 @@ def _suggest(fault: str) -> str:
         if close:
             return f"did you mean {close[0]}?"
         if unknown[1] in _FOREIGN:
-            return "a row has messages of {role, content}: docs/data.md shows how to turn other forms into it"
+            return "a row has messages of {role, content}: the script in the appliance's docs/data.md makes them of it"
         return f"a {kind} has {', '.join(keys)}"
+    for words, fix in _REMEDIES.items():
+        if re.search(words, fault):
+            return fix
     if "missing required field" in fault:
         return "a turn needs role and content" if kind == "turn" else "a row needs id, messages and provenance"
     choices = next((get_args(c) for key, c in _CHOICES.items() if f".{key}`" in fault), ())
-    return f"use one of {', '.join(choices)}" if choices else "see docs/data.md for the keys of a row"
+    return f"use one of {', '.join(choices)}" if choices else f"a {kind} has {', '.join(keys)}"
 
 
 def _fault(rule: Rule, where: Path, message: str, fix: str) -> Finding:
