@@ -100,7 +100,7 @@ def run_child(work: Callable[[StopFlag, Emit], None]) -> int:
         emit(failure=str(fault))
         return fault.exit_code
     except ModuleNotFoundError as fault:
-        emit(failure=f"{fault.name} is not installed; install the appliance's extra 'train' (README, Install)")
+        emit(failure=f"{fault.name} is not installed; in the appliance's clone: `uv pip install '.[train]'`")
         return 1
     except Exception as fault:
         words = describe_place(fault)

@@ -108,7 +108,9 @@ def find_recipes(root: Path, *, only: Sequence[str] = ()) -> list[Path]:
     paths = sorted((root / "recipes").glob("*.yaml"))
     if not paths:
         found = f", only {', '.join(find_ignored(root))}" if find_ignored(root) else ""
-        raise RecipeError(f"{root / 'recipes'}: no *.yaml here{found}; add a recipe (see recipes/examples)")
+        raise RecipeError(
+            f"{root / 'recipes'}: no *.yaml here{found}; add a recipe; `appliance init` writes a first one"
+        )
     asked = {Path(name).name.removesuffix(".yaml") for name in only}
     unknown = sorted(asked - {p.stem for p in paths})
     if unknown:

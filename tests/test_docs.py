@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -170,6 +171,21 @@ def test_nobody_is_told_to_install_a_name_from_an_index() -> None:
     texts = [*PAGES, *sorted((ROOT / "appliance").rglob("*.py"))]
     named = re.compile(r"pip install ['\"]?appliance\b(?!/)")
     assert [file for file in texts if named.search(file.read_text("utf-8"))] == []
+
+
+def list_texts(file: Path) -> list[str]:
+    """The strings of a module, docstrings aside."""
+    tree = ast.parse(file.read_text("utf-8"))
+    bare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    found = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in bare)
+    return [node.value for node in found if isinstance(node.value, str)]
+
+
+def test_no_message_points_into_a_clone_that_the_reader_may_not_have() -> None:
+    """An install has `appliance/` alone: a message says what a page would, or whose page it is."""
+    pointer = re.compile(r"(?<!the appliance's )docs/\w+\.md|README,|recipes/examples\b(?!`)")
+    files = [f for f in sorted((ROOT / "appliance").rglob("*.py")) if f.name not in ("recipe.py", "method.py")]
+    assert [(f.name, text) for f in files for text in list_texts(f) if pointer.search(text)] == []
 
 
 def test_every_extra_is_told() -> None:

@@ -258,7 +258,7 @@ def test_each_plot_is_a_png_too_and_equal_plots_have_equal_bytes(tmp_path: Path)
 def test_a_missing_renderer_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     """An environment from before the renderer gets a message, not a traceback."""
     monkeypatch.setitem(sys.modules, "resvg_py", None)
-    with pytest.raises(ApplianceError, match=r"install the appliance's extra 'train' \(README, Install\)"):
+    with pytest.raises(ApplianceError, match=r"in its clone: `uv pip install '\.\[train\]'`$"):
         render_png(Plot("p", "Loss", {"training": [(1.0, 1.0)]}))
 
 

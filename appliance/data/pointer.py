@@ -41,15 +41,13 @@ _UNREACHABLE = (
     ("Connect", "the DVC remote cannot be reached; check the endpoint and the network"),
     ("no end after", "the DVC remote does not come to an end; check the endpoint and the network"),
 )
+_INSTALL = "install the appliance's extra 'data' (in its clone: `uv pip install '.[data]'`)"
 _REASONS = (
     ("Missing cache", "the remote lacks the data of this commit; its author has to run `dvc push`"),
     ("unsaved files", "its folder has uncommitted changes, which are kept; `dvc add` and commit, or move them away"),
     ("No remote", "no DVC remote is configured; `dvc remote add --default store s3://bucket/prefix`"),
     ("no remote", "no DVC remote is configured; `dvc remote add --default store s3://bucket/prefix`"),
-    *(
-        (f"No module named {name}", "dvc is not installed; install the appliance's extra 'data' (README, Install)")
-        for name in ("dvc", "'dvc'")
-    ),
+    *((f"No module named {name}", f"dvc is not installed; {_INSTALL}") for name in ("dvc", "'dvc'")),
     ("missing-files", "the remote lacks the data of this commit; its author has to run `dvc push`"),
     ("does not exist", "the remote lacks the data of this commit; its author has to run `dvc push`"),
 )

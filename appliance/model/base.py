@@ -198,7 +198,8 @@ def _resolve_hub(model: str, *, revision: str, cache: Path, note: Note) -> Base:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as fault:
         raise ModelError(
-            f"base model {model}: hub models need the appliance's extra 'train'; install it (README, Install)"
+            f"base model {model}: hub models need the extra 'train'; "
+            "in the appliance's clone: `uv pip install '.[train]'`"
         ) from fault
     note(f"base model {model}@{revision[:12]} from the hub")
     hub = cache / "hub"

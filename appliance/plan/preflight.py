@@ -23,6 +23,7 @@ from appliance.store import find_folder, open_store
 _GIB = 2**30
 _LOW_DISK, _NO_DISK, _LOW_SHARED = 20 * _GIB, _GIB, _GIB
 _PROBE_S = 180.0
+_FREE = "free some: `tokens` in the cache may be deleted always, `bases` in it and runs that are over while none is on"
 Outcome = Literal["ok", "warning", "fault"]
 
 
@@ -70,7 +71,7 @@ def _check_processor(machine: Machine) -> Check:
 
 def _check_device(machine: Machine, probe: Mapping[str, Any]) -> list[Check]:
     if "fault" in probe:
-        action = "install the appliance's extra 'train' (README, Install), or use the image"
+        action = "install the appliance's extra 'train' (in its clone: `uv pip install '.[train]'`), or use the image"
         return [Check("torch", "fault", str(probe["fault"]), action)]
     versions = f"torch {probe['torch']}, bitsandbytes {probe['bitsandbytes']}"
     checks = [check_gpu(machine, probe), Check("torch", "ok", f"{versions}: multiplies on {probe['device']}")]
@@ -120,7 +121,7 @@ def check_folder(name: str, folder: Path) -> Check:
         return Check(name, "fault", found, "mount a folder that this user may write to, or choose another")
     found = f"{folder}: writable, {free / _GIB:.0f} GiB free"
     if free < _NO_DISK:
-        return Check(name, "fault", found, "free some: docs/operations.md says what may be deleted")
+        return Check(name, "fault", found, _FREE)
     if free < _LOW_DISK:
         return Check(name, "warning", found, "enough for adapters of small models; free some before larger ones")
     return Check(name, "ok", found)

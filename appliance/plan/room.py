@@ -37,7 +37,7 @@ def check_room(recipe: Recipe, folder: Path, *, trainable: int, parameters: int)
     if free + there < needed:
         raise StoreError(
             f"{folder}: {_show(free)} free, the training writes up to {_show(needed)}: {held} checkpoints of "
-            f"{_show(checkpoint)} and an artifact of {_show(artifact)}; free some (docs/operations.md says what may be "
+            f"{_show(checkpoint)} and an artifact of {_show(artifact)}; free some (runs that are over may be "
             "deleted), or give another disk with --runs"
         )
 

@@ -94,7 +94,8 @@ def render_png(plot: Plot) -> bytes:
         import resvg_py
     except ModuleNotFoundError as fault:
         raise ApplianceError(
-            "resvg_py, which makes the card's PNG, is missing; install the appliance's extra 'train' (README, Install)"
+            "resvg_py, which makes the card's PNG, is missing; install the appliance's extra 'train', in its clone: "
+            "`uv pip install '.[train]'`"
         ) from fault
     font = resources.files("appliance.report").joinpath("plot.ttf")
     with resources.as_file(font) as file:
