@@ -96,7 +96,7 @@ def run_child(work: Callable[[StopFlag, Emit], None]) -> int:
     os.environ.update(_QUIET | name_allocator(os.environ))
     try:
         work(stop, emit)
-    except ApplianceError as fault:
+    except (ApplianceError, InterruptedRunError) as fault:
         emit(failure=str(fault))
         return fault.exit_code
     except ModuleNotFoundError as fault:

@@ -18,7 +18,6 @@ from appliance.errors import (
     ApplianceError,
     CommandError,
     DatasetError,
-    InterruptedRunError,
     RecipeError,
     StoreError,
     UnexpectedError,
@@ -198,11 +197,9 @@ def _read_cut_commits(root: Path) -> set[str]:
 
 
 def attempt(path: Path, work: Callable[[], _T]) -> _T | ApplianceError:
-    """What `work` makes of one recipe, or the error that ended it; only a signal ends the work on all of them."""
+    """What `work` makes of one recipe, or the error that ended it; only a signal, no failure, ends all work."""
     try:
         return work()
-    except InterruptedRunError:
-        raise
     except ApplianceError as fault:
         return fault
     except Exception as fault:  # noqa: BLE001 - a bug that one recipe meets must not stop those of other people

@@ -3,6 +3,7 @@
 A message names the subject (file:line or key), what was found, what was expected and the next
 action. The library raises; only `appliance.cli` turns an error into a line and an exit code.
 A failed quality gate is a `Verdict`, not an exception.
+A stop signal is no failure: nothing that handles failures, here or in a library, may take it for one.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class CommandError(ApplianceError):
     """An external program (git, dvc, a worker) is missing or failed."""
 
 
-class InterruptedRunError(ApplianceError):
+class InterruptedRunError(BaseException):
     """A signal stopped the run; what was finished is kept and the same command resumes it."""
 
     exit_code = 33

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -232,6 +233,25 @@ def test_a_folder_without_a_commit_is_told_by_what_it_lacks(tmp_path: Path) -> N
     with pytest.raises(CommandError) as begun:
         read_commit(tmp_path, actor="x")
     assert str(begun.value) == f"{tmp_path}: the Git repository has no commit yet; `git add --all && git commit`"
+
+
+def test_a_stop_is_never_a_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """SIGTERM at any step of a review ends it with 33: it is no fault of the data, and nothing is reported."""
+    root = tmp_path / "repository"
+    start_repository(root)
+    remote = ["remote", "add", "--quiet", "--default", "origin", str(tmp_path / "remote")]
+    run_in(root, [sys.executable, "-m", "dvc", *remote], [sys.executable, "-m", "dvc", "push", "--quiet"])
+    commit_split(root, salt="one", test=0.4)
+    commit_split(root, salt="two", test=0.4)
+    for step in ("plan_from_git", "load_pointer", "check_pushed", "diff_revisions", "load_prices", "prepare"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"appliance.cli.review.{step}", lambda *_args, **_more: signal.raise_signal(signal.SIGTERM))
+            assert main(["review", "--root", str(root), "--since", "HEAD~1", "--cache", str(tmp_path / "cache")]) == 33
+        said = capfd.readouterr()
+        assert "stopped by SIGTERM" in said.err, step
+        assert not said.out, step
 
 
 def test_without_dvc_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

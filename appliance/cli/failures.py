@@ -38,7 +38,7 @@ def run_guarded(group: click.Group, argv: Sequence[str] | None) -> int:
         return _USAGE
     except (click.Abort, KeyboardInterrupt):
         return _fail("stopped; what was finished is kept: run the same command to go on", _INTERRUPTED)
-    except ApplianceError as fault:
+    except (ApplianceError, InterruptedRunError) as fault:
         return _fail(str(fault), fault.exit_code)
     except Exception as fault:  # noqa: BLE001 - the last line of defence: a bug is told as one
         words = describe_place(fault)

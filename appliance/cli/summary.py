@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from appliance.cli.sections import Section, render_sections
-from appliance.errors import ApplianceError
+from appliance.errors import ApplianceError, InterruptedRunError
 from appliance.reconcile import Outcome
 
 _LISTED = 5
@@ -47,7 +47,7 @@ def told_in(summary: Path | None, *, title: str) -> Iterator[None]:
     """A failure of the whole verb is told in the summary too."""
     try:
         yield
-    except ApplianceError as fault:
+    except (ApplianceError, InterruptedRunError) as fault:
         append_section(summary, describe_failure(fault, title=title))
         raise
 
@@ -60,7 +60,7 @@ def append_section(summary: Path | None, section: Section) -> None:
             stream.write(render_sections([section]))
 
 
-def describe_failure(fault: ApplianceError, *, title: str) -> Section:
+def describe_failure(fault: ApplianceError | InterruptedRunError, *, title: str) -> Section:
     """One failure of the whole verb, with its exit code."""
     return Section(title=title, lines=(f"failed (exit code {fault.exit_code}): {fault}",))
 
