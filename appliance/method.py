@@ -9,13 +9,30 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticKnownError
 
 
 class Section(BaseModel):
     """A part of a recipe: frozen, and closed to keys it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _refuse_truth(error: Literal["int_type", "float_type"]) -> BeforeValidator:
+    """`true` is no number, though Python counts it as 1."""
+
+    def refuse(value: object) -> object:
+        if isinstance(value, bool):
+            raise PydanticKnownError(error)
+        return value
+
+    return BeforeValidator(refuse)
+
+
+WHOLE, NUMBER = _refuse_truth("int_type"), _refuse_truth("float_type")
+Int = Annotated[int, WHOLE]
+Float = Annotated[float, NUMBER]
 
 
 def _check_targets(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -43,9 +60,9 @@ class LoraMethod(Section):
     variant: Literal["plain", "rslora", "dora", "gaussian", "orthogonal", "pissa", "olora", "mica"] = Field(
         "plain", description=_VARIANT
     )
-    rank: int = Field(16, ge=1, le=1024, description="inner width of an adapter: its capacity and its size")
-    alpha: int | None = Field(None, ge=1, description="scale; twice the rank when left out")
-    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="share of an adapter's inputs that a step leaves out")
+    rank: Int = Field(16, ge=1, le=1024, description="inner width of an adapter: its capacity and its size")
+    alpha: Annotated[int, Field(ge=1), WHOLE] | None = Field(None, description="scale; twice the rank when left out")
+    dropout: Float = Field(0.0, ge=0.0, lt=1.0, description="share of an adapter's inputs that a step leaves out")
     targets: Targets = Field(
         "all-linear",
         description="names of the layers that get adapters; all-linear: those of the language model, without its head, "
@@ -93,7 +110,7 @@ class PromptTuningMethod(Section):
     rate: ClassVar[float] = 3e-2
     usual_rates: ClassVar[tuple[float, float]] = (1e-2, 3e-1)
     type: Literal["prompt-tuning"] = Field(description="trained vectors before the row")
-    tokens: int = Field(20, ge=1, le=1024, description="virtual tokens before every row")
+    tokens: Int = Field(20, ge=1, le=1024, description="virtual tokens before every row")
     init: Literal["vocabulary", "text", "random"] = Field(
         "vocabulary", description="start from words drawn at random, from the words of 'text', or from noise"
     )
@@ -115,12 +132,14 @@ class PrefixTuningMethod(Section):
     rate: ClassVar[float] = 1e-2
     usual_rates: ClassVar[tuple[float, float]] = (1e-3, 3e-2)
     type: Literal["prefix-tuning"] = Field(description="trained keys and values before the row in every layer")
-    tokens: int = Field(20, ge=1, le=1024, description="virtual tokens before every row")
+    tokens: Int = Field(20, ge=1, le=1024, description="virtual tokens before every row")
     init: Literal["zero", "random"] = Field("zero", description="what keys and values start from")
     projection: Literal["none", "mlp"] = Field(
         "none", description="mlp: they are made by a two-layer network that is dropped after training"
     )
-    hidden: int | None = Field(None, ge=1, le=65536, description="width of the projection; the keys' when left out")
+    hidden: Annotated[int, Field(ge=1, le=65536), WHOLE] | None = Field(
+        None, description="width of the projection; the keys' when left out"
+    )
 
     @model_validator(mode="after")
     def _check_hidden(self) -> PrefixTuningMethod:
@@ -138,9 +157,9 @@ class PTuningMethod(Section):
     rate: ClassVar[float] = 1e-3
     usual_rates: ClassVar[tuple[float, float]] = (1e-4, 1e-2)
     type: Literal["p-tuning"] = Field(description="trained vectors before the row, made by a small encoder")
-    tokens: int = Field(20, ge=1, le=1024, description="virtual tokens before every row")
+    tokens: Int = Field(20, ge=1, le=1024, description="virtual tokens before every row")
     encoder: Literal["mlp", "lstm"] = Field("mlp", description="what makes the vectors; dropped after training")
-    hidden: int = Field(128, ge=1, le=65536, description="width of the encoder")
+    hidden: Int = Field(128, ge=1, le=65536, description="width of the encoder")
 
 
 class Ia3Method(Section):

@@ -17,12 +17,7 @@ from appliance.digest import digest_json
 from appliance.document import Document, load_document, parse_document
 from appliance.errors import RecipeError
 from appliance.faults import ALIAS, NAME, Lines, describe_fault, map_lines, name_kind, suggest_recipes
-from appliance.method import (
-    VIRTUAL_TOKENS,
-    Method,
-    Section,
-    can_checkpoint,
-)
+from appliance.method import NUMBER, VIRTUAL_TOKENS, WHOLE, Float, Int, Method, Section, can_checkpoint
 
 
 def _check_path(path: str) -> str:
@@ -69,10 +64,10 @@ class BaseSection(Section):
 class SplitSection(Section):
     """How groups of rows are divided; the decision depends on `salt` and the group alone."""
 
-    validation: float = Field(
+    validation: Float = Field(
         0.1, ge=0.0, le=0.4, description="share of the groups that is looked at during training and never trained on"
     )
-    test: float = Field(0.1, gt=0.0, le=0.5, description="share of the groups that only the evaluation sees")
+    test: Float = Field(0.1, gt=0.0, le=0.5, description="share of the groups that only the evaluation sees")
     salt: str = Field(
         "appliance-1",
         description="another text draws another split: rows that the version in use was trained on come into the test",
@@ -117,12 +112,12 @@ class SpeedSection(Section):
 class TrainingSection(Section):
     """How the method is optimised. Rates follow the method where left out."""
 
-    epochs: float = Field(3.0, gt=0.0, le=100.0, description="times that each training row is gone through, at most")
-    learning_rate: float | None = Field(
-        None, gt=0.0, le=1.0, description="peak of the schedule; left out, the method's usual one (docs/methods.md)"
+    epochs: Float = Field(3.0, gt=0.0, le=100.0, description="times that each training row is gone through, at most")
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0), NUMBER] | None = Field(
+        None, description="peak of the schedule; left out, the method's usual one (docs/methods.md)"
     )
-    effective_batch: int = Field(16, ge=1, description="rows per optimizer step")
-    max_length: int = Field(1024, ge=16, description="tokens; a longer row is never cut")
+    effective_batch: Int = Field(16, ge=1, description="rows per optimizer step")
+    max_length: Int = Field(1024, ge=16, description="tokens; a longer row is never cut")
     overlong: Literal["refuse", "drop"] = Field(
         "refuse", description="what becomes of rows longer than max_length; dropped rows are listed on the card"
     )
@@ -132,10 +127,10 @@ class TrainingSection(Section):
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="the rate after the warm-up: to 0 along a cosine or a line, or as it is"
     )
-    warmup_ratio: float = Field(0.05, ge=0.0, le=0.5, description="share of the steps in which the rate rises from 0")
-    weight_decay: float = Field(0.0, ge=0.0, le=1.0, description="AdamW's decay of the trained weights")
-    max_grad_norm: float = Field(1.0, gt=0.0, description="a longer gradient is scaled down to this norm")
-    seed: int = Field(17, ge=0, lt=2**31, description="decides the order of rows, the start of an adapter, and dropout")
+    warmup_ratio: Float = Field(0.05, ge=0.0, le=0.5, description="share of the steps in which the rate rises from 0")
+    weight_decay: Float = Field(0.0, ge=0.0, le=1.0, description="AdamW's decay of the trained weights")
+    max_grad_norm: Float = Field(1.0, gt=0.0, description="a longer gradient is scaled down to this norm")
+    seed: Int = Field(17, ge=0, lt=2**31, description="decides the order of rows, the start of an adapter, and dropout")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
         description="of the products, in training and evaluation; auto: bf16 where the device multiplies it natively",
@@ -143,13 +138,13 @@ class TrainingSection(Section):
     gradient_checkpointing: Literal["auto", "on", "off"] = Field(
         "auto", description="on: activations are computed again instead of kept; auto: where memory needs it"
     )
-    checkpoints: int = Field(8, ge=1, le=1000, description="checkpoints, each with an evaluation, over the whole run")
+    checkpoints: Int = Field(8, ge=1, le=1000, description="checkpoints, each with an evaluation, over the whole run")
     keep: Literal["last", "best_loss", "best_exact_match"] = Field(
         "best_loss",
         description="whose weights become the artifact; without validation rows always the last step's",
     )
-    patience: int | None = Field(
-        3, ge=1, le=1000, description="evaluations in a row without a better one that stop training early; null: never"
+    patience: Annotated[int, Field(ge=1, le=1000), WHOLE] | None = Field(
+        3, description="evaluations in a row without a better one that stop training early; null: never"
     )
     speed: SpeedSection = Field(SpeedSection(), description="rules a speed lever out; nothing has to be turned on")
 
@@ -162,7 +157,7 @@ class ReplaySection(Section):
         min_length=1,
         description="folder of general rows; left out, the base model's own answers to the package's general prompts",
     )
-    share: float = Field(0.1, gt=0.0, le=0.5, description="general rows as a share of all training rows")
+    share: Float = Field(0.1, gt=0.0, le=0.5, description="general rows as a share of all training rows")
 
 
 class EwcSection(Section):
@@ -173,8 +168,8 @@ class EwcSection(Section):
         min_length=1,
         description="folder of general rows; left out, the base model's own answers to the package's general prompts",
     )
-    rows: int = Field(128, ge=1, le=10_000, description="general rows that the Fisher is estimated on, at most")
-    strength: float = Field(
+    rows: Int = Field(128, ge=1, le=10_000, description="general rows that the Fisher is estimated on, at most")
+    strength: Float = Field(
         300.0, gt=0.0, le=1e9, description="weight of the estimated drift on general rows (nats per token) in the loss"
     )
 
@@ -197,9 +192,9 @@ class ForgettingSection(Section):
 class GateSection(Section):
     """What the candidate must show before an alias moves."""
 
-    alpha: float = Field(0.01, gt=0.0, le=0.2, description="two-sided level of the exact test")
-    min_gain: float = Field(0.02, ge=0.0, le=1.0, description="smallest gain worth its maintenance, as a share of rows")
-    min_test_rows: int = Field(
+    alpha: Float = Field(0.01, gt=0.0, le=0.2, description="two-sided level of the exact test")
+    min_gain: Float = Field(0.02, ge=0.0, le=1.0, description="smallest gain worth its maintenance, as a share of rows")
+    min_test_rows: Int = Field(
         100, ge=1, description="with fewer (those of one group are one) the verdict is inconclusive, or reject"
     )
 
@@ -214,8 +209,8 @@ class EvaluationSection(Section):
     system_prompt: str | None = Field(
         None, description="the best prompt for the base model; the rows' own when left out"
     )
-    few_shot: int = Field(3, ge=0, le=16, description="demonstrations from train for the few-shot arm; 0 leaves it out")
-    max_new_tokens: int = Field(256, ge=1, le=8192, description="an answer is cut here; give the longest room")
+    few_shot: Int = Field(3, ge=0, le=16, description="demonstrations from train for the few-shot arm; 0 leaves it out")
+    max_new_tokens: Int = Field(256, ge=1, le=8192, description="an answer is cut here; give the longest room")
     gates: GateSection = Field(GateSection(), description="what the candidate must show")
 
 
@@ -233,7 +228,7 @@ class NeedsSection(Section):
     """What the machine must have; it decides where a recipe runs, never what is made."""
 
     gpu: Literal["required", "optional"] = Field("optional", description="required: refuse a machine without one")
-    devices: int = Field(1, ge=1, le=64, description="GPUs of one host that share out the rows of every step")
+    devices: Int = Field(1, ge=1, le=64, description="GPUs of one host that share out the rows of every step")
     weights: Literal["auto", "whole", "sharded"] = Field(
         "auto",
         description="the model on several devices: whole on each, or each its part of every layer; "

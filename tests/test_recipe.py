@@ -10,7 +10,10 @@ from typing import get_args
 import jsonschema
 import pytest
 import yaml
+from pydantic import ValidationError
 
+import appliance.method
+import appliance.recipe
 from appliance.desired import find_recipes
 from appliance.digest import digest_json
 from appliance.errors import RecipeError
@@ -147,6 +150,27 @@ def test_no_value_is_met_with_a_librarys_words(value: str) -> None:
                 for line in str(fault).splitlines():
                     assert re.match(r"r\.yaml:\d: (unknown key )?[a-z_.]+[:;] ", line), line
                     assert "Input" not in line
+
+
+def test_a_truth_is_no_number() -> None:
+    """`true` for a key that is a number is refused, whichever section it is in: it had been taken as 1."""
+    refused = set()
+    for name, schema in Recipe.model_json_schema()["$defs"].items():
+        section = getattr(appliance.recipe, name, None) or getattr(appliance.method, name)
+        for key, form in schema["properties"].items():
+            kinds = {f.get("type") for f in (form, *form.get("anyOf", ()))} & {"integer", "number"}
+            for value in (True, False) if kinds else ():
+                with pytest.raises(ValidationError) as caught:
+                    section.model_validate({key: value})
+                assert ((key,), f"{'int' if 'integer' in kinds else 'float'}_type") in {
+                    (e["loc"], e["type"]) for e in caught.value.errors()
+                }
+                refused.add(key)
+    assert {"rank", "epochs", "patience", "alpha", "test", "share", "devices"} <= refused
+    with pytest.raises(
+        RecipeError, match=r"^r\.yaml:4: method\.rank: found True, expected a whole number; left out, it"
+    ):
+        parse_recipe(GOOD.replace("lora}", "lora, rank: true}"), source="r.yaml")
 
 
 def test_comments_order_and_spelled_out_defaults_do_not_change_the_digest() -> None:
