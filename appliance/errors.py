@@ -109,4 +109,6 @@ def describe_place(fault: BaseException) -> str:
     if place and is_denied(fault):
         words = str(getattr(fault, "strerror", "")).lower()
         return f"{place}: {words}; give this user access to it, or name another place"
+    if place and isinstance(fault, NotADirectoryError | IsADirectoryError | FileExistsError):
+        return f"{place}: {str(fault.strerror).lower()}; name another place, or move away what is there"
     return ""

@@ -175,6 +175,20 @@ BAD: list[tuple[list[str], int, str]] = [
     (["list"], 2, "APPLIANCE_STORE"),
     (["list", "typo", "--store", "file:///tmp/appliance-no-such-store"], 1, "no model 'typo'; there is none yet"),
     (["plan", "recipes/colour.yaml"], 1, "did you mean recipes/colours.yaml?"),
+    (["generate", ".", "--prompt", "a\udcff"], 2, r"argument 'a\udcff': expected text, found bytes that are no utf-8"),
+    (
+        ["promote", "a@b", "c", "--reason", "\udcff", "--store", "file:///tmp/appliance-no-such-store"],
+        2,
+        "expected text",
+    ),
+    (["check", "--summary", ".", "--store", "file:///tmp/appliance-no-such-store"], 2, "'.' is a directory"),
+    (
+        ["check", "--summary", "bad.yaml/x.md", "--store", "file:///tmp/appliance-no-such-store"],
+        1,
+        "bad.yaml: file exists; name another place",
+    ),
+    (["plan", "recipes/colours.yaml", "--runs", "bad.yaml"], 2, "'bad.yaml' is a file"),
+    (["plan", "recipes/colours.yaml", "--cache", "bad.yaml"], 2, "'bad.yaml' is a file"),
 ]
 
 
@@ -357,12 +371,42 @@ def test_what_was_just_trained_is_loaded_from_its_run_folder_or_the_adapter_in_i
         load_pulled(run.folder)
 
 
-def test_a_terminal_that_is_asked_for_prompts_says_so(tmp_path: Path) -> None:
-    """Without a word it looks like a model that is being loaded."""
-    run = Run(tmp_path / "colours-1", "k")
+def write_run(folder: Path) -> Run:
+    """A run that has trained a model of its own, as far as `generate` looks before it answers."""
+    run = Run(folder / "colours-1", "k")
     recipe = make_recipe(method={"type": "full"}).model_dump(mode="json")
     run.finish("prepare", recipe=recipe, base={"revision": "r1"}, system_prompt=None, thinking="fixed")
     run.finish("train", summary={})
+    return run
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [(b"a\n\xff\n", "standard input: byte 3 is no utf-8; save"), (b"\xef\xbb\xbf\n", "nothing to answer")],
+)
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the latter is Python's own in the C locale
+def test_prompts_are_text_and_nothing_beside_it(tmp_path: Path, text: bytes, words: str, errors: str) -> None:
+    """Bytes that are no text are refused by their place, and a byte-order mark is no part of a prompt."""
+    done = subprocess.run(
+        [sys.executable, "-m", "appliance", "generate", str(write_run(tmp_path).folder)],
+        input=text, env={**os.environ, "PYTHONIOENCODING": f"utf-8:{errors}"}, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr.decode()
+
+
+def test_what_an_output_cannot_show_ends_no_verb(tmp_path: Path) -> None:
+    """A terminal in another encoding gets what it lacks escaped."""
+    rows = write_dataset(tmp_path / "colours") / "rows.jsonl"
+    rows.write_text(rows.read_text().replace('"user"', '"system"', 1).replace('"r0"', '"\u7ea2"', 1))
+    done = call("data", "check", str(tmp_path / "colours"), env={"PYTHONIOENCODING": "latin-1"})
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    assert r"row \u7ea2: " in done.stdout
+
+
+def test_a_terminal_that_is_asked_for_prompts_says_so(tmp_path: Path) -> None:
+    """Without a word it looks like a model that is being loaded."""
+    run = write_run(tmp_path)
     command = [sys.executable, "-m", "appliance", "generate", str(run.folder)]
     program = f"import sys, pty; sys.exit(pty.spawn({command!r}) >> 8)"
     done = subprocess.run(

@@ -39,7 +39,9 @@ _LISTED = 200  # GitHub takes a megabyte of summary
     show_default="today, UTC",
     help="The day whose sample is read.",
 )
-@click.option("--summary", type=click.Path(path_type=Path), help="Append the findings to this file, as Markdown.")
+@click.option(
+    "--summary", type=click.Path(path_type=Path, dir_okay=False), help="Append the findings to this file, as Markdown."
+)
 @json_option
 def command(
     *,

@@ -78,7 +78,7 @@ root_option = click.option(
 )
 cache_option = click.option(
     "--cache",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, file_okay=False),
     envvar="APPLIANCE_CACHE",
     show_envvar=True,
     default=lambda: Path.home() / ".cache" / "appliance",
@@ -87,7 +87,7 @@ cache_option = click.option(
 )
 _runs_option = click.option(
     "--runs",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, file_okay=False),
     envvar="APPLIANCE_OUT",
     show_envvar=True,
     help="Folder of run folders; ROOT/.appliance/runs when left out.",

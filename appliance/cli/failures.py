@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -26,9 +27,11 @@ _BUG, _USAGE, _INTERRUPTED = 70, 2, 33
 def run_guarded(group: click.Group, argv: Sequence[str] | None) -> int:
     """Run `group`; return 0 or the exit code of what went wrong, after saying it."""
     _forget_failure()
+    _keep_printing()
     for number in list_stop_signals():
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _stop)
     try:
+        _refuse_bytes(sys.argv[1:] if argv is None else argv)
         result = group.main(args=argv, prog_name="appliance", standalone_mode=False, color=_choose_color())
     except click.exceptions.Exit as done:
         return done.exit_code
@@ -50,6 +53,24 @@ def _stop(number: int, _frame: FrameType | None) -> None:
     leave_closed_terminal()
     name = signal.Signals(number).name
     raise InterruptedRunError(f"stopped by {name}; what was finished is kept: run the same command to go on")
+
+
+def _keep_printing() -> None:
+    """What the output's encoding lacks is escaped, as Python does on standard error: no row or answer ends a verb."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _refuse_bytes(arguments: Sequence[str]) -> None:
+    """An argument that is no text can be in no prompt, no history and no record of a run."""
+    for text in arguments:
+        try:
+            text.encode()
+        except UnicodeEncodeError as fault:
+            message = (
+                f"argument {text!r}: expected text, found bytes that are no {sys.getfilesystemencoding()}; correct it"
+            )
+            raise click.UsageError(message) from fault
 
 
 def _choose_color() -> Literal[False] | None:

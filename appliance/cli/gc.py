@@ -43,7 +43,9 @@ The first run plans and deletes nothing; a run 7 days later deletes what is garb
     help="How old garbage must be to be planned, and a plan to be carried out. Below 2 only while nobody publishes.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
-@click.option("--summary", type=click.Path(path_type=Path), help="Append what is done to this file, as Markdown.")
+@click.option(
+    "--summary", type=click.Path(path_type=Path, dir_okay=False), help="Append what is done to this file, as Markdown."
+)
 @json_option
 def command(
     *,

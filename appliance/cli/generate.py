@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def command(
     base = find_base(pulled, root=root, cache=cache, note=say) if pulled.is_adapter or compare else None
     if not prompts and sys.stdin.isatty():
         say("prompts, one a line; Ctrl-D answers")
-    asked = prompts or tuple(line.strip() for line in sys.stdin if line.strip())
+    asked = prompts or _read_prompts()
     if not asked:
         raise click.UsageError("nothing to answer: give --prompt or lines on standard input")
     outputs = answer(pulled, asked, base=base, system=system, compare=compare, limit=max_new_tokens, note=say)
@@ -50,3 +51,15 @@ def command(
         click.echo(click.style(text, bold=True))
         for output in (o for o in outputs if int(o.id) == index):
             click.echo(f"  {'tuned' if output.arm == 'candidate' else 'base':6} {output.output}")
+
+
+def _read_prompts() -> tuple[str, ...]:
+    """The lines of standard input, without the byte-order mark that some editors begin a file with."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="strict")
+    try:
+        lines = sys.stdin.read().removeprefix("\ufeff").split("\n")
+    except UnicodeDecodeError as fault:
+        place = f"standard input: byte {fault.start + 1} is no {fault.encoding}"
+        raise click.UsageError(f"{place}; save the prompts in that encoding") from fault
+    return tuple(line.strip() for line in lines if line.strip())

@@ -52,7 +52,9 @@ from appliance.store import open_store
     show_default=True,
     help="Minutes to wait for another reconcile that trains the same model.",
 )
-@click.option("--summary", type=click.Path(path_type=Path), help="Append the outcomes to this file, as Markdown.")
+@click.option(
+    "--summary", type=click.Path(path_type=Path, dir_okay=False), help="Append the outcomes to this file, as Markdown."
+)
 @json_option
 def command(
     *,

@@ -36,7 +36,9 @@ _UNKNOWN = "cannot be known from here; the same checks stop a training before an
 @click.option("--since", metavar="REV", help="The commit to compare with; everything counts as new when left out.")
 @store_option(required=False)
 @workspace_options
-@click.option("--summary", type=click.Path(path_type=Path), help="Append the report to this file, as Markdown.")
+@click.option(
+    "--summary", type=click.Path(path_type=Path, dir_okay=False), help="Append the report to this file, as Markdown."
+)
 @json_option
 def command(
     *,
