@@ -79,6 +79,8 @@ def run_prepared(
         if version is not None:
             return finish_published(recipe, version, key=prepared.key, workspace=workspace, store=store, origin=origin)
     check_device(recipe, read_machine())
+    if store is not None and until == "publish":  # what takes no version is known before one is made
+        registry.create_format(store)
     run = open_run(workspace.runs, name=recipe.name, key=prepared.key)
     with run.lock():
         if force and run.is_done("publish"):

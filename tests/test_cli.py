@@ -461,6 +461,31 @@ def test_a_folder_that_may_not_be_written_is_one_message(project: Path, tmp_path
     assert f"{out}/repository: read-only file system; give this user access to it" in done.stderr
 
 
+def test_a_store_that_takes_nothing_is_known_before_a_training(project: Path, tmp_path: Path) -> None:
+    """A folder that cannot be made, or written once it is a registry: exit 1, and no run was begun."""
+    out, runs = tmp_path / "out", tmp_path / "runs"
+    stores = ("file:///proc/appliance", f"file://{out}/store", (project / "recipes" / "colours.yaml").as_uri())
+    script = "; ".join(
+        f"{sys.executable} -m appliance run recipes/colours.yaml --runs {runs} --store {store}; echo $?"
+        for store in stores
+    )
+    done = run_beside_read_only(out, script, cwd=project)
+    assert done.stdout == "1\n1\n1\n", done.stderr
+    assert "/proc/appliance: no folder can be made here; choose another one for the store" in done.stderr
+    assert f"file://{out}/store/FORMAT.json: permission denied (Read-only file system)" in done.stderr
+    assert "colours.yaml is a file, expected a folder; mend the address" in done.stderr
+    assert not runs.exists()
+
+
+def test_a_mistyped_folder_is_told_where_it_reads_like_an_empty_registry(tmp_path: Path) -> None:
+    """`list` says that it is not there, and prints what it prints of an empty one."""
+    url = (tmp_path / "stroe").as_uri()
+    for more, out in (((), f"no versions in {url} yet"), (("--json",), "[]")):
+        done = call("list", "--store", url, *more)
+        assert (done.returncode, done.stdout[: len(out)]) == (0, out)
+        assert f"{url}: no such folder; look at the spelling" in done.stderr
+
+
 def test_failure_json_is_of_the_last_command(tmp_path: Path) -> None:
     """In a container every failure leaves it, a wrong call too, and the next command that works leaves none."""
     env = {"APPLIANCE_OUT": str(tmp_path), "APPLIANCE_STORE": ""}

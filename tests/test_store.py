@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from appliance.demo.storage import Storage
 from appliance.digest import digest_bytes, write_atomic
 from appliance.errors import NotFoundError, PreconditionFailedError, StoreError
+from appliance.registry import create_format
 from appliance.store import Store, StoredObject, open_store, s3_writing
 from appliance.store import s3 as s3_module
 from appliance.store.fetching import write_verified
@@ -332,6 +333,30 @@ def test_a_url_that_names_no_store_is_refused_with_what_is_expected(url: str, wo
         open_store(url)
     check_one_line(fault, words)
     assert "sesame" not in str(fault.value)
+
+
+def test_trying_to_mark_a_registry_writes_once_and_always_asks(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How a run learns that a registry which is there takes its version: the store keeps what is, and was asked."""
+    create_format(store)
+    kept = store.get("FORMAT.json")
+    create_format(store)
+    assert store.get("FORMAT.json") == kept
+    refusal = StoreError(f"{store.url}: permission denied")
+
+    def refuse(*_args: object, **_more: object) -> StoredObject:
+        raise refusal
+
+    monkeypatch.setattr(type(store), "put", refuse)
+    with pytest.raises(StoreError, match="permission denied"):
+        create_format(store)
+
+
+def test_a_file_is_no_store(tmp_path: Path) -> None:
+    """Where a file is in the place of the folder or above it, nothing could be read or written: no empty store."""
+    (tmp_path / "file").touch()
+    for place in ("file", "file/store"):
+        with pytest.raises(StoreError, match=r"/file is a file, expected a folder; mend the address$"):
+            open_store((tmp_path / place).as_uri())
 
 
 def test_urls_name_the_store_they_open(s3: Storage, tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 import click
 
 from appliance import registry
-from appliance.cli.common import json_option, print_json, store_option
+from appliance.cli.common import describe_missing_folder, json_option, print_json, store_option
 from appliance.cli.lines import say_count, show_example, wrap
 from appliance.cli.sections import Section
 from appliance.cli.summary import append_section, told_in
 from appliance.errors import StoreError
-from appliance.store import find_folder, open_store
+from appliance.store import open_store
 
 _DAMAGED = 1
 _LISTED = 200  # GitHub takes a megabyte of summary
@@ -62,9 +62,8 @@ def command(
         raise click.UsageError("give either --read-data (all blobs) or --sample (N of them)")
     with told_in(summary, title="Check"):
         store = open_store(store_url)
-        folder = find_folder(store)
-        if folder is not None and not folder.is_dir():
-            raise StoreError(f"{store.url}: no such folder; look at the spelling (the first publish makes it)")
+        if missing := describe_missing_folder(store):
+            raise StoreError(missing)
         report = registry.check_registry(
             store,
             name=name,

@@ -20,7 +20,7 @@ from appliance.desired import POINTER
 from appliance.pipeline import Finished
 from appliance.preparation import Origin, Workspace
 from appliance.recipe import Recipe
-from appliance.store import Store, open_store
+from appliance.store import Store, find_folder, open_store
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -141,6 +141,14 @@ def read_actor() -> str:
 def open_given_store(url: str | None) -> Store | None:
     """The store, when one was given."""
     return open_store(url) if url else None
+
+
+def describe_missing_folder(store: Store) -> str:
+    """What to say of a store in a folder that is not there, which reads like an empty registry; else nothing."""
+    folder = find_folder(store)
+    if folder is None or folder.is_dir():
+        return ""
+    return f"{store.url}: no such folder; look at the spelling (the first publish makes it)"
 
 
 def choose_mirror(store: Store | None, *, is_asked: bool) -> Store | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from appliance import registry
-from appliance.cli.common import json_option, print_json, say, store_option
+from appliance.cli.common import describe_missing_folder, json_option, print_json, say, store_option
 from appliance.cli.lines import show_example
 from appliance.manifest import Manifest
 from appliance.store import open_store
@@ -28,6 +28,8 @@ def command(*, name: str | None, store_url: str, as_json: bool) -> int:
     versions, faults = registry.survey_versions(store, name)
     for fault in faults:
         say(f"damaged: {fault}")
+    if missing := describe_missing_folder(store):
+        say(missing)
     if as_json:
         print_json([_to_json(v) for v in versions])
     elif versions:

@@ -150,8 +150,6 @@ def _check_store(url: str) -> Check:
 
 def _check_store_folder(url: str, folder: Path, *, found: str) -> Check:
     """A mistyped folder reads like an empty registry, and the first publish would make it."""
-    if folder.exists() and not folder.is_dir():
-        return Check("store", "fault", f"{url}: not a folder", "mend the address")
     written = check_folder("store", folder)
     if folder.is_dir():
         is_writable = written.outcome != "fault"

@@ -10,6 +10,7 @@ from appliance.registry.check import Report, check_registry
 from appliance.registry.collect import Collection, collect_garbage, look_for_garbage
 from appliance.registry.findings import Finding
 from appliance.registry.folder import verify_folder
+from appliance.registry.layout import create_format
 from appliance.registry.leases import LEASE_S, Lease, hold_model, read_lease
 from appliance.registry.listing import (
     VersionInfo,
@@ -42,6 +43,7 @@ __all__ = [
     "check_known",
     "check_registry",
     "collect_garbage",
+    "create_format",
     "find_run",
     "follow_alias",
     "hold_model",

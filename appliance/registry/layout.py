@@ -140,10 +140,11 @@ def check_format(store: Store, *, create: bool = False) -> None:
         _check_schema(store)
     except NotFoundError:
         if create:
-            _create_format(store)
+            create_format(store)
 
 
-def _create_format(store: Store) -> None:
+def create_format(store: Store) -> None:
+    """Mark a store as a registry; where the mark is, trying to make it still tells whether the store may be written."""
     content = canonical_json({"format": "appliance-registry", "schema": _SCHEMA})
     try:
         store.put(FORMAT, content, if_none_match=True)

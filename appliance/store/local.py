@@ -227,5 +227,8 @@ def _make_folder(folder: Path) -> None:
     """Create `folder` and its parents so that their names survive a power cut."""
     missing = [f for f in (folder, *folder.parents) if not f.exists()]
     for each in reversed(missing):
-        each.mkdir(exist_ok=True)
+        try:
+            each.mkdir(exist_ok=True)
+        except FileNotFoundError as fault:  # its parent is there: the file system makes no folders, as /proc
+            raise StoreError(f"{each}: no folder can be made here; choose another one for the store") from fault
         fsync_folder(each.parent)

@@ -7,6 +7,7 @@ AWS_ACCESS_KEY_ID, profiles, instance roles), which boto3 reads itself.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -19,7 +20,7 @@ _EXPECTED = "expected s3://bucket/prefix or file:///absolute/folder"
 
 
 def open_store(url: str) -> Store:
-    """The store behind `url`; nothing is contacted yet. Raises `StoreError` on a URL it cannot use."""
+    """The store behind `url`; nothing is asked of it yet. Raises `StoreError` on a URL it cannot use."""
     try:
         parts = urlsplit(url)
     except ValueError as fault:
@@ -48,7 +49,11 @@ def _open_local(url: str, parts: SplitResult) -> Store:
     path = unquote(parts.path)
     if parts.netloc not in ("", "localhost") or not path.startswith("/") or not path.strip("/") or "\0" in path:
         raise StoreError(f"store URL {url!r}: not an absolute folder; {_EXPECTED} (three slashes)")
-    return LocalStore(Path(path))
+    folder = Path(path)
+    there = next(p for p in (folder, *folder.parents) if os.path.exists(p))  # noqa: PTH110 - never raises
+    if not os.path.isdir(there):  # noqa: PTH112 - never raises
+        raise StoreError(f"store URL {url!r}: {there} is a file, expected a folder; mend the address")
+    return LocalStore(folder)
 
 
 def _open_s3(url: str, parts: SplitResult) -> Store:
