@@ -294,7 +294,8 @@ def call_run(project: Project, capfd: pytest.CaptureFixture[str], *arguments: st
     """What `appliance run` says of the recipe, in the repository and with its registry."""
     path = project.root / "recipes" / "colours.yaml"
     main(["run", str(path), "--root", str(project.root), *arguments])
-    return " ".join(capfd.readouterr().out.split())
+    told = capfd.readouterr()
+    return " ".join((told.err + told.out).split())
 
 
 @pytest.fixture
@@ -320,6 +321,10 @@ def test_what_no_commit_holds_gets_a_version_and_no_alias(
     (dirty,) = project.versions()
     assert "-000000000000-" in dirty
     assert project.alias() is None, said
+    warned = said.index(
+        "warning: recipes/colours.yaml: not what the commit HEAD holds; commit it; as it is, the version gets no commit"
+    )
+    assert warned < said.index("training "), "before anything is spent"
     assert (
         "note production is not moved: recipes/colours.yaml: not what the commit HEAD holds; commit it, then "
         f"`appliance reconcile`; or as it is: `appliance promote colours@{dirty} production`" in said
@@ -341,7 +346,9 @@ def test_what_no_commit_holds_gets_a_version_and_no_alias(
     assert adapter.stat().st_mtime_ns == trained
     (again,) = project.reconcile()
     assert again.reason == f"{outcome.finished.version} was made from this recipe, data and base"
-    assert "already there" in call_run(project, capfd)
+    said = call_run(project, capfd)
+    assert "already there" in said
+    assert "warning" not in said
     assert len(project.versions()) == 4
 
 

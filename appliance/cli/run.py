@@ -14,6 +14,7 @@ from appliance.cli.common import (
     open_given_store,
     print_finished,
     recipe_argument,
+    say,
     store_option,
     tensorboard_option,
     workspace_options,
@@ -53,5 +54,7 @@ def command(
     workspace = build_workspace(root=root, cache=cache, runs=runs, tensorboard=tensorboard, mirror=mirror)
     loaded = load_recipe(recipe)
     origin = find_origin(recipe, loaded, root=root)
+    if store is not None and origin.unheld:
+        say(f"warning: {origin.unheld}; as it is, the version gets no commit and no alias, and nobody can reproduce it")
     finished = run_recipe(loaded, workspace=workspace, store=store, origin=origin, force=force)
     return print_finished(finished)
