@@ -218,7 +218,7 @@ def _train_stage(run: Run, prepared: Prepared, *, workspace: Workspace, precisio
     devices = plan.get("devices", 1)  # a run that an earlier release prepared
     workspace.note(
         f"training {trainable:,} of {parameters:,} parameters: "
-        f"{plan['steps']} steps of {plan['effective_batch']} rows, {plan['tokens']:,} tokens"
+        f"{plan['steps']:,} steps of {min(plan['effective_batch'], plan['rows']):,} rows, {plan['tokens']:,} tokens"
         f"{f', on {devices} devices' if devices > 1 else ''}"
     )
     threads, versions = max(1, record["cores"] // devices), read_versions(image=workspace.image)

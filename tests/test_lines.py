@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -95,6 +96,27 @@ def test_the_plan_says_of_how_many_epochs_its_tokens_are(project: Path) -> None:
     assert "rate        0.003\n" in done.stdout
     figures = json.loads(call("plan", "good.yaml", "--json", cwd=project).stdout)
     assert (figures["epochs"], figures["learning_rate"]) == (2.0, 0.003)
+
+
+def test_the_plan_says_what_a_run_would_say(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where this machine lacks what the recipe needs it is warned of; a step has no more rows than there are."""
+    good = yaml.safe_load((project / "good.yaml").read_text())
+    wanted = {**good, "needs": {"gpu": "required"}, "training": {**good["training"], "effective_batch": 10_000_000}}
+    (project / "wanted.yaml").write_text(json.dumps(wanted))
+    here = replace(read_machine(), gpu="", gpu_memory_bytes=0)
+    monkeypatch.setattr(plan_verb, "read_machine", lambda: here)
+    given = ["plan", str(project / "wanted.yaml"), "--root", str(project), "--cache", str(project / "cache")]
+    assert main(given) == 0
+    said = capsys.readouterr().out
+    assert "warning: a run would be refused here: recipe colours: needs.gpu is required, found no GPU" in said
+    rows = re.search(r"^rows +(\d+) train", said, re.MULTILINE)
+    assert rows is not None
+    assert re.search(rf"^steps +2 of {rows[1]} rows \(", said, re.MULTILINE), said
+    assert f"effective_batch 10,000,000 makes one step an epoch of the {rows[1]} training rows" in said
+    assert main([*given, "--json"]) == 0
+    assert "would be refused" in json.loads(capsys.readouterr().out)["warnings"][0]
 
 
 def test_the_plan_says_how_long_it_may_take(

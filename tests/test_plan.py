@@ -463,6 +463,8 @@ def test_values_outside_the_guide_are_warned_with_the_range(base: Path) -> None:
     for part in ("1e-05 to 2e-05", "usual 2 to 5", "10,000 rows", "exceeds the 0.5 GiB"):
         assert part in said
     assert not plan(make_recipe(training={"learning_rate": 2e-4}), base).warnings
+    (one,) = plan(make_recipe(training={"learning_rate": 2e-4, "effective_batch": 6000}), base, rows=60).warnings
+    assert one.startswith("training.effective_batch 6,000 makes one step an epoch of the 60 training rows")
 
 
 def test_a_damaged_header_is_one_message(base: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import click
 from appliance.cli.common import build_workspace, json_option, print_json, recipe_argument, say, workspace_options
 from appliance.cli.lines import say_count, show_example, wrap
 from appliance.cli.prices import describe_guess, guess_hours, load_prices
+from appliance.errors import DeviceError
 from appliance.general import preview_ewc, preview_replay, preview_rows
 from appliance.model import ChatTemplate, TokenRow, fit_template, load_template
-from appliance.plan import Plan, read_machine
+from appliance.plan import Machine, Plan, check_device, read_machine
 from appliance.preparation import note_tokens, plan_run, prepare, rehearse
-from appliance.recipe import load_recipe
+from appliance.recipe import Recipe, load_recipe
 from appliance.training import TokenCache, describe_rows, show_mask
 
 _BREAK = "⏎"
@@ -44,7 +46,7 @@ def command(*, recipe: Path, root: Path, cache: Path, runs: Path | None, masks: 
     if prepared.replay is not None and prepared.replay.examples is None:
         say("replay rows are not counted: the base model answers them when the recipe is run")
     machine = read_machine()
-    plan = plan_run(prepared, rows=rows, machine=machine, general=general)
+    plan = _doubt_device(plan_run(prepared, rows=rows, machine=machine, general=general), prepared.recipe, machine)
     prices = load_prices(root)
     gpu = machine.gpu or (prices.gpu if prices else "")
     hours = guess_hours(prepared.recipe, base=prepared.base.folder, tokens=plan.tokens, gpu=gpu)
@@ -59,13 +61,23 @@ def command(*, recipe: Path, root: Path, cache: Path, runs: Path | None, masks: 
     _print_masks(rows[:masks], parts=Counter(r.id for r in rows), template=template)
 
 
+def _doubt_device(plan: Plan, recipe: Recipe, machine: Machine) -> Plan:
+    """The plan, which says first where a run would be refused by this machine."""
+    try:
+        check_device(recipe, machine)
+    except DeviceError as fault:
+        return replace(plan, warnings=(f"a run would be refused here: {fault}", *plan.warnings))
+    return plan
+
+
 def _print_plan(plan: Plan, *, key: str, time: str) -> None:
     click.echo(f"run         {key[:12]}")
-    click.echo(f"rows        {plan.rows} train, {plan.validation_rows} validation; longest {plan.longest} tokens")
+    click.echo(f"rows        {plan.rows:,} train, {plan.validation_rows:,} validation; longest {plan.longest:,} tokens")
     epochs = say_count(plan.epochs, "epoch")
     click.echo(f"tokens      {plan.tokens:,} over {epochs}, of which {plan.trained_tokens:,} are trained on")
     on = f" on each of {plan.devices} devices" if plan.devices > 1 else ""
-    click.echo(f"steps       {plan.steps} of {plan.effective_batch} rows (micro-batch {plan.micro_batch}{on})")
+    step = min(plan.effective_batch, plan.rows)  # no batch goes on into the next epoch
+    click.echo(f"steps       {plan.steps:,} of {step:,} rows (micro-batch {plan.micro_batch:,}{on})")
     click.echo(f"rate        {plan.learning_rate:g}")
     click.echo(f"parameters  {plan.trainable_parameters:,} trained of {plan.parameters:,}")
     checkpointing = "on" if plan.checkpointing else "off"

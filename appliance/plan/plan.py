@@ -288,6 +288,11 @@ def _warn(recipe: Recipe, *, rows: int, peak: int, machine: Machine, penalty: Pe
     least, most = _EPOCHS_OF_PROMPTS if isinstance(recipe.method, VIRTUAL_TOKENS) else _EPOCHS
     if not least <= recipe.training.epochs <= most:
         found.append(f"training.epochs {recipe.training.epochs:g} is outside the usual {least} to {most}")
+    if (batch := recipe.training.effective_batch) >= rows:
+        found.append(
+            f"training.effective_batch {batch:,} makes one step an epoch of the {rows:,} training rows, which hardly "
+            "trains; write a smaller one"
+        )
     if isinstance(recipe.method, FullMethod) and rows < 10_000:
         found.append(f"full training usually wants 10,000 rows or more, found {rows}; lora is the default for fewer")
     if recipe.training.precision == "bf16" and not machine.has_bf16:
