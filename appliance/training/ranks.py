@@ -71,12 +71,12 @@ class Ranks:
             return
         for bucket in _fill_buckets([p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]):
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-            flat = torch.cat([g.flatten().float() for g in gradients])
+            has_one = torch.tensor([float(p.grad is not None) for p in bucket], device=self.device)
+            flat = torch.cat([*(g.flatten().float() for g in gradients), has_one])
             distributed.all_reduce(flat)
-            parts = flat.split([g.numel() for g in gradients])
-            reached = self.add_up(*(p.grad is not None for p in bucket))
-            for p, gradient, part, ranks in zip(bucket, gradients, parts, reached, strict=True):
-                p.grad = gradient.copy_(part.view_as(gradient)) if ranks else None
+            *parts, ranks = flat.split([*(g.numel() for g in gradients), len(bucket)])
+            for p, gradient, part, reached in zip(bucket, gradients, parts, ranks.tolist(), strict=True):
+                p.grad = gradient.copy_(part.view_as(gradient)) if reached else None
 
     def add_up(self, *counts: Any) -> list[int]:
         """The sums of whole numbers over the ranks."""
