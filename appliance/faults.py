@@ -163,7 +163,9 @@ def suggest_recipes(path: Path) -> str:
     close = difflib.get_close_matches(path.stem, [p.stem for p in found], n=1)
     if close:
         return f"did you mean {next(p for p in found if p.stem == close[0])}?"
-    return f"there is {', '.join(map(str, found[:_LISTED]))}" if found else "give the path of a recipe, a *.yaml"
+    more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+    listed = ", ".join(map(str, found[:_LISTED]))
+    return f"there is {listed}{more}" if found else "give the path of a recipe, a *.yaml"
 
 
 def map_lines(node: Any, lines: Lines, path: tuple[str | int, ...]) -> list[tuple[int, str]]:

@@ -234,6 +234,8 @@ def _check_recipe(recipe: Recipe, *, workspace: Workspace) -> Report:
     if report.dataset is not None and rows:
         findings += _check_split(report.dataset, recipe)
     general, found = _check_general(recipe.forgetting, sides=sides, root=workspace.root)
+    if not (rows or any(general.values())):  # nothing to render: no base is brought for it
+        return replace(report, findings=(*findings, *found))
     template, unknown = _find_template(recipe, workspace=workspace)
     findings += [*found, *unknown]
     if template is None:

@@ -509,6 +509,17 @@ def check(root: Path, notes: list[str] | None = None, **sections: Any) -> Report
     return check_recipe(Recipe.model_validate(make_recipe().model_dump() | sections), workspace=workspace)
 
 
+def test_rows_that_are_not_there_bring_no_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A dataset that is missing or empty is told at once: no model is fetched or converted for it."""
+    assert [f.rule for f in check(tmp_path).findings] == ["missing"], (
+        "nothing is said of the base, which is missing too"
+    )
+    folder = write_rows(tmp_path / "datasets" / "colours", [])
+    assert "base" not in {f.rule for f in check(tmp_path).findings}
+    assert main(["data", "check", str(folder)]) == 1
+    assert "provenance" not in capsys.readouterr().out, "a line of counts has some"
+
+
 CALL = {"type": "function", "function": {"name": "look", "arguments": {}}}
 MASKED: dict[str, dict[str, Any]] = {
     "holds the stop token": talk(("user", "a"), ("assistant", "red<|im_end|> and more")),

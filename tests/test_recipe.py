@@ -122,6 +122,12 @@ def test_a_missing_recipe_is_answered_with_those_that_there_are(tmp_path: Path) 
         load_recipe(tmp_path / "tickts.yaml")
     with pytest.raises(RecipeError, match=r"; there is .*/recipes/invoices\.yaml, .*/recipes/tickets\.yaml$"):
         load_recipe(tmp_path / "recipes" / "x.yaml")
+    for number in range(9):
+        (tmp_path / "recipes" / f"part-{number}.yaml").write_text(GOOD)
+    with pytest.raises(RecipeError, match=r"part-6\.yaml and 3 more$"):
+        load_recipe(tmp_path / "recipes" / "x.yaml")
+    for number in range(9):
+        (tmp_path / "recipes" / f"part-{number}.yaml").unlink()
     (tmp_path / "prices.yaml").write_text("")
     with pytest.raises(
         RecipeError, match=r"directory; there is [^,]*/recipes/invoices\.yaml, [^,]*/recipes/tickets\.yaml$"

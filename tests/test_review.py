@@ -303,7 +303,9 @@ def test_a_price_is_the_teams_and_has_a_day_and_a_source(tmp_path: Path) -> None
     assert describe_cost(1.5, devices=1, prices=None) == "about 1.50 hours"
     assert describe_cost(0.3, devices=1, prices=None) == "about 18 minutes"
     assert describe_cost(0.01, devices=2, prices=None) == "about 1 minute on 2 GPUs"
-    assert describe_unknown(None) == "hours unknown until this model has a version"
+    assert describe_unknown(None) == (
+        "hours unknown until this model has a version, or prices.yaml names the GPU that trains it"
+    )
     file = tmp_path / "prices.yaml"
     file.write_text("as_of: 2026-01-31\nsource: our contract\ncurrency: EUR\ngpu_hour: 2\n")
     assert describe_cost(1.5, devices=1, prices=load_prices(tmp_path)) == (

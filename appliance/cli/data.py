@@ -99,5 +99,6 @@ def _print_report(report: Report) -> None:
             click.echo(click.style(text[:9], fg=color) + text[9:])
     for name, value in report.counts.items():
         counted = ", ".join(f"{k} {v:,}" for k, v in value.items()) if isinstance(value, dict) else f"{value:,}"
-        click.echo(wrap(f"{name:12} {counted}", indent=13))
+        if counted:
+            click.echo(wrap(f"{name:12} {counted}", indent=13))
     click.echo(f"{say_count(len(report.errors), 'error')}, {say_count(len(report.warnings), 'warning')}")

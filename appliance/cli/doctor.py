@@ -44,7 +44,8 @@ def command(
     else:
         _print_checks(checks)
     if needs_gpu and not any(c.is_gpu for c in checks):
-        raise DeviceError("doctor: --gpu was given, found no usable GPU; give the container one: --gpus all")
+        action = "the lines above say what torch and the driver see; a container is given one by --gpus all"
+        raise DeviceError(f"doctor: --gpu was given, found no usable GPU; {action}")
     return int(any(c.outcome == "fault" for c in checks))
 
 

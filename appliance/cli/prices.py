@@ -72,8 +72,8 @@ def describe_cost(hours: float, *, devices: int, prices: Prices | None) -> str:
 
 def describe_unknown(prices: Prices | None) -> str:
     """What it takes to know the hours, where nothing was measured and nothing can be guessed."""
-    other = f", or {PRICES} has a gpu whose peak is known, not {prices.gpu or 'none'}" if prices else ""
-    return f"hours unknown until this model has a version{other}"
+    other = f"has a gpu whose peak is known, not {prices.gpu or 'none'}" if prices else "names the GPU that trains it"
+    return f"hours unknown until this model has a version, or {PRICES} {other}"
 
 
 def _say_money(hours: tuple[float, ...], devices: int, prices: Prices) -> str:
