@@ -20,12 +20,13 @@ import yaml
 from test_cli import walk
 from tiny import load_dataset, write_base
 
-from appliance.cli import appliance
+from appliance.cli import appliance, main
 from appliance.data.findings import Rule
 from appliance.demo import QUICK_ROWS, write_dataset
 from appliance.example import Example
 from appliance.manifest import Outcome
 from appliance.recipe import GateSection, Recipe, render_schema
+from appliance.starter import start_repository
 from appliance.statistics import mcnemar_exact, paired_gain_interval, smallest_gain
 from appliance.training.monitor import Rules, watch_records
 
@@ -223,6 +224,30 @@ def test_the_readmes_way_into_a_repository_works(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "tickets: would train: has no version yet" in done.stdout
+
+
+def test_the_first_run_of_the_page_is_what_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/start.md: check and plan of 200 rows with the base of the tests say what the page has, line by line."""
+    blocks = re.split(r"^\$ appliance ", read("docs/start.md"), flags=re.MULTILINE)
+    shown = {block.partition("\n")[0]: block.partition("\n")[2].splitlines() for block in blocks}
+    root = tmp_path / "tickets"
+    monkeypatch.setenv("APPLIANCE_CACHE", str(tmp_path / "cache"))
+    start_repository(root, remote=None)
+    monkeypatch.chdir(root)
+    write_dataset(tmp_path / "rows", rows=200)
+    (*_, rows) = (tmp_path / "rows").glob("*.jsonl")
+    rows.rename(root / "datasets" / "tickets" / "rows.jsonl")
+    recipe = root / "recipes" / "tickets.yaml"
+    base = write_base(tmp_path / "base")
+    recipe.write_text(re.sub(r"model: .*", f"model: {base}", recipe.read_text()))
+    for command in ("data check datasets/tickets", "plan recipes/tickets.yaml"):
+        assert main(command.split()) == 0
+        told = "".join(capsys.readouterr())
+        for line in shown[command]:
+            form = re.sub(r"[0-9a-f]{12}", "[0-9a-f]{12}", re.escape(line).replace(re.escape("..."), ".*"))
+            assert re.search(f"^{form}$", told, re.MULTILINE), line
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "Makefile", "recipes/demo.yaml"])
