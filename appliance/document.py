@@ -32,12 +32,16 @@ class Document:
 
 def load_document(file: Path, *, error: type[ApplianceError]) -> Document:
     """Read a YAML file. Raises `OSError` where it cannot be opened, and `error` for what is in it."""
-    content = file.read_bytes()
+    return decode_document(file.read_bytes(), source=str(file), error=error)
+
+
+def decode_document(content: bytes, *, source: str, error: type[ApplianceError]) -> Document:
+    """Read the bytes of a YAML file; `source` is the name that messages carry. Raises `error`."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as fault:
-        raise error(f"{file}: not UTF-8 at byte {fault.start + 1}; save the file as UTF-8") from fault
-    return parse_document(text, source=str(file), error=error)
+        raise error(f"{source}: not UTF-8 at byte {fault.start + 1}; save the file as UTF-8") from fault
+    return parse_document(text, source=source, error=error)
 
 
 def parse_document(text: str, *, source: str, error: type[ApplianceError]) -> Document:

@@ -27,8 +27,10 @@ from appliance.data import (
     split_dataset,
     summarise_dataset,
 )
+from appliance.data import rows as rows_module
 from appliance.data.check import _check_duplicates, _check_prompts, _check_text, _check_turns
 from appliance.data.findings import Finding
+from appliance.digest import digest_folder
 from appliance.errors import DatasetError, TrainingError
 from appliance.evaluation import Result, judge
 from appliance.example import Example, Message
@@ -422,6 +424,27 @@ def test_rows_that_are_not_read_are_told(tmp_path: Path) -> None:
     (finding,) = check_dataset(folder).findings
     assert (finding.severity, finding.rule, finding.where) == ("warning", "unread", str(folder))
     assert finding.message.startswith("more.jsonl.gz, part2.JSONL, part3.json, sub/rows.jsonl, x.ndjson are not read")
+
+
+def test_the_digest_is_of_the_bytes_that_became_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever somebody writes while the folder is read: no version may name data that it was not trained on."""
+    folder, read_file = write_dataset(tmp_path / "d", rows=64), rows_module._read_file
+    (folder / "README.md").write_text("about the rows\n")
+    before = digest_folder(folder)
+    assert load_dataset(folder).digest == before, "undisturbed, it is the folder's"
+
+    def read_and_write(file: Path, *others: Any) -> Any:
+        found = read_file(file, *others)
+        write_dataset(folder, rows=64, shuffle=True)
+        (folder / "dataset.yaml").write_text("name: other\n")
+        (folder / "later.jsonl").write_text(json.dumps(make_row()) + "\n")
+        return found
+
+    monkeypatch.setattr(rows_module, "_read_file", read_and_write)
+    found = load_dataset(folder)
+    assert (found.digest, found.card.name, len(found.rows)) == (before, "colours", 64)
+    monkeypatch.setattr(rows_module, "_read_file", read_file)
+    assert load_dataset(folder).digest == digest_folder(folder) != before
 
 
 def test_a_contract_that_is_no_schema_is_a_fault_of_the_card(tmp_path: Path) -> None:

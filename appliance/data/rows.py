@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -20,8 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from appliance.contract import Contract, TextContract
 from appliance.data.findings import Finding, Rule
-from appliance.digest import digest_folder, list_files
-from appliance.document import load_document
+from appliance.digest import digest_bytes, digest_file, digest_json, list_files
+from appliance.document import decode_document
 from appliance.errors import DatasetError
 from appliance.example import Example, Message, Provenance, Role
 from appliance.faults import Lines, describe_fault, map_lines
@@ -76,7 +78,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A folder of rows; `digest` covers every file in it."""
+    """A folder of rows; `digest` covers every file in it, and card and rows as they were read."""
 
     folder: Path
     card: DatasetCard
@@ -95,7 +97,8 @@ def read_dataset(folder: Path) -> tuple[Dataset | None, tuple[Finding, ...]]:
         message = "a file, not a folder" if folder.exists() else "no such folder"
         fix = "run `dvc pull`, correct dataset.path in the recipe, or start in the repository's root (--root)"
         return None, (_fault("missing", folder, message, fix),)
-    card, findings = _read_card(folder / "dataset.yaml")
+    read: dict[str, str] = {}
+    card, findings = _read_card(folder / "dataset.yaml", read)
     files = sorted(f for f in folder.glob("*.jsonl") if not f.name.startswith("."))  # as in `digest_folder`
     if not files and (inner := sorted({str(p.parent) for p in folder.glob("*/*.jsonl")})):
         return None, (_fault("missing", folder, "no rows, but folders of rows", f"name one: {', '.join(inner)}"),)
@@ -108,18 +111,27 @@ def read_dataset(folder: Path) -> tuple[Dataset | None, tuple[Finding, ...]]:
     rows: list[Row] = []
     for file in files:
         count = len(rows)
-        found = _read_file(file, rows)
+        found = _read_file(file, rows, read)
         findings += found
         if not found and len(rows) == count:
             findings.append(_fault("empty", file, "the file has no rows", "add rows or delete the file"))
     if card is None:
         return None, tuple(findings)
-    return Dataset(folder, card, tuple(rows), digest_folder(folder)), tuple(findings)
+    return Dataset(folder, card, tuple(rows), _digest_read(folder, read)), tuple(findings)
 
 
-def _read_card(file: Path) -> tuple[DatasetCard | None, list[Finding]]:
+def _digest_read(folder: Path, read: Mapping[str, str]) -> str:
+    """`digest_folder`, with what was `read` as it was then: somebody may have written to it since."""
+    others = [n for n in list_files(folder) if n not in read and ("/" in n or not n.endswith(".jsonl"))]
+    return digest_json(sorted({**{n: digest_file(folder / n) for n in others}, **read}.items()))
+
+
+def _read_card(file: Path, read: dict[str, str]) -> tuple[DatasetCard | None, list[Finding]]:
+    """The card, and what is wrong with it; the digest of its bytes goes into `read`."""
     try:
-        document = load_document(file, error=DatasetError)
+        content = file.read_bytes()
+        read[file.name] = digest_bytes(content)
+        document = decode_document(content, source=str(file), error=DatasetError)
     except FileNotFoundError:
         fix = "add it with name, description, licence and contract"
         return None, [_fault("card", file, "no dataset.yaml beside the rows", fix)]
@@ -154,9 +166,9 @@ def _find_unread(folder: Path) -> list[Finding]:
     return [Finding("warning", "unread", str(folder), message, "rename or move them, or take them out of the folder")]
 
 
-def _read_file(file: Path, rows: list[Row]) -> list[Finding]:
-    """Append the readable rows of one file to `rows`; return findings for the others."""
-    decoder = msgspec.json.Decoder(Example)
+def _read_file(file: Path, rows: list[Row], read: dict[str, str]) -> list[Finding]:
+    """Append the readable rows of one file to `rows`, put its digest into `read`; return findings for other rows."""
+    decoder, digest = msgspec.json.Decoder(Example), hashlib.sha256()
     findings = []
     try:
         stream = file.open("rb")
@@ -167,6 +179,7 @@ def _read_file(file: Path, rows: list[Row]) -> list[Finding]:
         if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             return [Finding("error", "encoding", f"{file}:1", "not UTF-8 but UTF-16", "save the file as UTF-8")]
         for number, line in enumerate(stream, start=1):
+            digest.update(line)
             if not line.strip():
                 continue
             try:
@@ -178,6 +191,7 @@ def _read_file(file: Path, rows: list[Row]) -> list[Finding]:
                 findings.append(Finding("error", "schema", row.where, repeat, "keep one", id=row.example.id))
             else:
                 rows.append(row)
+    read[file.name] = digest.hexdigest()
     return findings
 
 
