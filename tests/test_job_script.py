@@ -253,6 +253,24 @@ def test_an_image_runs_as_this_user_and_left_overs_are_stopped(folder: Path) -> 
     assert "|--read-only|--tmpfs|/tmp:exec|" in ran
 
 
+@pytest.mark.parametrize("is_contained", [False, True])
+def test_what_a_runner_is_told_reaches_its_jobs(folder: Path, is_contained: bool) -> None:
+    """By name, in a container as without one; what names a folder of the host, or is GitHub's own, stays out of it."""
+    told = {
+        "APPLIANCE_MIRROR_CHECKPOINTS": "1", "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://hub",
+        "HTTPS_PROXY": "http://proxy", "http_proxy": "http://proxy", "NO_PROXY": "localhost",
+    }  # fmt: skip
+    kept = {"APPLIANCE_HOME": str(folder / "home"), "HF_HOME": "/home/hub", "GITHUB_TOKEN": "ghs_secret"}
+    write_program(folder, "appliance", "compgen -e")
+    write_program(folder, "docker", 'case $1 in run) printf "%s\\n" "$@" ;; esac')
+    variables = {"APPLIANCE_IMAGE": IMAGE} if is_contained else {}
+    done = call(folder, "reconcile", **told, **kept, **variables)
+    assert told.keys() <= set(done.stdout.splitlines()), done.stderr
+    if is_contained:
+        assert not kept.keys() & set(done.stdout.splitlines())
+        assert "secret" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("says", "user"),
     [
