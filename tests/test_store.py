@@ -497,6 +497,7 @@ FAULTS = {
     "409": (answer("ConditionalRequestConflict", 409), False),
     "503-before": (answer("SlowDown", 503), False),
     "500-after": (answer("InternalError", 500), True),
+    "400-unread": (answer("RequestTimeout", 400), False),
 }
 
 
@@ -509,7 +510,7 @@ def make_faulty(bucket: S3Store, prefix: str, fault: str) -> S3Store:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_creation_with_a_lost_answer_succeeds_exactly_once(bucket: S3Store, tmp_path: Path, fault: str) -> None:
-    """409 and 5xx are tried again; our own first success is not mistaken for a competitor's."""
+    """409, 5xx and a body that came too late are tried again; our own first success is no competitor's."""
     store = make_faulty(bucket, f"lost-{fault}", fault)
     made = store.put("ref", b"mine", if_none_match=True)
     assert store.get("ref") == (b"mine", made)
@@ -540,6 +541,41 @@ def test_a_large_upload_with_a_lost_answer_at_the_end_succeeds(
     stored = store.put_file("blob", tmp_path / "f", sha256=sha256)
     assert stored.size == small_parts
     assert stored.etag.strip('"').endswith("-2")
+
+
+class Aborting:
+    """A client whose first upload is gone before its second part arrives, as after somebody's clean-up."""
+
+    def __init__(self, client: Any) -> None:
+        """`begun` counts uploads."""
+        self._client, self.begun = client, 0
+
+    def __getattr__(self, name: str) -> Any:
+        """The client's own method."""
+        return getattr(self._client, name)
+
+    def create_multipart_upload(self, **request: Any) -> Any:
+        """Counted."""
+        self.begun += 1
+        return self._client.create_multipart_upload(**request)
+
+    def upload_part(self, **request: Any) -> Any:
+        """The server's own answer, after the upload was aborted."""
+        if (self.begun, request["PartNumber"]) == (1, 2):
+            self._client.abort_multipart_upload(**{k: request[k] for k in ("Bucket", "Key", "UploadId")})
+        return self._client.upload_part(**request)
+
+
+def test_an_upload_that_is_lost_between_its_parts_is_started_anew(
+    bucket: S3Store, tmp_path: Path, small_parts: int
+) -> None:
+    """As one that is lost at its completion: no object is missing, there is none yet."""
+    steady = Aborting(bucket.clients.steady)
+    store = replace(bucket, prefix="aborted", clients=Clients(steady, bucket.clients.once))
+    sha256 = write_file(tmp_path / "f", bytes(small_parts))
+    assert store.put_file("blob", tmp_path / "f", sha256=sha256).size == small_parts
+    assert steady.begun == 2
+    assert store.digest("blob")[0] == sha256
 
 
 def test_a_large_object_is_written_again_as_another_one(bucket: S3Store, tmp_path: Path, small_parts: int) -> None:

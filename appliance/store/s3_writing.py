@@ -8,6 +8,7 @@ back. 409 on PUT means "try again", never "exists". When the outcome is unknown 
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import time
 import zlib
@@ -22,6 +23,7 @@ from appliance.store.s3_faults import describe_answer, describe_failure, read_an
 _ATTEMPTS = 5
 _FIRST_PAUSE_S = 0.1
 PART_BYTES = 32 << 20
+_UNREAD = "RequestTimeout"  # status 400: the body did not arrive in time, and nothing was done
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,20 @@ class _UploadLostError(Exception):
     """The multipart upload is gone or in conflict: it must be started anew."""
 
 
+@contextlib.contextmanager
+def _notice_loss() -> Iterator[None]:
+    """Tell the answer that an upload is lost from all others. Raises `_UploadLostError`."""
+    from botocore.exceptions import ClientError
+
+    try:
+        yield
+    except ClientError as fault:
+        code, status = read_answer(fault)
+        if status == 409 or code == "NoSuchUpload":
+            raise _UploadLostError from fault
+        raise
+
+
 def write_once(send: Callable[[], Any], write: Write) -> None:
     """Send a conditional write until its outcome is known.
 
@@ -68,11 +84,11 @@ def write_once(send: Callable[[], Any], write: Write) -> None:
         try:
             send()
         except exceptions.ClientError as fault:
-            status = read_answer(fault)[1]
+            code, status = read_answer(fault)
             error = describe_answer(fault, subject=write.subject, endpoint=write.endpoint)
             if status == 412 and lost_answer and write.is_ours():
                 return
-            if status != 409 and status < 500:
+            if status != 409 and status < 500 and code != _UNREAD:
                 raise error from fault
             lost_answer = lost_answer or status >= 500
         except exceptions.BotoCoreError as fault:
@@ -144,21 +160,15 @@ def _send_parts(clients: Clients, upload: dict[str, str], path: Path) -> tuple[l
     for number, chunk in enumerate(_read_parts(path), start=1):
         digest.update(chunk)
         crc = zlib.crc32(chunk, crc)
-        sent = clients.steady.upload_part(**upload, PartNumber=number, Body=chunk, ChecksumAlgorithm="CRC32")
+        with _notice_loss():
+            sent = clients.steady.upload_part(**upload, PartNumber=number, Body=chunk, ChecksumAlgorithm="CRC32")
         parts.append({k: v for k, v in sent.items() if k in ("ETag", "ChecksumCRC32")} | {"PartNumber": number})
     return parts, base64.b64encode(crc.to_bytes(4, "big")).decode(), digest.hexdigest()
 
 
 def _complete(clients: Clients, request: dict[str, Any]) -> None:
-    from botocore.exceptions import ClientError
-
-    try:
+    with _notice_loss():
         clients.once.complete_multipart_upload(**request)
-    except ClientError as fault:
-        code, status = read_answer(fault)
-        if status == 409 or code == "NoSuchUpload":
-            raise _UploadLostError from fault
-        raise
 
 
 def _read_parts(path: Path) -> Iterator[bytes]:
