@@ -433,16 +433,19 @@ def test_a_publisher_killed_at_any_step_leaves_only_whole_versions(tmp_path: Pat
 def test_a_publisher_killed_at_any_moment_leaves_only_whole_versions(tmp_path: Path) -> None:
     """SIGKILL at times that no step boundary explains; the survivors go on with the same store."""
     store = open_store((tmp_path / "store").as_uri())
+    began = time.monotonic()
+    promote(store, publish_new(store, tmp_path / "source", "whole" * 500))
+    takes_s = time.monotonic() - began  # here and now: the machine may be busy
     for number in range(12):
 
         def job(number: int = number) -> None:
             for copy in range(100):
                 promote(store, publish_new(store, tmp_path / "source", f"{number}-{copy}" * 500))
 
-        run_killed(job, after_s=0.007 * (number + 1))
+        run_killed(job, after_s=takes_s * (number + 1) / 3)
         check_readable(store, tmp_path / f"pulled{number}")
         read_history(store)
-    assert registry.list_versions(store)
+    assert len(registry.list_versions(store)) > 1
 
 
 @pytest.mark.parametrize("change", [lambda b: b[:-1], lambda b: b[:-1] + b"X", lambda b: b + b"!", None])
