@@ -41,10 +41,11 @@ from appliance.evaluation import rehearse_prompts
 from appliance.example import Example
 from appliance.model import Base, ChatTemplate, TokenRow, fit_template, load_template, resolve_base
 from appliance.model.shapes import has_position_table, read_sizes, read_weight_shapes
-from appliance.plan import Machine, Plan, build_plan
+from appliance.plan import Machine, Plan, build_plan, check_positions
 from appliance.recipe import ForgettingSection, GateSection, Recipe, SplitSection
 from appliance.run import build_run_key
 from appliance.store import Store
+from appliance.training import build_rows
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
 
@@ -168,7 +169,7 @@ def note_tokens(
 
 
 def rehearse(prepared: Prepared, *, template: ChatTemplate, workspace: Workspace) -> None:
-    """Refuse before the training what evaluation would fail at after it; tell what it would cut, or ask too much of."""
+    """Refuse before the training what evaluation would fail at after it, or validation in it; tell what is cut."""
     section, base = prepared.recipe.evaluation, prepared.base
     longest = rehearse_prompts(section, test=prepared.splits.test, train=prepared.splits.train, template=template)
     context = read_sizes(base.folder).context
@@ -180,7 +181,19 @@ def rehearse(prepared: Prepared, *, template: ChatTemplate, workspace: Workspace
         if has_position_table(read_weight_shapes(base.folder)):
             raise EvaluationError(f"{said}; write a smaller evaluation.few_shot or evaluation.max_new_tokens")
         workspace.note(f"warning: {said}: answers there count for little; a smaller evaluation.few_shot may help")
+    _check_validation(prepared, template=template)
     _note_cut(prepared, template=template, workspace=workspace)
+
+
+def _check_validation(prepared: Prepared, *, template: ChatTemplate) -> None:
+    """Refuse a validation row that a base's table has no positions for; of rows to train on the plan knows."""
+    weights, section = read_weight_shapes(prepared.base.folder), prepared.recipe.training
+    if has_position_table(weights):
+        rows = build_rows(
+            prepared.splits.validation, template=template, max_length=section.max_length, overlong=section.overlong
+        )
+        longest, sizes = max((len(r.input_ids) for r in rows), default=0), read_sizes(prepared.base.folder)
+        check_positions(prepared.recipe, weights, sizes, longest=longest, kind="validation row")
 
 
 def _note_cut(prepared: Prepared, *, template: ChatTemplate, workspace: Workspace) -> None:
@@ -318,6 +331,7 @@ def plan_run(
     `general` are those of the Fisher, none where the base model is still to write them.
     """
     limit = min(prepared.recipe.training.max_length, 2 * OWN_ANSWER_TOKENS)
+    longest = max((len(r.input_ids) for r in general), default=0)
     return build_plan(
         prepared.recipe,
         lengths=[len(r.input_ids) for r in rows],
@@ -325,7 +339,8 @@ def plan_run(
         validation_rows=len(prepared.splits.validation),
         base=prepared.base.folder,
         machine=machine.share(prepared.recipe.needs.devices),
-        longest_general=max((len(r.input_ids) for r in general), default=limit),
+        longest_general=longest or limit,
+        longest_beside=longest,
     )
 
 

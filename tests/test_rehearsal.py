@@ -14,6 +14,7 @@ from test_mask_view import write_project
 from tiny import make_recipe, write_tokenizer
 
 from appliance.cli import appliance
+from appliance.data import select_side
 from appliance.errors import EvaluationError, TrainingError
 from appliance.evaluation import rehearse_prompts
 from appliance.example import Message
@@ -112,10 +113,29 @@ def test_rows_beyond_what_the_base_was_made_for_are_told_or_refused(project: Pat
         plan_rows(project, longest=101)
 
 
-def plan_rows(project: Path, *, longest: int, **changes: Any) -> Plan:
-    """The plan of one row of that length."""
+def test_rows_that_are_not_trained_on_need_positions_too(project: Path) -> None:
+    """A validation row, or one of the Fisher, that a table has no position for would end the training child."""
+    recipe = load_recipe(project)
+    file = project.parent / recipe.dataset.path / "rows.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    sides = {select_side(f"group:{g}", recipe.dataset.split): str(g) for g in range(100)}
+    rows[0] |= {"group": sides["validation"]}
+    rows[0]["messages"][0]["content"] += " please" * 100
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    rewrite(project, training={"max_length": 1024}, evaluation={"few_shot": 0})
+    narrow(project, 700, table=True)
+    with pytest.raises(TrainingError, match=r"longest validation row has 8\d\d tokens, .* 700 .*, and there are no"):
+        raise go("plan", project).exception or AssertionError
+    rewrite(project, training={"max_length": 700, "overlong": "drop"})
+    assert go("plan", project).exit_code == 0, "left out whole, as the message says"
+    with pytest.raises(TrainingError, match="longest row has 701 tokens"):
+        plan_rows(project, longest=50, longest_beside=701)
+
+
+def plan_rows(project: Path, *, longest: int, longest_beside: int = 0, **changes: Any) -> Plan:
+    """The plan of one row of that length, and another that is not trained on."""
     facts = {"trained_tokens": 9, "validation_rows": 1, "base": project.parent / "base", "machine": read_machine()}
-    return build_plan(make_recipe(**changes), lengths=[longest], **facts)
+    return build_plan(make_recipe(**changes), lengths=[longest], longest_beside=longest_beside, **facts)
 
 
 def test_virtual_tokens_take_positions(project: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from appliance.plan.answering import Answering, plan_answering
 from appliance.plan.machine import Machine, check_device, read_machine
-from appliance.plan.plan import Plan, build_plan
+from appliance.plan.plan import Plan, build_plan, check_positions
 from appliance.plan.preflight import Check, examine_machine
 from appliance.plan.room import check_room
 
@@ -15,6 +15,7 @@ __all__ = [
     "Plan",
     "build_plan",
     "check_device",
+    "check_positions",
     "check_room",
     "examine_machine",
     "plan_answering",

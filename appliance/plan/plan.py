@@ -101,18 +101,18 @@ def build_plan(
     base: Path,
     machine: Machine,
     longest_general: int | None = None,
+    longest_beside: int = 0,
 ) -> Plan:
     """The plan for training rows of these token `lengths` on `machine`; tokens are over all epochs.
 
     Of several devices, `machine` is the part that each has, and micro-batch and memory are of each.
-    `longest_general` is the longest row that a Fisher is estimated on, `training.max_length` when left out.
+    `longest_general` is the longest row that a Fisher is estimated on, `training.max_length` when left out;
+    `longest_beside` that of those that are computed and not trained on, as far as they are known.
     """
     section, weights, sizes = recipe.training, read_weight_shapes(base), read_sizes(base)
     check_method(recipe.method, list_linears(weights), base=base)
     _check_penalty(recipe, weights)
-    beyond = _find_beyond(recipe, sizes, longest=max(lengths))
-    if beyond and has_position_table(weights):
-        raise TrainingError(f"{beyond}, and there are no others; write that as training.max_length, or another base")
+    beyond = check_positions(recipe, weights, sizes, longest=max(*lengths, longest_beside))
     trainable = count_trainable(recipe.method, weights, sizes)
     trained = measure_trained(recipe.method, machine)
     width, is_full = measure_width(recipe, machine), isinstance(recipe.method, FullMethod)
@@ -326,13 +326,22 @@ def _warn_of_experts(method: Method, weights: Mapping[str, Shape]) -> list[str]:
     return found
 
 
-def _find_beyond(recipe: Recipe, sizes: ModelSizes, *, longest: int) -> str:
-    """What is longer than the base was made for; empty where nothing is, or its configuration does not tell."""
+def check_positions(
+    recipe: Recipe, weights: Mapping[str, Shape], sizes: ModelSizes, *, longest: int, kind: str = "row"
+) -> str:
+    """What is longer than the base was made for; empty where nothing is, or its configuration does not tell.
+
+    Raises `TrainingError` where positions are a table.
+    """
     virtual = count_virtual(recipe.method)
     if not sizes.context or longest + virtual <= sizes.context:
         return ""
     more = f" and {virtual} virtual ones" if virtual else ""
-    return f"the longest row has {longest} tokens{more}, and the base was made for {sizes.context} (its config.json)"
+    made = f"the base was made for {sizes.context} (its config.json)"
+    beyond = f"the longest {kind} has {longest} tokens{more}, and {made}"
+    if has_position_table(weights):
+        raise TrainingError(f"{beyond}, and there are no others; write that as training.max_length, or another base")
+    return beyond
 
 
 def _warn_of_state(recipe: Recipe, sizes: ModelSizes) -> list[str]:
