@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,17 @@ def test_the_first_step_records_where_the_run_began(base: Path, tmp_path: Path) 
     assert first["untrained_loss"] == pytest.approx(first["loss"], abs=1.0)
     assert first["untrained_loss"] != first["loss"]
     assert not any("untrained_loss" in r for r in later)
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 24, 31, 32, 47, 1000])
+def test_the_rows_of_the_first_measure_are_from_all_over_the_data(count: int) -> None:
+    """Rows often lie by kind: no stretch is left out that is longer than two shares of the rows."""
+    from appliance.training.loop import pick_spread
+
+    places = pick_spread(range(count), 16)
+    assert len(places) == min(16, count)
+    assert all(b > a for a, b in pairwise(places))
+    assert all(b - a <= 2 * max(1, count / 16) for a, b in pairwise([*places, count]))
 
 
 def test_a_plateau_is_said_once_and_not_at_the_end_of_a_schedule() -> None:

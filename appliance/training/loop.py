@@ -121,6 +121,12 @@ def run_steps(trainer: Any, resume: Path | None) -> None:
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
 
+def pick_spread(rows: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of the rows, as far apart as they can be."""
+    count = min(most, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
 class Share:
     """Collates a rank's share of each micro-batch; an empty batch where it has none. All ranks draw the same rows."""
 
@@ -223,8 +229,7 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
         """
         rows = self.train_dataset.to_list()
         with self.compute_loss_context_manager():
-            some = rows[:: max(1, len(rows) // _UNTRAINED_ROWS)][:_UNTRAINED_ROWS]
-            losses = [s.loss / s.tokens for s in self._score(some)]
+            losses = [s.loss / s.tokens for s in self._score(pick_spread(rows, _UNTRAINED_ROWS))]
         finite = [loss for loss in losses if math.isfinite(loss)]
         return {"untrained_loss": sum(finite) / len(finite)} if finite else {}
 
