@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from test_monitor import make_event
+from test_plan import WITH_VISION, save_with_vision
 from test_training import make_job, run_in_process
 from tiny import make_recipe, write_base
 
@@ -48,6 +50,18 @@ def test_the_count_is_that_of_the_model_itself(base: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     assert count_matrices(read_weight_shapes(base), read_sizes(base)) == sum(m.weight.numel() for m in linears)
+
+
+@pytest.mark.parametrize("name", WITH_VISION)
+def test_a_tower_for_images_costs_a_text_nothing(base: Path, tmp_path: Path, name: str) -> None:
+    """The count is that of the language model in it and the head."""
+    from appliance.model.weights import load_model
+
+    folder = save_with_vision(shutil.copytree(base, tmp_path / "base"), name)
+    model = load_model(folder, precision="fp32", device=torch.device("cpu"))
+    linears = [m.weight for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear)]
+    head = model.get_output_embeddings().weight
+    assert count_matrices(read_weight_shapes(folder), read_sizes(folder)) == sum(w.numel() for w in (*linears, head))
 
 
 def test_the_figures_of_a_known_model() -> None:

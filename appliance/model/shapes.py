@@ -22,12 +22,9 @@ Shape = tuple[int, ...]
 _NO_LINEAR = ("lm_head", "wte", "wpe")
 _ON_EXPERTS = ("plain", "rslora", "gaussian")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-# What `all-linear` leaves alone: towers for what is not text, routers of experts, and what Mamba's kernels read past
-# any adapter.
-_APART = re.compile(
-    r"(^|\.)(vision|visual|audio|multi_modal|connector|embed_vision|embed_audio)|\.(gate|router)$|\.router\."
-    r"|\.(mamba|mixer)\.out_proj$"
-)
+_TOWER = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|connector|embed_vision|embed_audio)")
+# What else `all-linear` leaves alone: routers of experts, and what Mamba's kernels read past any adapter.
+_BARE = re.compile(r"\.(gate|router)$|\.router\.|\.(mamba|mixer)\.out_proj$")
 _POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)\.weight$")
 _SMALL_SHARE = 0.01
 _STATE = re.compile("mamba|conv|linear|recurrent|delta|ssm")
@@ -110,7 +107,7 @@ def _read_context(config: dict[str, Any]) -> int:
 
 def has_position_table(weights: Mapping[str, Shape]) -> bool:
     """Whether positions are rows of a table: then there are no further ones, and a longer row is an error."""
-    return any(_POSITIONS.search(name) and not _APART.search(name) for name in weights)
+    return any(_POSITIONS.search(name) and not is_tower(name) for name in weights)
 
 
 def _read_state(config: dict[str, Any]) -> bool:
@@ -210,6 +207,11 @@ def is_expert(layer: str) -> bool:
     return _EXPERT.search(layer) is not None
 
 
+def is_tower(name: str) -> bool:
+    """Whether a layer or weight of this name is of a tower for images or sound, which no token of a text meets."""
+    return _TOWER.search(name) is not None
+
+
 def select_adapted(method: LoraMethod, linears: Mapping[str, Shape]) -> dict[str, Shape]:
     """The layers that get adapters: those that the recipe names, or all linear layers of the language model.
 
@@ -217,7 +219,7 @@ def select_adapted(method: LoraMethod, linears: Mapping[str, Shape]) -> dict[str
     hold next to nothing. Raises `TrainingError` for a rank too large for a layer that is named or that counts.
     """
     is_all = isinstance(method.targets, str)
-    belonging = {n: s for n, s in linears.items() if not _APART.search(n)}
+    belonging = {n: s for n, s in linears.items() if not is_tower(n) and not _BARE.search(n)}
     chosen = belonging if is_all else select_targets(method.targets, linears)
     small = {n: s for n, s in chosen.items() if min(s) < method.rank}
     if small and not (is_all and count_values(small) <= _SMALL_SHARE * count_values(chosen)):

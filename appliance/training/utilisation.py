@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from appliance.method import Method
-from appliance.model.shapes import ModelSizes, Shape, list_linears, read_sizes, read_weight_shapes
+from appliance.model.shapes import ModelSizes, Shape, is_tower, list_linears, read_sizes, read_weight_shapes
 
 # Dense bf16 with fp32 accumulation in FLOP/s, by the name that CUDA gives the device. NVIDIA's datasheets of H100,
 # H200, A100, L4 and L40S, the DGX B200 datasheet and the Ada whitepaper; halved where they count sparsity.
@@ -71,11 +71,11 @@ def count_flops(matrices: int, *, method: str) -> float:
 def count_matrices(weights: Mapping[str, Shape], sizes: ModelSizes) -> int | None:
     """N: the weights that multiply every token, which are all linear layers and the LM head once, tied or not.
 
-    The head counts for every token, also where only labelled positions are scored; the look-up of
-    embeddings does not. `None` for a mixture of experts, of which a token meets only a few, and for
-    a model whose headers do not say.
+    Towers for images and sound are left out: no token of a text meets them. The head counts for every token, also
+    where only labelled positions are scored; the look-up of embeddings does not. `None` for a mixture of experts, of
+    which a token meets only a few, and for a model whose headers do not say.
     """
-    linears = list_linears(weights)
+    linears = {n: s for n, s in list_linears(weights).items() if not is_tower(n)}
     head = sizes.vocabulary * sizes.hidden
     if not linears or not head or any("expert" in name for name in weights):
         return None
