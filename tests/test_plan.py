@@ -12,7 +12,8 @@ import pytest
 import torch
 from test_silent_failures import ARCHITECTURES, MIXING, build_architecture
 from test_training import make_job, run_in_process
-from tiny import make_recipe, write_base
+from tiny import build_adapted, make_recipe, write_base
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from appliance.errors import ModelError, TrainingError
 from appliance.method import LoraMethod
@@ -65,6 +66,30 @@ def test_trained_parameters_are_those_that_peft_makes(base: Path, method: LoraMe
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**build_adapter_arguments(method)))
     assert count_trainable(method, read_weight_shapes(base), read_sizes(base)) == model.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"type": "lora", "rank": 4},
+        {"type": "lora", "rank": 4, "variant": "dora"},
+        {"type": "lora", "rank": 4, "variant": "mica", "targets": ["c_attn", "c_fc"]},
+        {"type": "ia3", "targets": ["c_attn", "mlp.c_proj"], "feedforward": ["mlp.c_proj"]},
+    ],
+    ids=["lora", "dora", "mica", "ia3"],
+)
+def test_trained_parameters_of_matrices_kept_the_other_way_round(
+    base: Path, tmp_path: Path, method: dict[str, Any]
+) -> None:
+    """GPT-2's files hold (in, out); what is trained there is counted by inputs and outputs all the same."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": read_sizes(base).vocabulary}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=257)).save_pretrained(folder)
+    shutil.copy(base / "generation_config.json", folder)
+    recipe = make_recipe(method=method)
+    model = build_adapted(make_job(folder, tmp_path, recipe))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert count_trainable(recipe.method, read_weight_shapes(folder), read_sizes(folder)) == trained
 
 
 @pytest.fixture(scope="module")

@@ -184,9 +184,13 @@ def _read_headers(base: Path) -> dict[str, dict[str, Any]]:
 
 
 def list_linears(weights: Mapping[str, Shape]) -> dict[str, Shape]:
-    """The matrices that adapters can be put on, by layer name: (out, in) of each, no embeddings, no head."""
+    """The matrices that adapters can be put on, by layer name: (out, in) of each, no embeddings, no head.
+
+    GPT-2 keeps them as (in, out), which its biases tell: those have a value for each output.
+    """
     layers = {n.removesuffix(".weight"): s for n, s in weights.items() if len(s) == 2 and n.endswith(".weight")}
-    return {n: s for n, s in layers.items() if "embed" not in n and n.rpartition(".")[2] not in _NO_LINEAR}
+    chosen = {n: s for n, s in layers.items() if "embed" not in n and n.rpartition(".")[2] not in _NO_LINEAR}
+    return {n: s[::-1] if weights.get(f"{n}.bias") == s[1:] else s for n, s in chosen.items()}
 
 
 def list_experts(weights: Mapping[str, Shape]) -> dict[str, Shape]:
