@@ -147,8 +147,9 @@ def find_layers(model: Any) -> list[Any]:
 def _keep_layout(model: Any) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for inference on a CPU.
 
-    It does so at the first pass in evaluation mode, never undoes it, and its kernel for that layout
-    has no gradient: every later training step would lose what flows through the base's layers.
+    It does so at the first pass in evaluation mode, and its kernel for that layout has no gradient: every later
+    training step would lose what flows through the base's layers. A save packs them back, with other scales: steps
+    after it would not be those of a run that starts there (`Linear4bit`, bitsandbytes/nn/modules.py).
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

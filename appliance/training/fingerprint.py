@@ -61,25 +61,13 @@ def make_deterministic(device: torch.device) -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def make_repeatable(model: Any, row: TokenRow, *, precision: Precision, emit: Emit) -> None:
-    """Keep 4-bit weights on a CPU as they were quantised, and find out what a GPU cannot repeat.
-
-    bitsandbytes repacks them at the first evaluation and packs them back at the next save, with other
-    scales than before: steps after an evaluation would not be those of a run that starts there
-    (`Linear4bit.forward`, bitsandbytes/nn/modules.py).
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    if torch.are_deterministic_algorithms_enabled():
-        settle_determinism(model, row, precision=precision, emit=emit)
-
-
 def settle_determinism(model: Any, row: TokenRow, *, precision: Precision, emit: Emit) -> None:
     """Let a model run that has an operator without a deterministic form, and say so; all others stay strict.
 
-    Found by one small pass forward and backward, which leaves nothing behind.
+    Found by one small pass forward and backward, which leaves nothing behind; nothing is asked where nothing is strict.
     """
+    if not torch.are_deterministic_algorithms_enabled():
+        return
     ids = torch.tensor([row.input_ids[:_PROBED]], device=model.device)
     devices = [model.device] if model.device.type == "cuda" else []
     try:

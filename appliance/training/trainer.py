@@ -41,7 +41,7 @@ from appliance.training.fingerprint import (
     build_fingerprint,
     describe_device,
     make_deterministic,
-    make_repeatable,
+    settle_determinism,
 )
 from appliance.training.guards import can_choose, can_fuse, check_start, check_trained, find_packing_fault
 from appliance.training.head import lighten_loss
@@ -79,7 +79,7 @@ def run_job(job: TrainingJob, *, stop: StopFlag, emit: Emit, rank: int = 0, meet
         wanted = select_levers(job.training, method=job.method, on_cuda=device.type == "cuda")
         model = _load(job, ranks, levers=wanted, precision=precision, device=device)
         levers = settle_levers(wanted, model)
-        make_repeatable(model, train_rows[0], precision=precision, emit=emit)
+        settle_determinism(model, train_rows[0], precision=precision, emit=emit)
         levers = _settle_rows(
             job, ranks, model, rows=(*train_rows, *validation_rows), levers=levers, precision=precision, emit=emit
         )
