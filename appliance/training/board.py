@@ -80,8 +80,8 @@ def _copy_lines(source: BinaryIO, stream: BinaryIO) -> int:
         if not line.endswith(b"\n"):
             break
         size += len(line)
-        scalars = _select_scalars(json.loads(line))
-        stream.write(frame_record(_encode_event(time.time(), step=json.loads(line)["step"], scalars=scalars)))
+        record = json.loads(line)
+        stream.write(frame_record(_encode_event(time.time(), step=record["step"], scalars=_select_scalars(record))))
     return size
 
 
