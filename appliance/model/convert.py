@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from appliance.errors import ModelError
 from appliance.model.shapes import read_weight_dtypes
-from appliance.model.weights import copy_beside_weights, load_model, select_class
+from appliance.model.weights import copy_beside_weights, keeping_generation, load_model, select_class
 
 
 def convert(source: Path, folder: Path) -> None:
@@ -63,7 +63,8 @@ def _save_plain(loaded: Any, folder: Path) -> None:
         plain = select_class(config).from_config(config)
     plain.load_state_dict(loaded.state_dict(), strict=True, assign=True)
     plain.tie_weights()
-    plain.save_pretrained(folder)
+    with keeping_generation(plain, folder):
+        plain.save_pretrained(folder)
 
 
 if __name__ == "__main__":
