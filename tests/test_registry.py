@@ -170,6 +170,22 @@ def test_versions_are_listed_oldest_first_with_aliases_and_found_by_run_key(stor
     assert registry.find_run(store, "unknown", digest_bytes(b"2")) is None
 
 
+@pytest.mark.parametrize("first", ["one", "other"])
+def test_of_one_commits_versions_the_last_one_is_the_newest(tmp_path: Path, first: str) -> None:
+    """What --force made again is newer than what it repeats, whatever their digests: when listed, chosen, collected."""
+    store, made = open_store((tmp_path / "store").as_uri()), []
+    for hours, text in enumerate([first, "other" if first == "one" else "one"]):
+        made.append(publish_new(store, tmp_path, text))
+        written = time.time() - 86_400 + 3600 * hours
+        os.utime(tmp_path / "store" / manifest_key("demo", made[-1]), (written, written))
+    assert [v.version for v in registry.list_versions(store)] == made
+    assert registry.find_run(store, "demo", digest_bytes(b"run")) == made[-1]
+    with pytest.raises(RegistryError, match=f"the newest version is {made[-1]}"):
+        registry.resolve(store, "demo@nowhere")
+    found = registry.look_for_garbage(store, now=time.time() + 30 * 86_400, keep_versions=1)
+    assert [g.key for g in found.planned if g.kind == "version"] == [manifest_key("demo", made[0])]
+
+
 def test_a_stray_object_stops_nobody(store: Store, tmp_path: Path) -> None:
     """A copy under a name that nothing here writes is told by `check`, and is neither version, alias nor model."""
     version = publish_new(store, tmp_path)

@@ -14,7 +14,7 @@ from typing import Literal
 
 from appliance.digest import canonical_json
 from appliance.errors import NotFoundError, PreconditionFailedError, RegistryError
-from appliance.store import Store
+from appliance.store import Store, StoredObject
 
 FORMAT = "FORMAT.json"
 MANIFEST = "manifest.json"
@@ -132,6 +132,11 @@ def locate(key: str) -> Location | None:
 def select_keys(keys: Iterable[str], place: Place) -> list[tuple[str, str]]:
     """Model and item of every key in this place; what nothing here writes is in none."""
     return [(at.name, at.item) for at in map(locate, keys) if at is not None and at.place == place]
+
+
+def age_of(stored: StoredObject) -> tuple[str, float, str]:
+    """Sorts the manifests of a model oldest first: by commit, and those of one commit by when they were stored."""
+    return stored.key.rpartition("-")[0], stored.modified or 0.0, stored.key
 
 
 def check_format(store: Store, *, create: bool = False) -> None:

@@ -18,6 +18,7 @@ from appliance.manifest import Manifest, Outcome, decode_manifest
 from appliance.registry.layout import (
     MANIFEST,
     MODELS,
+    age_of,
     manifest_key,
     model_prefix,
     select_keys,
@@ -49,6 +50,7 @@ class VersionInfo:
 def list_versions(store: Store, name: str | None = None) -> tuple[VersionInfo, ...]:
     """Every version (of one model, or of all), by name, then oldest first. An unknown name has none.
 
+    Of those that one commit has, the one that was stored last is the newest.
     One that is collected while this reads is left out. Raises `RegistryError` on the first damage.
     """
     versions, faults = survey_versions(store, name)
@@ -59,8 +61,9 @@ def list_versions(store: Store, name: str | None = None) -> tuple[VersionInfo, .
 
 def survey_versions(store: Store, name: str | None = None) -> tuple[tuple[VersionInfo, ...], tuple[RegistryError, ...]]:
     """As `list_versions`, with the damaged manifests and refs beside what is whole."""
-    keys = [o.key for o in store.list(MODELS if name is None else model_prefix(name))]
-    versions, refs = select_keys(keys, "manifest"), select_keys(keys, "ref")
+    listed = list(store.list(MODELS if name is None else model_prefix(name)))
+    versions = select_keys((o.key for o in sorted(listed, key=age_of)), "manifest")
+    refs = select_keys((o.key for o in listed), "ref")
     with ThreadPoolExecutor(_READERS) as pool:
         manifests = list(pool.map(lambda pair: _catch(lambda: _read_listed(store, pair[0], pair[1])), versions))
         moves = list(pool.map(lambda pair: _catch(lambda: read_alias(store, pair[0], pair[1])), refs))
@@ -165,8 +168,8 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def check_known(store: Store, name: str) -> list[str]:
-    """The keys of a model. Raises `RegistryError` with a suggestion when it has none."""
-    keys = [o.key for o in store.list(model_prefix(name))]
+    """The keys of a model, versions oldest first. Raises `RegistryError` with a suggestion when it has none."""
+    keys = [o.key for o in sorted(store.list(model_prefix(name)), key=age_of)]
     if not keys:
         names = (o.key.split("/")[1] for o in store.list(MODELS))
         raise RegistryError(f"{store.url}: no model {name!r}{suggest(name, names)}")

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from appliance.errors import RegistryError
 from appliance.registry.history import History
-from appliance.registry.layout import SEAL, Location, locate
+from appliance.registry.layout import SEAL, Location, age_of, locate
 from appliance.registry.moves import Ref
 from appliance.registry.walk import Walk, find_loose
 from appliance.store import StoredObject, Upload
@@ -139,10 +139,11 @@ def _find_checkpoints(walk: Walk, *, live: set[str], age: Age) -> Iterator[Store
 
 
 def _find_versions(walk: Walk, *, live: set[str], age: Age, keep: int) -> Iterator[StoredObject]:
-    """Manifests beyond the newest of each model; versions sort by the time of their commit."""
+    """Manifests beyond the newest of each model."""
     written = {o.key: o.modified for o, _ in walk.select("reflog")}
     named = find_named(walk.history, written=written, now=age.now)
-    for name, members in groupby(walk.select("manifest"), key=lambda pair: pair[1].name):
+    manifests_by_age = sorted(walk.select("manifest"), key=lambda pair: age_of(pair[0]))
+    for name, members in groupby(manifests_by_age, key=lambda pair: pair[1].name):
         manifests: Sequence[tuple[StoredObject, Location]] = list(members)
         if name not in live:
             for stored, at in manifests[: max(0, len(manifests) - keep)]:
