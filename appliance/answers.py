@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from appliance.command import run_command
-from appliance.digest import canonical_json, write_atomic
-from appliance.errors import CommandError, ModelError, RegistryError
+from appliance.digest import canonical_json, digest_folder, write_atomic
+from appliance.errors import CommandError, EvaluationError, ModelError, RegistryError
 from appliance.evaluation import Arm, GenerationJob, Output, build_prompts, generate
 from appliance.example import Example, Message
-from appliance.manifest import decode_manifest
+from appliance.manifest import Manifest, decode_manifest
 from appliance.method import VIRTUAL_TOKENS, FullMethod
 from appliance.model import Base, load_template, resolve_base, set_thinking
 from appliance.recipe import EvaluationSection, Recipe
+from appliance.registry import verify_folder
 from appliance.run import Run, load_run
 
 _BATCH = 16
@@ -50,7 +51,7 @@ class Pulled:
 def load_pulled(folder: Path) -> Pulled:
     """The version that `appliance pull` put into `folder`, or what the run kept there has trained.
 
-    Raises `RegistryError` where there is neither.
+    Raises `RegistryError` where there is neither, and where the files are not those that were recorded.
     """
     home = folder.resolve()
     run = load_run(home)
@@ -61,6 +62,7 @@ def load_pulled(folder: Path) -> Pulled:
         manifest = decode_manifest(file.read_bytes(), source=str(file))
     except OSError as fault:
         raise RegistryError(_describe_missing(folder)) from fault
+    verify_folder(folder, _select_checked(manifest), allow_others=True)
     card = _read_card(home)
     prompt = card.get("data", {}).get("system_prompt")
     return Pulled(
@@ -74,6 +76,13 @@ def load_pulled(folder: Path) -> Pulled:
     )
 
 
+def _select_checked(manifest: Manifest) -> Manifest:
+    """The files that are looked at: no README, which is for people, nor a model's own weights: that takes long."""
+    is_large = manifest.kind == "model"
+    skipped = [f for f in manifest.files if f.path == "README.md" or (is_large and f.path.endswith(".safetensors"))]
+    return manifest.model_copy(update={"files": tuple(f for f in manifest.files if f not in skipped)})
+
+
 def _load_trained(run: Run) -> Pulled:
     """What a run has trained, judged or not."""
     if not run.is_done("train"):
@@ -82,7 +91,7 @@ def _load_trained(run: Run) -> Pulled:
     if not record.get("recipe"):
         message = f"{run.folder}: an earlier release made this run and kept no recipe in it"
         raise RegistryError(f"{message}; publish it and pull the version, or train it again with other --runs")
-    return Pulled(
+    pulled = Pulled(
         folder=run.adapter,
         label=run.folder.name,
         revision=record["base"]["revision"],
@@ -91,6 +100,10 @@ def _load_trained(run: Run) -> Pulled:
         thinking=record["thinking"],
         four_bit=run.is_done("evaluate") and run.read("evaluate").get("four_bit", False),
     )
+    if pulled.is_adapter and digest_folder(run.adapter) != run.read("train")["summary"]["adapter_sha256"]:
+        message = f"{run.adapter}: not what this run has trained; `appliance train RECIPE` makes it again"
+        raise RegistryError(message)
+    return pulled
 
 
 def _describe_missing(folder: Path) -> str:
@@ -151,7 +164,12 @@ def answer(
             precision="auto",
             four_bit=pulled.four_bit,
         )
-        return sorted(generate(job, prompts, note=note), key=lambda o: (int(o.id), o.arm))
+        try:
+            outputs = generate(job, prompts, note=note)
+        except EvaluationError as fault:
+            words = str(fault).removeprefix("evaluation: ").partition("; its log is ")[0]  # which goes with the folder
+            raise EvaluationError(f"{pulled.folder}: no answers: {words}") from fault
+    return sorted(outputs, key=lambda o: (int(o.id), o.arm))
 
 
 def merge(pulled: Pulled, folder: Path, *, base: Base, note: Callable[[str], None]) -> dict[str, float]:

@@ -23,10 +23,11 @@ from tiny import make_recipe, write_base, write_dataset
 
 from appliance import preparation, registry, release
 from appliance.answers import load_pulled
-from appliance.cli import VERBS, appliance
+from appliance.cli import VERBS, appliance, main
 from appliance.cli.common import print_finished
 from appliance.cli.reconcile import _print_outcome as print_outcome
 from appliance.demo.storage import Storage
+from appliance.digest import digest_bytes, digest_folder
 from appliance.errors import RegistryError
 from appliance.pipeline import Finished, run_recipe
 from appliance.preparation import Origin, Workspace
@@ -361,14 +362,51 @@ def test_what_was_just_trained_is_loaded_from_its_run_folder_or_the_adapter_in_i
     run.finish("prepare", recipe=kept, base=base, system_prompt="Name the colour.", thinking="off")
     with pytest.raises(RegistryError, match="not trained yet; `appliance train RECIPE`"):
         load_pulled(run.folder)
-    run.finish("train", summary={})
+    (run.adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    run.finish("train", summary={"adapter_sha256": digest_folder(run.adapter)})
     for folder in (run.folder, run.adapter):
         pulled = load_pulled(folder)
         assert (pulled.folder, pulled.revision, pulled.is_adapter) == (run.adapter, "r1", True)
         assert (pulled.recipe, pulled.system_prompt, pulled.thinking) == (recipe, "Name the colour.", "off")
+    (run.adapter / "adapter_model.safetensors").write_bytes(b"w")
+    with pytest.raises(RegistryError, match=r"not what this run has trained; `appliance train RECIPE` makes it again"):
+        load_pulled(run.folder)
     run.amend("prepare", recipe=None)
     with pytest.raises(RegistryError, match=r"an earlier release .* kept no recipe"):
         load_pulled(run.folder)
+
+
+def test_a_damaged_version_answers_nothing(tmp_path: Path) -> None:
+    """A pulled version's files are those of its manifest, or the one that is not is named; a README is anybody's."""
+    names = ("adapter_model.safetensors", "card/card.json", "README.md")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"{}")
+    record = json.loads(next((ROOT / "tests" / "fixtures" / "manifests").glob("*.json")).read_bytes())
+    record["files"] = [{"path": n, "size": 2, "sha256": digest_bytes(b"{}")} for n in names]
+    (tmp_path / "manifest.json").write_text(json.dumps(record))
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine")
+    assert load_pulled(tmp_path).is_adapter
+    for name in names[:2]:
+        (tmp_path / name).write_bytes(b"[]")
+        with pytest.raises(RegistryError, match=rf"recorded: {name}: SHA-256 .*; make or pull them again"):
+            load_pulled(tmp_path)
+        (tmp_path / name).write_bytes(b"{}")
+
+
+def test_a_generation_that_fails_says_why_and_names_no_log_that_is_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The child's last words, and the folder that was asked; its log goes with the folder that it was in."""
+    run = write_run(tmp_path)
+    write_base(run.adapter)
+    (run.adapter / "model.safetensors").write_bytes(b"torn")
+    assert main(["generate", str(run.folder), "--prompt", "red"]) == 1
+    said = capsys.readouterr().err
+    assert f"error: {run.adapter}: no answers: " in said
+    assert "eader" in said, "safetensors' own word for it"
+    assert "log" not in said
 
 
 def write_run(folder: Path) -> Run:
