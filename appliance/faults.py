@@ -34,6 +34,7 @@ _KINDS = {
 _HELD = {type(None): "nothing", list: "a list", str: "text"}
 _SHORT = {"lr": "learning_rate"}  # what others call a key, where no letter tells
 _LISTED = 8
+_NO_RECIPES = ("prices.yaml", "dataset.yaml")
 _TYPES = ("bool", "str", "int", "float")  # members of a union, in pydantic's locations
 Model = type[BaseModel]
 
@@ -159,7 +160,7 @@ def join_path(path: tuple[str | int, ...]) -> str:
 def suggest_recipes(path: Path) -> str:
     """What to give in place of a recipe that is not there: one whose name is close, or those that there are."""
     folders = (path, path / "recipes") if path.is_dir() else (path.parent, path.parent / "recipes")
-    found = [p for folder in folders for p in sorted(folder.glob("*.yaml")) if p != path and p.name != "prices.yaml"]
+    found = [p for folder in folders for p in sorted(folder.glob("*.yaml")) if p != path and p.name not in _NO_RECIPES]
     close = difflib.get_close_matches(path.stem, [p.stem for p in found], n=1)
     if close:
         return f"did you mean {next(p for p in found if p.stem == close[0])}?"

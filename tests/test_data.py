@@ -31,12 +31,12 @@ from appliance.data import rows as rows_module
 from appliance.data.check import _check_duplicates, _check_prompts, _check_text, _check_turns
 from appliance.data.findings import Finding
 from appliance.digest import digest_folder
-from appliance.errors import DatasetError, TrainingError
+from appliance.errors import DatasetError, RecipeError, TrainingError
 from appliance.evaluation import Result, judge
 from appliance.example import Example, Message
 from appliance.model import load_template
 from appliance.preparation import Workspace, check_recipe
-from appliance.recipe import GateSection, Recipe, SplitSection
+from appliance.recipe import GateSection, Recipe, SplitSection, load_recipe
 from appliance.training import build_rows
 
 SPLIT = SplitSection()
@@ -309,6 +309,31 @@ def test_a_folder_of_datasets_names_them(tmp_path: Path) -> None:
     write_dataset(tmp_path / "datasets" / "r")
     (finding,) = check_dataset(tmp_path / "datasets").errors
     assert str(finding).endswith(f"[missing] no rows, but folders of rows; name one: {tmp_path / 'datasets' / 'r'}")
+
+
+def test_a_file_is_answered_with_its_folder(tmp_path: Path) -> None:
+    """Who gives a file of rows, or a folder of them for a recipe, is told what to give, not what to pull."""
+    folder = write_dataset(tmp_path / "d")
+    (finding,) = check_dataset(folder / "rows.jsonl").errors
+    assert str(finding) == (
+        f"{folder / 'rows.jsonl'}: [missing] a file, expected the folder of a dataset; "
+        f"name the folder that it is in, {folder}"
+    )
+    with pytest.raises(RecipeError, match=r"; give the path of a recipe, a \*\.yaml$"):
+        load_recipe(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "\xff", '{"prompt": "q", "completion": "a"}', None])
+def test_rows_that_cannot_be_read_are_not_counted(tmp_path: Path, content: str | None) -> None:
+    """Beside what is wrong with the rows nobody is told to collect more of them, nor what so few of them show."""
+    rows = write_dataset(tmp_path / "d") / "rows.jsonl"
+    if content is None:
+        rows.rename(rows.with_suffix(".csv"))
+    else:
+        rows.write_text(f"{content}\n" * 60 + "".join(rows.read_text().splitlines(keepends=True)[:20]), "latin-1")
+    report = check_dataset(tmp_path / "d", split=SPLIT, gates=GateSection())
+    assert report.errors
+    assert not {f.rule for f in report.findings} & {"volume", "test-size"}
 
 
 def test_without_a_recipe_nothing_is_said_of_its_split(tmp_path: Path) -> None:

@@ -72,6 +72,8 @@ def check_dataset(folder: Path, *, split: SplitSection | None = None, gates: Gat
     for rule in _RULES:
         findings += rule(dataset)
     counts = _count(dataset, split)
+    if any(f.severity == "error" for f in unreadable):  # how many rows there are is known once they can be read
+        return Report(dataset, tuple(findings), counts)
     findings += _check_volume(dataset)
     if split is not None and gates is not None:
         findings += _check_test_rows(dataset, split, gates=gates)

@@ -93,10 +93,12 @@ class Dataset:
 
 def read_dataset(folder: Path) -> tuple[Dataset | None, tuple[Finding, ...]]:
     """The rows that can be read, and a finding for everything that cannot; no dataset without a card."""
+    if folder.is_file():
+        fix = f"name the folder that it is in, {folder.parent}"
+        return None, (_fault("missing", folder, "a file, expected the folder of a dataset", fix),)
     if not folder.is_dir():
-        message = "a file, not a folder" if folder.exists() else "no such folder"
         fix = "run `dvc pull`, correct dataset.path in the recipe, or start in the repository's root (--root)"
-        return None, (_fault("missing", folder, message, fix),)
+        return None, (_fault("missing", folder, "no such folder", fix),)
     read: dict[str, str] = {}
     card, findings = _read_card(folder / "dataset.yaml", read)
     files = sorted(f for f in folder.glob("*.jsonl") if not f.name.startswith("."))  # as in `digest_folder`
