@@ -53,6 +53,13 @@ image-test: .venv/ready .cache/act/bin/act .cache/podman-compose/bin/podman-comp
 	@$(PYTHON) -m pytest -m 'image and not slow' --timeout 2400 tests/test_image.py tests/test_compose.py tests/test_sts.py tests/test_e2e.py $(ARGS)
 	@$(PYTHON) benchmarks/image.py
 
+.cache/llama.cpp/ready: .ci/servers .venv/ready
+	@.ci/servers
+
+.PHONY: serving-test
+serving-test: .venv/ready .cache/llama.cpp/ready  ## Serve what was trained by vLLM and llama.cpp, on the CPU (3 GB of packages)
+	@$(PYTHON) -m pytest -m serving --timeout 1800 tests/test_serving.py $(ARGS)
+
 .PHONY: image-test-cuda
 image-test-cuda: .venv/ready  ## The same with CUDA, by argument alone: 3 GB of packages
 	@$(PYTHON) -m pytest -m 'image and slow' --timeout 3600 tests/test_image.py $(ARGS)

@@ -44,6 +44,7 @@ FAST: list[dict[str, Any]] = [
     {"type": "lora", "rank": 4, "variant": "dora"},
     {"type": "lora", "rank": 4, "variant": "pissa"},
     {"type": "lora", "rank": 4, "variant": "mica"},
+    {"type": "lora", "rank": 3, "variant": "rslora"},
     {"type": "qlora", "rank": 4},
     {"type": "qlora", "rank": 4, "variant": "loftq"},
     {"type": "prompt-tuning", "tokens": 12, "init": "text", "text": "colour:"},
@@ -150,6 +151,7 @@ def check_method_learns(base: Path, folder: Path, method: dict[str, Any]) -> Non
         config = (done.job.adapter / "adapter_config.json").read_text()
         assert str(base) not in config
         assert str(folder) not in config
+        assert not json.loads(config).get("use_rslora"), "llama.cpp and Ollama know the scale alpha / rank alone"
     effect = float((tuned - untouched).abs().max())
     rounding = float((tuned - read_logits(done.model.eval(), base)).abs().max())
     assert effect > 0.01

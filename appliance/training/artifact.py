@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import resource
 import shutil
 from pathlib import Path
@@ -62,7 +63,8 @@ def save_artifact(model: Any, job: TrainingJob, *, start: Weights, weights: Weig
 def _normalise_config(file: Path, *, base_name: str, is_difference: bool) -> None:
     """No path of this machine, and sets in one order, so that equal adapters have equal digests.
 
-    A difference to a start has twice the rank, at the same scale alpha / rank.
+    A difference to a start has twice the rank, at the same scale alpha / rank. The scale alpha / sqrt(rank) of rslora
+    is written as alpha / rank, too: llama.cpp and Ollama know no other, and would apply another one without a word.
     """
     config = json.loads(file.read_text("utf-8"))
     config["base_model_name_or_path"] = base_name
@@ -70,6 +72,9 @@ def _normalise_config(file: Path, *, base_name: str, is_difference: bool) -> Non
         config["tokenizer_name_or_path"] = base_name
     if is_difference:
         config |= {"init_lora_weights": True, "r": 2 * config["r"], "lora_alpha": 2 * config["lora_alpha"]}
+    if config.get("use_rslora") and not config["rank_pattern"] and not config["alpha_pattern"]:
+        alpha = config["lora_alpha"] * math.sqrt(config["r"])
+        config |= {"use_rslora": False, "lora_alpha": int(alpha) if alpha.is_integer() else alpha}
     for key, value in config.items():
         if isinstance(value, list) and all(isinstance(v, str) for v in value):
             config[key] = sorted(value)
