@@ -25,7 +25,7 @@ def main() -> int:
     """Lint all; 1 when a linter found something."""
     files = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
     zizmor = [TOOLS / "zizmor", "--offline", "--quiet", "--persona", "pedantic", *files]
-    scripts = [ROOT / ".github" / "scripts" / "appliance", ROOT / ".ci" / "run", ROOT / ".ci" / "setup"]
+    scripts = [ROOT / ".github/scripts/appliance", *(ROOT / ".ci" / n for n in ("run", "servers", "setup"))]
     codes = [run(*zizmor), run(TOOLS / "shellcheck", *scripts), run(TOOLS / "hadolint", "Dockerfile")]
     codes += [check_blocks(files), run_actionlint(files)]
     return int(any(codes))
