@@ -33,7 +33,7 @@ _KINDS = {
 }
 _HELD = {type(None): "nothing", list: "a list", str: "text"}
 _SHORT = {"lr": "learning_rate"}  # what others call a key, where no letter tells
-_LISTED = 8
+_LISTED, _SHOWN = 8, 120
 _NO_RECIPES = ("prices.yaml", "dataset.yaml")
 _TYPES = ("bool", "str", "int", "float")  # members of a union, in pydantic's locations
 Model = type[BaseModel]
@@ -62,11 +62,18 @@ def describe_fault(error: Any, *, model: Model, lines: Lines, source: str) -> st
         return f"{source}:{line}: {key}.type: found {tag!r}, which is no {key}; {_hint_form(tag, _FORMS_OF[key])}"
     key = key or "the file"
     if error["type"] == "value_error":
-        found = f"found {error['input']!r}: " if not isinstance(error["input"], dict | BaseModel | None) else ""
+        has_value = not isinstance(error["input"], dict | BaseModel | None)
+        found = f"found {_quote(error['input'])}: " if has_value else ""
         text = error["msg"].removeprefix("Value error, ").removeprefix(f"{key}: ")
         return f"{where}: {key}: {found}{text}"
-    found = "nothing" if error["input"] is None else repr(error["input"])
+    found = "nothing" if error["input"] is None else _quote(error["input"])
     return f"{where}: {key}: found {found}, expected {_describe_expected(error, model)}"
+
+
+def _quote(value: Any) -> str:
+    """A value as Python writes it, its middle left out where it is long."""
+    found = repr(value)
+    return found if len(found) <= _SHOWN else f"{found[: _SHOWN - 20]}…{found[-19:]}"
 
 
 def name_kind(value: Any) -> str:
