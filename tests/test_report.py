@@ -168,6 +168,21 @@ def test_an_alpha_that_is_left_out_is_the_one_that_was_trained_with() -> None:
     assert "alpha" not in prefix
 
 
+def test_rows_in_groups_are_told_above_the_scores() -> None:
+    """Who reads how many rows were tested reads how many are independent; earlier cards have no number of them."""
+    card = make_card()
+    for groups, title in (
+        (30, "120 held-out test rows in 30 groups"),
+        (120, "120 held-out test rows"),
+        (None, "120 held"),
+    ):
+        verdict = card["verdict"]
+        known = {k: v for k, v in verdict["comparison"].items() if k != "groups"}
+        told = {**card, "verdict": {**verdict, "comparison": known | ({"groups": groups} if groups else {})}}
+        assert f"<h2>{title}" in render_html(told)
+        assert f"## {title}" in render_markdown(told)
+
+
 def test_the_verdict_is_a_sentence() -> None:
     """What stands after the full stop begins with a capital."""
     assert re.search(r"\*\*Verdict: ship\.\*\* [A-Z]", render_markdown(make_card()))

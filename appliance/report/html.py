@@ -20,6 +20,7 @@ from appliance.report.words import (
     say_percent,
     say_reasons,
     say_share,
+    title_rows,
 )
 
 _CONTEXT_LIMIT = 600
@@ -75,7 +76,7 @@ def _render_arms(card: dict[str, Any]) -> str:
     names = (verdict["metric"].replace("_", " "), "keeps contract", "field F1", "prompt tokens", "cut off")
     head = "<th>arm</th><th></th>" + "".join(f"<th class='n'>{escape(n)}</th>" for n in names)
     return (
-        f"<section><h2>{verdict['n']} held-out test rows</h2><div class='scroll'><table><thead><tr>{head}</tr></thead>"
+        f"<section><h2>{title_rows(verdict)}</h2><div class='scroll'><table><thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div></section>"
     )
 

@@ -17,6 +17,7 @@ from appliance.report.words import (
     say_percent,
     say_reasons,
     say_share,
+    title_rows,
 )
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#])")
@@ -77,7 +78,7 @@ def _render_arms(card: dict[str, Any]) -> str:
             say_percent(arm["length_stops"]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return f"## {verdict['n']} held-out test rows\n\n" + "\n".join(lines)
+    return f"## {title_rows(verdict)}\n\n" + "\n".join(lines)
 
 
 def _render_slices(card: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from appliance.manifest import begin_version
@@ -39,6 +39,12 @@ def say_percent(value: float | None) -> str:
 def say_share(value: float | None) -> str:
     """A score between 0 and 1 with three decimals."""
     return DASH if value is None else f"{value:.3f}"
+
+
+def title_rows(verdict: Mapping[str, Any]) -> str:
+    """How many rows the arms answered; those of one group are one observation, which earlier releases did not count."""
+    groups = verdict["comparison"].get("groups", verdict["n"])
+    return f"{verdict['n']} held-out test rows" + (f" in {groups} groups" if groups != verdict["n"] else "")
 
 
 def say_interval(interval: list[float] | None) -> str:
