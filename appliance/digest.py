@@ -90,28 +90,24 @@ def stage_file(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
+    fsync_path(path.parent)
 
 
 def rename_whole(staged: Path, folder: Path) -> None:
     """Give a folder that is complete the name that is trusted, which a power cut leaves to all of it or to none."""
     fsync_all(staged)
     staged.rename(folder)
-    fsync_folder(folder.parent)
+    fsync_path(folder.parent)
 
 
 def fsync_all(folder: Path) -> None:
     """Make every file and every name below `folder` durable."""
     for path in (folder, *folder.rglob("*")):
-        _fsync(path)
+        fsync_path(path)
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable (a rename survives a power cut only after this)."""
-    _fsync(folder)
-
-
-def _fsync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
+    """Make a file durable, or the names in a folder (a rename survives a power cut only after this)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

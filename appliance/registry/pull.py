@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from appliance.digest import fsync_folder, write_atomic
+from appliance.digest import fsync_path, write_atomic
 from appliance.errors import NotFoundError, RegistryError, StoreError
 from appliance.manifest import FileEntry, Manifest, decode_manifest
 from appliance.registry.folder import verify_folder
@@ -110,7 +110,7 @@ def _fetch(store: Store, manifest: Manifest, content: bytes, *, folder: Path, he
         else:
             _check_own(place, held)
             _swap(staged, place)
-        fsync_folder(place.parent)
+        fsync_path(place.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

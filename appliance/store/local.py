@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from appliance.digest import digest_bytes, digest_file, fsync_folder
+from appliance.digest import digest_bytes, digest_file, fsync_path
 from appliance.errors import NotFoundError, PreconditionFailedError, StoreError
 from appliance.store.base import StoredObject, Upload, check_key
 from appliance.store.fetching import describe_disk_fault, write_verified
@@ -118,7 +118,7 @@ class LocalStore:
                 if only is not None and target.exists() and not _is_same(target, only):
                     raise PreconditionFailedError(f"{self.url}/{key}: was written again meanwhile")
                 target.unlink(missing_ok=True)
-                fsync_folder(target.parent)
+                fsync_path(target.parent)
 
     def list_uploads(self) -> Iterator[Upload]:
         """See `Store.list_uploads`; here they are temporary files."""
@@ -156,7 +156,7 @@ class LocalStore:
             if fault.errno not in (errno.EPERM, errno.EOPNOTSUPP):
                 raise
             raise StoreError(f"{self.url}: this file system has no hard links; put the store on another one") from fault
-        fsync_folder(target.parent)
+        fsync_path(target.parent)
 
     def _replace(self, temporary: Path, target: Path, *, key: str, if_match: str | None) -> None:
         _make_folder(target.parent)
@@ -164,7 +164,7 @@ class LocalStore:
             if if_match is not None and (not target.is_file() or digest_file(target) != if_match):
                 raise PreconditionFailedError(f"{self.url}/{key}: was changed by another writer")
             temporary.replace(target)
-            fsync_folder(target.parent)
+            fsync_path(target.parent)
 
     def _find_equal(self, key: str, path: Path, *, sha256: str) -> StoredObject | None:
         """The object under `key` if it is this file, `None` if absent. Raises `StoreError` if it is another."""
@@ -231,4 +231,4 @@ def _make_folder(folder: Path) -> None:
             each.mkdir(exist_ok=True)
         except FileNotFoundError as fault:  # its parent is there: the file system makes no folders, as /proc
             raise StoreError(f"{each}: no folder can be made here; choose another one for the store") from fault
-        fsync_folder(each.parent)
+        fsync_path(each.parent)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from appliance.digest import canonical_json, digest_file, fsync_all, fsync_folder, list_files, write_atomic
+from appliance.digest import canonical_json, digest_file, fsync_all, fsync_path, list_files, write_atomic
 from appliance.errors import TrainingError
 
 SEAL = "sealed.json"
@@ -73,7 +73,7 @@ def seal_checkpoint(folder: Path, *, fingerprint: Mapping[str, str], facts: Fact
         "facts": asdict(facts),
     }
     write_atomic(folder / SEAL, canonical_json(seal))
-    fsync_folder(folder.parent)
+    fsync_path(folder.parent)
 
 
 def make_readable(folder: Path) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from appliance.digest import digest_bytes, fsync_folder, list_files, write_atomic
+from appliance.digest import digest_bytes, fsync_path, list_files, write_atomic
 from appliance.errors import DeviceError, InterruptedRunError, PreconditionFailedError, StoreError
 from appliance.manifest import check_relative_path
 from appliance.store import Store
@@ -101,7 +101,7 @@ def _fetch_one(mirror: Mirror, name: str, target: Path, *, fingerprint: Mapping[
         write_atomic(staged / SEAL, content)
         remove_checkpoint(target)
         staged.rename(target)
-        fsync_folder(target.parent)
+        fsync_path(target.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
