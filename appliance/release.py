@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from appliance import registry
@@ -18,10 +17,6 @@ from appliance.preparation import Origin, Prepared, Workspace, read_versions
 from appliance.recipe import Recipe
 from appliance.run import Run
 from appliance.store import Store
-
-_SHIPPED = "verdict ship"
-# The reasons of the moves made here: of this release with the commit that HEAD was, of earlier ones without.
-_MADE_BY_VERDICT = re.compile(r"verdict ship(?:; HEAD ([0-9a-f]{40}) asks for it(?: again)?)?")
 
 
 def find_champion(prepared: Prepared, workspace: Workspace, store: Store) -> str | None:
@@ -93,11 +88,13 @@ def name_versions(run: Run) -> dict[str, str]:
 class Standing:
     """Where a recipe's alias should be: `target` is the version that it is to move to, empty where it stays.
 
+    `asked_by` is the commit that wants it there and `reason` what the history says of it.
     `note` says what a person should know: that it goes back, or that it is not at what HEAD asks for, and why.
     """
 
     current: registry.AliasMove | None
     target: str = ""
+    asked_by: str | None = None
     reason: str = ""
     note: str = ""
 
@@ -126,6 +123,7 @@ def promote_by_verdict(
             reason=standing.reason,
             at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             expected=current.version if current else "nothing",
+            asked_by=standing.asked_by,
         )
     return (alias if current is not None and current.version == version else ""), standing.note
 
@@ -169,11 +167,12 @@ def _judge_asked(
     if not target or (current is not None and current.version == target):
         return Standing(current)
     head = origin.head or origin.commit or manifest.git_commit
-    reason = f"{_SHIPPED}; HEAD {head} asks for it" if head else _SHIPPED
+    reason = f"verdict ship; HEAD {head} asks for it" if head else "verdict ship"
+    moves = Standing(current, target, asked_by=head, reason=reason)
     if current is None:
-        return Standing(current, target, reason)
+        return moves
     there = registry.load_manifest(store, name, current.version)
-    asked = _read_asker(current) or there.git_commit
+    asked = current.asked_by or there.git_commit
     where = f"{alias} is at {current.version}"
     if _is_ancestor(head, asked, root=root):
         return Standing(current, note=f"{where}, which the newer commit {str(asked)[:12]} asked for; it stays")
@@ -190,12 +189,12 @@ def _judge_asked(
         why = "" if is_compared else f"{target} was compared with {parent or 'no version in use'}"
         if asked and not why and _has_commit(head, root=root) and not _has_commit(asked, root=root):
             why = f"this clone lacks the commit {asked[:12]} that asked for it (`git fetch`, then reconcile again)"
-        return Standing(current, note=f"{where}, and {why}; {move_it}") if why else Standing(current, target, reason)
+        return Standing(current, note=f"{where}, and {why}; {move_it}") if why else moves
     if there.run_key == manifest.run_key:
         return Standing(current)
-    if _MADE_BY_VERDICT.fullmatch(current.reason) and _is_ancestor(asked, head, root=root):
+    if current.asked_by and _is_ancestor(asked, head, root=root):
         note = f"{alias} goes back from {current.version} to {target}, which HEAD asks for again"
-        return Standing(current, target, f"{reason} again", note)
+        return replace(moves, reason=f"{reason} again", note=note)
     said = f"{where} ({current.actor}: {current.reason}), HEAD asks for {target}; {move_it}"
     return Standing(current, note=said)
 
@@ -209,12 +208,6 @@ def _find_shipped(store: Store, manifest: Manifest) -> str:
     """The newest version of the same recipe, data and base that ships; empty without one."""
     versions = registry.list_versions(store, manifest.name)
     return registry.select_run([v for v in versions if v.verdict == "ship"], manifest.run_key) or ""
-
-
-def _read_asker(move: registry.AliasMove) -> str | None:
-    """The commit whose reconcile made the move; `None` where a person did, or an earlier release."""
-    found = _MADE_BY_VERDICT.fullmatch(move.reason)
-    return found[1] if found else None
 
 
 def _has_commit(commit: str | None, *, root: Path) -> bool:

@@ -83,7 +83,9 @@ def test_a_revert_takes_the_alias_back(project: Project, tmp_path: Path) -> None
     assert (outcome.action, outcome.reason) == ("none", planned.reason)
     assert outcome.finished is not None
     assert outcome.finished.alias == "production"
-    assert (project.alias(), read_move(project).reason) == (older, f"verdict ship; HEAD {asker} asks for it again")
+    move = read_move(project)
+    assert (project.alias(), move.asked_by) == (older, asker)
+    assert move.reason == f"verdict ship; HEAD {asker} asks for it again"
     (settled,) = project.reconcile()
     assert settled.reason == f"{older} was made from this recipe, data and base"
     revert(project)
@@ -206,20 +208,22 @@ def test_two_pushes_in_quick_succession_end_at_the_newer_one(project: Project, t
     assert project.alias() == older
 
 
-def test_a_move_of_an_earlier_release_counts_by_its_versions_commit(project: Project, tmp_path: Path) -> None:  # noqa: F811
-    """Its reason names no commit; a revert takes the alias back all the same, an older checkout does not."""
-    older, newer = ship(project, tmp_path, 2), publish_after(project, tmp_path, 3)
+def test_a_persons_move_is_one_whatever_its_reason_says(project: Project, tmp_path: Path) -> None:  # noqa: F811
+    """A move counts as a verdict's by the commit recorded in it, not by its words: a revert leaves a person's."""
+    ship(project, tmp_path, 2)
+    newer = publish_after(project, tmp_path, 3)
     registry.promote(
         project.store, name="colours", version=newer, alias="production",
-        actor="ci", reason="verdict ship", at="2026-01-01T00:00:00Z",
+        actor="ann", reason=f"verdict ship; HEAD {head(project)} asks for it", at="2026-01-01T00:00:00Z",
     )  # fmt: skip
     project.run("git", "checkout", "--quiet", "--detach", "HEAD~1")
     project.reconcile()
-    assert project.alias() == newer
+    assert project.alias() == newer, "an older checkout moves nothing: a person's move counts by its version's commit"
     project.run("git", "checkout", "--quiet", "main")
     revert(project)
-    project.reconcile()
-    assert project.alias() == older
+    (told,) = project.reconcile()
+    assert project.alias() == newer
+    assert "to move it: `appliance promote colours@" in told.reason
 
 
 def publish_after(project: Project, folder: Path, epochs: int) -> str:  # noqa: F811

@@ -109,7 +109,7 @@ def _follow(store: Store, name: str, alias: str) -> Iterator[tuple[registry.Alia
 
 
 def _to_json(move: registry.AliasMove, before: str | None) -> dict[str, Any]:
-    facts = move.model_dump(include={"alias", "seq", "at", "actor", "reason", "forced"})
+    facts = move.model_dump(include={"alias", "seq", "at", "actor", "reason", "forced", "asked_by"})
     return {**facts, "from": before, "to": move.version}
 
 

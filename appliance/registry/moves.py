@@ -20,7 +20,10 @@ from appliance.store import Store
 
 
 class AliasMove(BaseModel):
-    """`alias` of `name` moved to `version` as its `seq`-th move (from 1), by `actor`, because of `reason`."""
+    """`alias` of `name` moved to `version` as its `seq`-th move (from 1), by `actor`, because of `reason`.
+
+    `asked_by` is the commit that a verdict moved it for, `None` where a person did.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
     schema_version: Literal[1] = Field(1, alias="schema")
@@ -35,6 +38,7 @@ class AliasMove(BaseModel):
     reason: str
     at: str
     forced: bool = False
+    asked_by: str | None = Field(None, pattern=r"^[0-9a-f]{40,64}$")
 
     def encode(self) -> bytes:
         """The canonical bytes: content of the ref and of its reflog entry."""

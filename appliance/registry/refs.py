@@ -48,14 +48,16 @@ def promote(
     at: str,
     force: bool = False,
     expected: str | None = None,
+    asked_by: str | None = None,
     op_id: str | None = None,
 ) -> AliasMove:
     """Point `alias` at `version` and return the move; an alias that is there already is left alone.
 
     Only a version whose verdict is `ship` is accepted, others with `force`. With `expected` the alias
     must point at that version now; without it a new alias that reads like one of the model's is refused.
-    `at` is a UTC time; `op_id` identifies the call over retries and is made when not given. Raises
-    `RegistryError` when refused (nothing is written then), `StoreError`.
+    `asked_by` is the commit that a verdict moves it for; a person's move has none. `at` is a UTC time; `op_id`
+    identifies the call over retries and is made when not given. Raises `RegistryError` when refused (nothing is
+    written then), `StoreError`.
     """
     check_format(store)
     ref_key(name, alias)
@@ -72,6 +74,7 @@ def promote(
         reason=reason,
         at=at,
         forced=force,
+        asked_by=asked_by,
     )
     _check_alive(store, wanted)
     if expected is None:
