@@ -314,6 +314,23 @@ def test_another_repositorys_training_is_not_a_left_over(folder: Path) -> None:
         assert len(list((folder / "left").iterdir())) == left
 
 
+def test_jobs_of_runners_that_number_processes_alike_have_names_of_their_own(folder: Path) -> None:
+    """Two runners in containers share a home and an engine, and both jobs are process 2 or so of theirs."""
+    own = ["unshare", "--user", "--map-root-user", "--pid", "--fork"]
+    if shutil.which("unshare") is None or subprocess.run([*own, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("needs namespaces of processes, which this system does not give to its users")
+    write_program(folder, "docker", 'case $1 in run) echo "$4 $PPID" ;; esac')
+    env = {"PATH": f"{folder / 'bin'}:/usr/local/bin:/usr/bin:/bin", "HOME": str(folder), "APPLIANCE_IMAGE": IMAGE}
+    env["GITHUB_RUN_ID"] = "7"
+    jobs = [
+        subprocess.run([*own, str(SCRIPT), "list"], cwd=folder, env=env, check=True, capture_output=True, text=True)
+        for _ in range(2)
+    ]
+    (one, first), (other, second) = (job.stdout.split() for job in jobs)
+    assert first == second
+    assert one != other
+
+
 def test_the_code_of_a_stopped_container_is_told_when_it_ends_before_the_stop_does(folder: Path) -> None:
     """`docker stop` returns after the container is gone: 33 (resume) must not become the shell's own 143."""
     write_program(
