@@ -200,8 +200,7 @@ def merge(pulled: Pulled, folder: Path, *, base: Base, note: Callable[[str], Non
         staged.chmod(0o755)
         staged.rename(folder)
     except CommandError as fault:
-        last = str(fault).splitlines()[-1].removeprefix(f"{ModelError.__module__}.{ModelError.__name__}: ")
-        raise ModelError(f"{pulled.label}: cannot be merged into {base.model}: {last}") from fault
+        raise ModelError(f"{pulled.label}: cannot be merged into {base.model}: {fault.last_line}") from fault
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return figures

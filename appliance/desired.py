@@ -180,7 +180,7 @@ def _describe_no_commit(root: Path) -> str:
     try:
         run_command(["git", "rev-parse", "--git-dir"], cwd=root, env={"LC_ALL": "C"})
     except CommandError as fault:
-        last = str(fault).splitlines()[-1]
+        last = fault.last_line
         where = "start in the team's repository, or name it with --root; `appliance init` makes one"
         return f"not a Git repository; {where}" if "not a git repository" in last else f"Git cannot read it: {last}"
     try:

@@ -9,6 +9,7 @@ A stop signal is no failure: nothing that handles failures, here or in a library
 from __future__ import annotations
 
 import errno
+import re
 
 
 class ApplianceError(Exception):
@@ -59,6 +60,11 @@ class NotFoundError(StoreError):
 
 class CommandError(ApplianceError):
     """An external program (git, dvc, a worker) is missing or failed."""
+
+    @property
+    def last_line(self) -> str:
+        """What the program said last, without the name of an error of this module that ended it."""
+        return re.sub(rf"^{re.escape(__name__)}\.\w+: ", "", str(self).strip().splitlines()[-1])
 
 
 class InterruptedRunError(BaseException):

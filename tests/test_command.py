@@ -18,9 +18,9 @@ from test_training import make_job, quiet
 from tiny import write_base
 
 from appliance import command
-from appliance.command import WorkerEnd, count_memory_kills, run_worker
+from appliance.command import WorkerEnd, count_memory_kills, run_command, run_worker
 from appliance.digest import write_atomic
-from appliance.errors import DeviceError, TrainingError
+from appliance.errors import CommandError, DeviceError, TrainingError
 from appliance.training import TrainingJob, launch, train
 
 EVENTS = "low 0\nhigh 0\nmax 12\noom 3\noom_kill {kills}\noom_group_kill 0\n"
@@ -51,6 +51,20 @@ def test_the_kernels_kills_are_those_of_the_own_cgroup(events: Path, tmp_path: P
     own.write_text("0::/\n")
     (events.parents[2] / "memory.events").write_text("low 0\nhigh 0\n")
     assert count_memory_kills() == 0, "a kernel before 4.13"
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("from appliance.errors import ModelError; raise ModelError('base: copy it again')", "base: copy it again"),
+        ("raise ValueError('no such thing')", "ValueError: no such thing"),
+    ],
+)
+def test_what_a_program_said_last_has_no_name_of_our_errors(program: str, said: str) -> None:
+    """It goes into the message of another error; a bug's own name stays."""
+    with pytest.raises(CommandError) as caught:
+        run_command([sys.executable, "-c", program])
+    assert caught.value.last_line == said
 
 
 KILLED = "import os; os.write(os.open({path!r}, os.O_WRONLY | os.O_TRUNC), {text!r}); os.kill(os.getpid(), {number})"

@@ -238,7 +238,7 @@ def _explain(subject: str, fault: CommandError) -> DatasetError:
         for mark, words in reasons:
             if mark in text:
                 return kind(f"{subject}: {words}")
-    return DatasetError(f"{subject}: {text.splitlines()[-1]}")
+    return DatasetError(f"{subject}: {fault.last_line}")
 
 
 def _digest_md5(file: Path) -> str:

@@ -187,8 +187,9 @@ def _convert(path: Path, folder: Path, *, model: str) -> None:
             env={"TQDM_DISABLE": "1"},
         )
     except CommandError as fault:
-        last = str(fault).splitlines()[-1].removeprefix(f"{ModelError.__module__}.{ModelError.__name__}: ")
-        raise ModelError(f"base model {model}: {path} cannot be converted ({last}); is it complete?") from fault
+        raise ModelError(
+            f"base model {model}: {path} cannot be converted ({fault.last_line}); is it complete?"
+        ) from fault
 
 
 def _resolve_hub(model: str, *, revision: str, cache: Path, note: Note) -> Base:

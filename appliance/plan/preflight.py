@@ -59,8 +59,10 @@ def probe_torch() -> dict[str, Any]:
         found: dict[str, Any] = json.loads(
             run_command([sys.executable, "-m", "appliance.plan.probe"], timeout_s=_PROBE_S)
         )
-    except (CommandError, ValueError) as fault:
-        return {"fault": str(fault).strip().splitlines()[-1]}
+    except CommandError as fault:
+        return {"fault": fault.last_line}
+    except ValueError as fault:
+        return {"fault": str(fault)}
     return found
 
 
@@ -133,7 +135,8 @@ def _check_program(name: str, *command: str) -> Check:
         found = run_command([*command, "--version"], timeout_s=60.0).strip().splitlines()[0]
     except (CommandError, IndexError) as fault:
         what = "the appliance's extra 'data'" if name == "dvc" else name
-        return Check(name, "fault", str(fault).splitlines()[-1], f"install {what}, or use the image")
+        said = fault.last_line if isinstance(fault, CommandError) else "it names no version"
+        return Check(name, "fault", said, f"install {what}, or use the image")
     return Check(name, "ok", found.removeprefix(f"{name} version "))
 
 
