@@ -463,17 +463,21 @@ def test_a_compiled_layer_serves_batches_of_any_size(
     reset()
 
 
-def compile_wrongly(module: Any, inputs: Any) -> Any:
-    """A compiler that halves the gradients of every layer's outputs, and gives the right outputs."""
+def use_compiler(monkeypatch: pytest.MonkeyPatch, *, keeps: float) -> None:
+    """In the place of torch's, one that gives the right outputs and keeps so much of each layer's gradients."""
 
-    def run(*values: Any) -> Any:
-        outputs = module(*values)
-        for output in outputs:
-            if torch.is_tensor(output) and output.requires_grad:
-                output.register_hook(lambda gradient: gradient / 2)
-        return outputs
+    def build(module: Any, _inputs: Any) -> Any:
+        def run(*values: Any) -> Any:
+            outputs = module(*values)
+            for output in outputs:
+                if torch.is_tensor(output) and output.requires_grad:
+                    output.register_hook(lambda gradient: gradient * keeps)
+            return outputs
 
-    return run
+        return run
+
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **o: compiled(self, backend=build, **o))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -483,12 +487,32 @@ def test_layers_that_are_compiled_to_other_gradients_are_refused(
     """The losses are right, and a run would end with an adapter of something else: torch 2.11 made zeros of them."""
     from torch._dynamo import reset
 
-    compiled = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **o: compiled(self, backend=compile_wrongly, **o))
+    use_compiler(monkeypatch, keeps=0.5)
     reset()
     job = make_job(base, tmp_path, make_recipe(training={"precision": precision, "speed": {"compile": "on"}}))
     with pytest.raises(TrainingError, match=r"training\.speed\.compile: torch .*\(off by [4-9]\d%\); set it to off"):
         run_job(job, stop=make_stop(), emit=lambda **_event: None)
+    reset()
+
+
+@pytest.mark.parametrize("keeps", [0.0, 1.0])
+def test_noise_is_not_taken_for_a_compilers_fault(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: float
+) -> None:
+    """With dropout each pass has gradients of its own: layers that lose theirs are refused, no others."""
+    from torch._dynamo import reset
+
+    use_compiler(monkeypatch, keeps=keeps)
+    reset()
+    recipe = make_recipe(method={"type": "lora", "rank": 4, "dropout": 0.9}, training={"speed": {"compile": "on"}})
+    job = make_job(base, tmp_path, recipe)
+
+    def stop() -> None:
+        raise InterruptedRunError("before the first step")
+
+    refused = pytest.raises(TrainingError, match=r"\(off by (9\d|100)%\); set it to off")
+    with refused if keeps == 0 else pytest.raises(InterruptedRunError, match="before the first step"):
+        run_job(job, stop=SimpleNamespace(defer=stop), emit=lambda **_event: None)  # type: ignore[arg-type]
     reset()
 
 
