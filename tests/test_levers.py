@@ -91,6 +91,17 @@ def test_fused_lora_has_the_loss_and_the_gradients_of_peft(base: Path) -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_fused_lora_computes_in_the_precision_that_autocast_asks_for(base: Path) -> None:
+    """A base in fp32 under autocast to bf16 is PEFT's sum in bf16, not half of each."""
+    model, batch = build_adapted(base), make_batch(base, make_examples(6))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, expected = read_gradients(model, batch)
+        fuse_lora(model)
+        fused_loss, found = read_gradients(model, batch)
+    assert (fused_loss, found.keys()) == (loss, expected.keys())
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
 def test_fused_lora_still_switches_off(base: Path) -> None:
     """With the adapter disabled a fused layer is the base layer, as the check of an adapter's effect needs."""
     model, batch = build_adapted(base), make_batch(base, make_examples(3))

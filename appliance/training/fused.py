@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 
+from appliance.training.attention import select_dtype
+
 _ADAPTER = "default"
 
 
@@ -39,11 +41,15 @@ def _is_plain(layer: Any) -> bool:
 
 
 def _forward(layer: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-    """The layer's output (..., out) for x (..., in); PEFT's own forward where more than the plain sum is asked."""
-    if layer.disable_adapters or layer.merged or arguments or options:
+    """The layer's output (..., out) for x (..., in); PEFT's own forward where more than the plain sum is asked.
+
+    So too where autocast would compute in another precision than that of the base: it does not reach every product here.
+    """
+    base, weight = layer.base_layer, layer.base_layer.weight
+    is_plain = not (layer.disable_adapters or layer.merged or arguments or options)
+    if not is_plain or select_dtype(weight) != weight.dtype:
         return LoraLinear.forward(layer, x, *arguments, **options)
-    base, down, up = layer.base_layer, layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
-    weight = base.weight
+    down, up = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
     product: torch.Tensor = _FusedProduct.apply(
         x.to(weight.dtype), weight, base.bias, down, up, layer.scaling[_ADAPTER]
     )
