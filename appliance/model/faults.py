@@ -43,6 +43,9 @@ _LOST = (
 # How bitsandbytes ends the process when a call of CUDA fails (csrc/common.cuh, CUDA_CHECK_RETURN): no exception.
 _ENDED_BY_BITSANDBYTES = re.compile(r"Error .+ at line \d+ in file ")
 
+# What a class of model makes of a batch or a method that it does not take; `name_fault` tells want of memory apart.
+MISFITS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError)
+
 
 def name_fault(fault: BaseException) -> Literal["memory", "lost", "other"]:
     """Which of the two a failure is, by type or by its words."""

@@ -120,7 +120,8 @@ def select_dtype(x: torch.Tensor) -> torch.dtype:
     Under autocast fp32 master weights give values in bf16, but rotated queries and keys in fp32.
     """
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    has_autocast = not x.is_meta and torch.is_autocast_enabled(kind)  # "meta" knows of none and raises
+    return torch.get_autocast_dtype(kind) if has_autocast else x.dtype
 
 
 def has_varlen(query: torch.Tensor) -> bool:

@@ -15,6 +15,7 @@ import torch
 from appliance.child import Emit
 from appliance.method import FullMethod
 from appliance.model import TokenRow
+from appliance.model.faults import MISFITS, name_fault
 from appliance.model.weights import Precision, compute_as_trained
 from appliance.training.launch import TrainingJob
 
@@ -65,6 +66,7 @@ def settle_determinism(model: Any, row: TokenRow, *, precision: Precision, emit:
     """Let a model run that has an operator without a deterministic form, and say so; all others stay strict.
 
     Found by one small pass forward and backward, which leaves nothing behind; nothing is asked where nothing is strict.
+    What the model does not take at all the guards find next, and tell in their words.
     """
     if not torch.are_deterministic_algorithms_enabled():
         return
@@ -73,11 +75,13 @@ def settle_determinism(model: Any, row: TokenRow, *, precision: Precision, emit:
     try:
         with torch.random.fork_rng(devices=devices), compute_as_trained(precision, device=model.device):
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    except RuntimeError as fault:
-        if "deterministic" not in str(fault):
+    except MISFITS as fault:
+        if name_fault(fault) != "other":
             raise
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        emit(note=f"{str(fault).split(maxsplit=1)[0]} is not deterministic here: a resumed run may end in other bits")
+        if "deterministic" in str(fault):
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            operator = str(fault).split(maxsplit=1)[0]
+            emit(note=f"{operator} is not deterministic here: a resumed run may end in other bits")
     finally:
         model.zero_grad(set_to_none=True)
 

@@ -43,7 +43,7 @@ def _is_plain(layer: Any) -> bool:
 def _forward(layer: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
     """The layer's output (..., out) for x (..., in); PEFT's own forward where more than the plain sum is asked.
 
-    So too where autocast would compute in another precision than that of the base: it does not reach every product here.
+    So too where autocast computes in another precision than the base has: it does not reach every product here.
     """
     base, weight = layer.base_layer, layer.base_layer.weight
     is_plain = not (layer.disable_adapters or layer.merged or arguments or options)

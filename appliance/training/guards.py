@@ -12,7 +12,7 @@ import torch
 from appliance.errors import TrainingError
 from appliance.method import VIRTUAL_TOKENS, FullMethod, Method
 from appliance.model import TokenRow
-from appliance.model.faults import name_fault
+from appliance.model.faults import MISFITS, name_fault
 from appliance.model.weights import Precision, compute_as_trained, read_weights, strip_adapter
 from appliance.training import attention
 from appliance.training.batches import (
@@ -36,8 +36,6 @@ _DRIFT = {"bf16": 0.2, "fp32": 1e-3}
 # Two batches of the same sizes: 0 for every class that keeps rows apart, 0.004 and more for those that do not.
 _LEAK = {"bf16": 2e-3, "fp32": 1e-4}
 _LOOKED_AT = 8
-# What a class of model makes of a batch or a method that it does not take; want of memory is told apart by its name.
-_MISFITS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError)
 _COMPARED = 64  # trained positions of a row: all of them would cost memory that nothing proves, see `proof`
 
 
@@ -71,7 +69,7 @@ def check_start(
         )
     try:
         measure(model)
-    except _MISFITS as fault:
+    except MISFITS as fault:
         if name_fault(fault) != "other":
             raise
         raise TrainingError(
@@ -119,7 +117,7 @@ def _are_equal(model: Any, compare: Callable[[], tuple[float, float]], precision
     model.eval()
     try:
         loss, expected = compare()
-    except _MISFITS as fault:
+    except MISFITS as fault:
         if name_fault(fault) != "other":
             raise
         return False
@@ -149,7 +147,7 @@ def find_packing_fault(
         attention.use_standard(base)
         losses = [(_mean_loss(model, [r], precision, device=device, alone=True), _count_trained(r)) for r in records]
         by_itself = _look_at_last(model, records[-1:], precision, places=places, device=device, alone=True)
-    except _MISFITS as fault:
+    except MISFITS as fault:
         if name_fault(fault) != "other":
             raise
         return f"this class of model cannot train packed rows ({_take_first_line(fault)})"
