@@ -30,7 +30,7 @@ from appliance.preparation import Origin, Workspace
 from appliance.recipe import is_packed, parse_recipe
 from appliance.training import TrainingJob
 from appliance.training.arguments import CHANGING_THE_BASE, build_adapter_arguments
-from appliance.training.batches import build_records, collate_packed, collate_padded, drop_places
+from appliance.training.batches import build_records, collate_packed, collate_padded, drop_places, move_batch
 from appliance.training.rows import load_rows
 
 
@@ -113,7 +113,7 @@ def measure_loss(model: Any, job: TrainingJob) -> float:
         else drop_places(collate_padded(records, pad_id=257))
     )
     with torch.no_grad():
-        loss = float(model.eval()(**batch, use_cache=False).loss)
+        loss = float(model.eval()(**move_batch(batch, model.device), use_cache=False).loss)
     model.train(was_training)
     return loss
 
@@ -124,7 +124,7 @@ def read_logits(model: Any, base: Path) -> Any:
 
     ids = load_template(base).encode_prompt(make_examples(1)[0].prompt)
     with torch.no_grad():
-        return model(input_ids=torch.tensor([ids])).logits[0, -1]
+        return model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1]
 
 
 def check_method_learns(base: Path, folder: Path, method: dict[str, Any]) -> None:
@@ -348,7 +348,9 @@ def test_a_batch_of_prompts_is_answered_as_each_alone(base: Path, adapters: dict
                     ids = list(prompt.input_ids)
                     with torch.no_grad():
                         for _ in range(4):
-                            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+                            ids.append(
+                                int(model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1].argmax())
+                            )
                     answer = ids[-4:]
                     assert output.output == template.decode(answer[: [*answer, 257].index(257)]), kind
 

@@ -1,0 +1,299 @@
+// A CUDA device without a GPU: its memory is the host's, its kernels are the CPU's, its dispatch, its autocast and its
+// errors are torch's own for `cuda:0`. What it is for and what it cannot tell: docs/decisions/0100.
+//
+// Each operation on its tensors that torch has no CUDA kernel for (a CPU build has none) comes to `run_on_cpu`, which
+// lends the CPU's kernel tensors on the same memory. It refuses to mix devices as a GPU does, counts what is held as
+// torch's allocator rounds it, and refuses more than a limit.
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/stack.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <set>
+
+namespace {
+
+using c10::Device;
+using c10::DeviceIndex;
+using c10::DeviceType;
+using c10::Stream;
+
+Device here() { return Device(DeviceType::CUDA, 0); }
+
+std::atomic<int64_t> held{0}, peak{0}, limit{0};
+
+int64_t round_up(size_t size) { return (static_cast<int64_t>(size) + 511) / 512 * 512; }
+
+void count(int64_t bytes) {
+  const int64_t most_allowed = limit.load();
+  TORCH_CHECK_WITH(OutOfMemoryError, most_allowed == 0 || held.load() + bytes <= most_allowed,
+      "CUDA out of memory. Tried to allocate ", bytes, " bytes of ", most_allowed, " on an emulated device.");
+  const int64_t now = held += bytes;
+  int64_t most = peak.load();
+  while (now > most && !peak.compare_exchange_weak(most, now)) {}
+}
+
+// A storage of the device takes over a CPU tensor that was made for it.
+struct Owned {
+  at::Tensor tensor;
+  int64_t size;
+};
+
+void free_owned(void* context) {
+  auto* owned = static_cast<Owned*>(context);
+  held -= owned->size;
+  delete owned;
+}
+
+c10::DispatchKeySet keys() { return c10::DispatchKeySet(c10::DispatchKey::CUDA); }
+
+// The same values as a tensor of the device.
+at::Tensor wrap_new(const at::Tensor& cpu) {
+  count(round_up(cpu.storage().nbytes()));
+  auto* owned = new Owned{cpu, round_up(cpu.storage().nbytes())};
+  c10::DataPtr data(const_cast<void*>(cpu.storage().data()), owned, &free_owned, here());
+  auto storage = c10::make_intrusive<c10::StorageImpl>(
+      c10::StorageImpl::use_byte_size_t(), cpu.storage().nbytes(), std::move(data), nullptr, false);
+  auto out = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(storage), keys(), cpu.dtype());
+  auto* impl = out.unsafeGetTensorImpl();
+  impl->set_storage_offset(cpu.storage_offset());
+  impl->set_sizes_and_strides(cpu.sizes(), cpu.strides());
+  return out;
+}
+
+// A tensor of the device on the storage of another.
+at::Tensor wrap_view(const at::Tensor& cpu, const at::Tensor& of) {
+  auto out = at::detail::make_tensor<c10::TensorImpl>(
+      c10::TensorImpl::VIEW, c10::Storage(of.storage()), of.key_set(), cpu.dtype());
+  auto* impl = out.unsafeGetTensorImpl();
+  const auto offset = (static_cast<const char*>(cpu.const_data_ptr()) - static_cast<const char*>(of.storage().data()));
+  impl->set_storage_offset(offset / static_cast<int64_t>(cpu.element_size()));
+  impl->set_sizes_and_strides(cpu.sizes(), cpu.strides());
+  return out;
+}
+
+// A CPU tensor on the memory of one of the device; it holds its storage.
+at::Tensor unwrap(const at::Tensor& t) {
+  if (!t.defined() || !t.is_cuda()) return t;
+  auto* held_storage = new c10::Storage(t.storage());
+  c10::DataPtr data(const_cast<void*>(t.storage().data()), held_storage,
+      [](void* p) { delete static_cast<c10::Storage*>(p); }, Device(DeviceType::CPU));
+  auto storage = c10::make_intrusive<c10::StorageImpl>(
+      c10::StorageImpl::use_byte_size_t(), t.storage().nbytes(), std::move(data), c10::GetCPUAllocator(), true);
+  auto out = at::detail::make_tensor<c10::TensorImpl>(
+      c10::Storage(storage), c10::DispatchKeySet(c10::DispatchKey::CPU), t.dtype());
+  auto* impl = out.unsafeGetTensorImpl();
+  impl->set_storage_offset(t.storage_offset());
+  impl->set_sizes_and_strides(t.sizes(), t.strides());
+  if (t.is_conj()) out._set_conj(true);
+  if (t.is_neg()) out._set_neg(true);
+  return out;
+}
+
+struct Pair {
+  at::Tensor device, cpu;
+};
+
+// What a GPU refuses: values of both places in one operation, unless the host's is a single number.
+void check_places(const c10::OperatorHandle& op, const std::vector<at::Tensor>& given) {
+  static const std::set<std::string> free_to_mix = {
+      "aten::copy_", "aten::_copy_from", "aten::_to_copy", "aten::index_put_", "aten::_index_put_impl_",
+      "aten::index.Tensor", "aten::index_put", "aten::_copy_from_and_resize"};
+  bool on_device = false;
+  for (const auto& t : given) on_device |= t.defined() && t.is_cuda();
+  const auto name = op.schema().name();
+  if (free_to_mix.count(name)) return;
+  for (const auto& t : given) {
+    TORCH_CHECK(!on_device || !t.defined() || t.is_cuda() || t.dim() == 0, name,
+        ": expected all tensors to be on the same device, found cuda:0 and ", t.device(), " of shape ", t.sizes());
+  }
+}
+
+void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto& schema = op.schema();
+  const size_t count_in = schema.arguments().size();
+  const size_t begin = stack->size() - count_in;
+  std::vector<Pair> pairs;
+  std::vector<at::Tensor> given;
+  std::vector<c10::IValue> originals(stack->begin() + static_cast<int64_t>(begin), stack->end());
+  auto take = [&](const at::Tensor& t) {
+    given.push_back(t);
+    at::Tensor cpu = unwrap(t);
+    if (t.defined() && t.is_cuda()) pairs.push_back({t, cpu});
+    return cpu;
+  };
+  for (size_t i = begin; i < stack->size(); ++i) {
+    c10::IValue& value = (*stack)[i];
+    if (value.isTensor()) {
+      value = take(value.toTensor());
+    } else if (value.isTensorList()) {
+      std::vector<at::Tensor> all;
+      for (const at::Tensor& t : value.toTensorVector()) all.push_back(take(t));
+      value = c10::IValue(all);
+    } else if (value.isOptionalTensorList()) {
+      c10::List<std::optional<at::Tensor>> all;
+      for (const std::optional<at::Tensor>& t : value.toOptionalTensorList().vec())
+        all.push_back(t.has_value() ? std::optional<at::Tensor>(take(*t)) : std::nullopt);
+      value = all;
+    } else if (value.isDevice()) {
+      value = Device(DeviceType::CPU);
+    }
+  }
+  check_places(op, given);
+  op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
+  // what was written to may have been made larger
+  for (auto& pair : pairs) {
+    if (pair.cpu.storage().data() != pair.device.storage().data() && pair.cpu.numel() > 0) {
+      auto fresh = wrap_new(pair.cpu);
+      pair.device.unsafeGetTensorImpl()->set_storage_keep_dtype(fresh.storage());
+    }
+    if (pair.cpu.sizes() != pair.device.sizes() || pair.cpu.strides() != pair.device.strides())
+      pair.device.unsafeGetTensorImpl()->set_sizes_and_strides(pair.cpu.sizes(), pair.cpu.strides());
+  }
+  auto give = [&](const at::Tensor& cpu) -> at::Tensor {
+    if (!cpu.defined()) return cpu;
+    for (auto& pair : pairs)
+      if (pair.cpu.unsafeGetTensorImpl() == cpu.unsafeGetTensorImpl()) return pair.device;
+    const auto* place = static_cast<const char*>(cpu.const_data_ptr());
+    for (auto& pair : pairs) {
+      const auto* from = static_cast<const char*>(pair.device.storage().data());
+      if (cpu.numel() > 0 && from != nullptr && place >= from && place < from + pair.device.storage().nbytes())
+        return wrap_view(cpu, pair.device);
+    }
+    return wrap_new(cpu);
+  };
+  const size_t count_out = schema.returns().size();
+  for (size_t i = stack->size() - count_out; i < stack->size(); ++i) {
+    c10::IValue& value = (*stack)[i];
+    if (value.isTensor()) {
+      value = give(value.toTensor());
+    } else if (value.isTensorList()) {
+      std::vector<at::Tensor> all;
+      for (const at::Tensor& t : value.toTensorVector()) all.push_back(give(t));
+      value = c10::IValue(all);
+    }
+  }
+}
+
+at::Tensor& copy_between(at::Tensor& self, const at::Tensor& other, bool) {
+  unwrap(self).copy_(unwrap(other));
+  return self;
+}
+
+// What a storage is made with that no operation makes: a checkpoint's, as it is read.
+struct Block {
+  void* data;
+  int64_t size;
+};
+
+struct DeviceAllocator final : c10::Allocator {
+  c10::DataPtr allocate(size_t size) override {
+    if (size == 0) return {nullptr, nullptr, &free_block, here()};
+    count(round_up(size));
+    auto* block = new Block{std::aligned_alloc(512, static_cast<size_t>(round_up(size))), round_up(size)};
+    return {block->data, block, &free_block, here()};
+  }
+  static void free_block(void* context) {
+    auto* block = static_cast<Block*>(context);
+    if (block == nullptr) return;
+    held -= block->size;
+    std::free(block->data);
+    delete block;
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &free_block; }
+  void copy_data(void* to, const void* from, size_t size) const override { std::memcpy(to, from, size); }
+};
+DeviceAllocator allocator;
+REGISTER_ALLOCATOR(c10::DeviceType::CUDA, &allocator)
+
+at::Tensor& set_to(at::Tensor& self, at::Storage source, c10::SymInt offset, c10::SymIntArrayRef size, c10::SymIntArrayRef stride) {
+  auto* impl = self.unsafeGetTensorImpl();
+  impl->set_storage_keep_dtype(std::move(source));
+  impl->set_storage_offset(offset.expect_int());
+  std::vector<int64_t> sizes, strides;
+  int64_t step = 1;
+  for (const auto& s : size) sizes.push_back(s.expect_int());
+  for (const auto& s : stride) strides.push_back(s.expect_int());
+  if (strides.size() != sizes.size()) {
+    strides.assign(sizes.size(), 1);
+    for (size_t i = sizes.size(); i-- > 0; step *= sizes[i]) strides[i] = step;
+  }
+  impl->set_sizes_and_strides(sizes, strides);
+  return self;
+}
+
+at::Tensor& set_whole(at::Tensor& self, at::Storage source) {
+  const auto size = static_cast<int64_t>(source.nbytes() / self.dtype().itemsize());
+  return set_to(self, std::move(source), 0, std::vector<c10::SymInt>{size}, std::vector<c10::SymInt>{1});
+}
+
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  static Stream stream() { return Stream(Stream::DEFAULT, here()); }
+  DeviceType type() const override { return DeviceType::CUDA; }
+  Device exchangeDevice(Device) const override { return here(); }
+  Device getDevice() const override { return here(); }
+  void setDevice(Device) const override {}
+  void uncheckedSetDevice(Device) const noexcept override {}
+  Stream getStream(Device) const noexcept override { return stream(); }
+  Stream getDefaultStream(Device) const override { return stream(); }
+  Stream getNewStream(Device, int = 0) const override { return stream(); }
+  Stream exchangeStream(Stream) const noexcept override { return stream(); }
+  DeviceIndex deviceCount() const noexcept override { return 1; }
+  void record(void**, const Stream&, const DeviceIndex, const c10::EventFlag) const override {}
+  void block(void*, const Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void destroyEvent(void*, const DeviceIndex) const noexcept override {}
+  bool queryStream(const Stream&) const override { return true; }
+  void synchronizeStream(const Stream&) const override {}
+  void synchronizeEvent(void*) const override {}
+  void synchronizeDevice(const DeviceIndex) const override {}
+  void recordDataPtrOnStream(const c10::DataPtr&, const Stream&) const override {}
+};
+C10_REGISTER_GUARD_IMPL(CUDA, Guard)
+
+TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>()); }
+TORCH_LIBRARY_IMPL(aten, CUDA, m) { 
+  m.impl("copy_", &copy_between);
+  m.impl("set_.source_Storage_storage_offset", &set_to);
+  m.impl("set_.source_Storage", &set_whole);
+}
+
+}  // namespace
+
+namespace at {
+struct CUDAHooks : CUDAHooksInterface {
+  explicit CUDAHooks(CUDAHooksArgs) {}
+  void init() const override {}
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasCUDA() const override { return true; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  DeviceIndex deviceCount() const override { return 1; }
+  DeviceIndex current_device() const override { return 0; }
+  DeviceIndex getCurrentDevice() const override { return 0; }
+  void setCurrentDevice(DeviceIndex) const override {}
+  DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
+  DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
+  bool isPinnedPtr(const void*) const override { return false; }
+  Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
+  const Generator& getDefaultGenerator(DeviceIndex) const override { return at::detail::getDefaultCPUGenerator(); }
+  Generator getNewGenerator(DeviceIndex) const override { return at::detail::createCPUGenerator(); }
+  int getNumGPUs() const override { return 1; }
+  void deviceSynchronize(DeviceIndex) const override {}
+};
+REGISTER_CUDA_HOOKS(CUDAHooks)
+}  // namespace at
+
+extern "C" {
+int64_t device_held() { return held.load(); }
+int64_t device_peak() { return peak.load(); }
+void device_reset_peak() { peak.store(held.load()); }
+void device_limit(int64_t bytes) { limit.store(bytes); }
+}

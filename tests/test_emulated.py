@@ -1,0 +1,86 @@
+"""Laws of the emulated CUDA device: what a GPU would refuse it refuses, what it holds it counts."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(not torch.cuda.is_available() or bool(torch.version.cuda), reason="`make emulated-test`"),
+]
+
+
+def test_values_of_two_places_do_not_mix_but_for_a_number() -> None:
+    """The fault that only a GPU finds; a single number of the host is taken, as there."""
+    here, there = torch.ones(3, 3), torch.ones(3, 3, device="cuda")
+    for mix in (
+        lambda: here + there,
+        lambda: there @ here,
+        lambda: torch.cat([here, there]),
+        lambda: torch.nn.functional.embedding(torch.zeros(2, dtype=torch.long), there),
+        lambda: torch.where(here > 0, there, there),
+    ):
+        with pytest.raises(RuntimeError, match="same device"):
+            mix()
+    assert (there * torch.tensor(2.0)).sum().item() == 18.0
+
+
+def test_a_view_is_of_its_tensors_memory() -> None:
+    """What is written through one is seen in the other, whoever made the view."""
+    whole = torch.zeros(2, 6, device="cuda")
+    for number, view in enumerate((whole[1], whole.t()[2:4], whole.view(3, 4), whole.as_strided((2,), (5,))), 1):
+        before = torch.cuda.memory_allocated()
+        view.add_(number)
+        assert whole.sum().item() > 0
+        whole.zero_()
+        assert view.abs().sum().item() == 0
+        assert torch.cuda.memory_allocated() == before
+
+
+def test_gradients_and_optimizers_are_the_hosts_own() -> None:
+    """Forward, backward and a fused step end with the same bytes, and in CUDA's autocast it is bf16 that multiplies."""
+    ends = []
+    for place in ("cpu", "cuda"):
+        torch.manual_seed(1)
+        layer, x = torch.nn.Linear(8, 8).to(place), torch.randn(4, 8).to(place)
+        with torch.autocast(place, torch.bfloat16):
+            y = layer(x)
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+        torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True).step()
+        assert layer.weight.device.type == place
+        ends.append(layer.weight.detach().cpu())
+    assert torch.equal(*ends)
+
+
+def test_what_is_saved_comes_back_where_it_is_asked_for() -> None:
+    """With what shares memory in it."""
+    whole = torch.arange(6.0, device="cuda")
+    file = io.BytesIO()
+    torch.save({"whole": whole, "part": whole[2:]}, file)
+    for place in ("cuda", "cpu"):
+        file.seek(0)
+        found = torch.load(file, map_location=place, weights_only=True)
+        assert found["whole"].device.type == found["part"].device.type == place
+        found["whole"][3] = -1.0
+        assert found["part"].tolist() == [2.0, -1.0, 4.0, 5.0]
+
+
+def test_memory_is_counted_and_refused() -> None:
+    """In pieces of 512 bytes as torch's allocator has them; beyond the limit with torch's own error."""
+    before = torch.cuda.memory_allocated()
+    held = [torch.empty(1000, dtype=torch.uint8, device="cuda") for _ in range(3)]
+    assert torch.cuda.memory_allocated() - before == 3 * 1024
+    del held
+    assert torch.cuda.memory_allocated() == before
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((before + (1 << 20)) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+            torch.zeros(2 << 20, dtype=torch.uint8, device="cuda")
+        assert torch.zeros(1 << 19, dtype=torch.uint8, device="cuda").sum().item() == 0
+    finally:
+        torch.cuda.set_per_process_memory_fraction(0.0)
