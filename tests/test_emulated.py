@@ -22,10 +22,12 @@ def test_values_of_two_places_do_not_mix_but_for_a_number() -> None:
         lambda: torch.cat([here, there]),
         lambda: torch.nn.functional.embedding(torch.zeros(2, dtype=torch.long), there),
         lambda: torch.where(here > 0, there, there),
+        lambda: here[torch.zeros(1, dtype=torch.long, device="cuda")],
     ):
         with pytest.raises(RuntimeError, match="same device"):
             mix()
     assert (there * torch.tensor(2.0)).sum().item() == 18.0
+    assert there[torch.tensor([0, 2])].shape == (2, 3), "indices of the host are taken too"
 
 
 def test_a_view_is_of_its_tensors_memory() -> None:

@@ -250,7 +250,15 @@ def test_show_says_which_aliases_are_at_a_version_and_how_they_came_there(
     assert f"moved      {AT}  staging: nothing -> {second}  ci: verdict ship (--force)\n" in show("demo@staging")
     facts = json.loads(show("demo@production", "--json"))
     assert (facts["version"], facts["aliases"], len(facts["moves"])) == (second, ["production", "staging"], 6)
-    oldest = {"alias": "production", "seq": 1, "at": AT, "actor": "ci", "reason": "shipped 0", "forced": False}
+    oldest = {
+        "alias": "production",
+        "seq": 1,
+        "at": AT,
+        "actor": "ci",
+        "reason": "shipped 0",
+        "forced": False,
+        "asked_by": None,
+    }
     assert facts["moves"][-1] == {**oldest, "from": None, "to": first}
     assert json.loads(show(f"demo@{first}", "--json"))["moves"] == []
     store.delete(next(o.key for o in store.list("models/demo/reflog/00000004-")))

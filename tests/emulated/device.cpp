@@ -13,10 +13,13 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <set>
+#include <string>
+#include <vector>
 
 namespace {
 
@@ -97,33 +100,30 @@ at::Tensor unwrap(const at::Tensor& t) {
   return out;
 }
 
+// A tensor of the device, and what the CPU's kernel is lent in its place.
 struct Pair {
   at::Tensor device, cpu;
 };
 
-// What a GPU refuses: values of both places in one operation, unless the host's is a single number.
-void check_places(const c10::OperatorHandle& op, const std::vector<at::Tensor>& given) {
-  static const std::set<std::string> free_to_mix = {
-      "aten::copy_", "aten::_copy_from", "aten::_to_copy", "aten::index_put_", "aten::_index_put_impl_",
-      "aten::index.Tensor", "aten::index_put", "aten::_copy_from_and_resize"};
-  bool on_device = false;
-  for (const auto& t : given) on_device |= t.defined() && t.is_cuda();
-  const auto name = op.schema().name();
-  if (free_to_mix.count(name)) return;
+// What a GPU refuses: values of both places in one operation, unless the host's is a single number, or indices of what
+// is on the device.
+void check_places(const std::string& name, const std::vector<at::Tensor>& given) {
+  static const std::set<std::string> indexing = {
+      "aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"};
+  const auto is_on_device = [](const at::Tensor& t) { return t.defined() && t.is_cuda(); };
+  if (std::none_of(given.begin(), given.end(), is_on_device)) return;
+  if (indexing.count(name) && is_on_device(given.front())) return;
   for (const auto& t : given) {
-    TORCH_CHECK(!on_device || !t.defined() || t.is_cuda() || t.dim() == 0, name,
+    TORCH_CHECK(!t.defined() || t.is_cuda() || t.dim() == 0, name,
         ": expected all tensors to be on the same device, found cuda:0 and ", t.device(), " of shape ", t.sizes());
   }
 }
 
-void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  const auto& schema = op.schema();
-  const size_t count_in = schema.arguments().size();
-  const size_t begin = stack->size() - count_in;
+// In the place of the arguments on the stack, from `begin`, those that the CPU's kernel takes.
+std::vector<Pair> lend(const std::string& name, torch::jit::Stack* stack, size_t begin) {
   std::vector<Pair> pairs;
   std::vector<at::Tensor> given;
-  std::vector<c10::IValue> originals(stack->begin() + static_cast<int64_t>(begin), stack->end());
-  auto take = [&](const at::Tensor& t) {
+  const auto take = [&](const at::Tensor& t) {
     given.push_back(t);
     at::Tensor cpu = unwrap(t);
     if (t.defined() && t.is_cuda()) pairs.push_back({t, cpu});
@@ -146,37 +146,47 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       value = Device(DeviceType::CPU);
     }
   }
-  check_places(op, given);
-  op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
-  // what was written to may have been made larger
-  for (auto& pair : pairs) {
-    if (pair.cpu.storage().data() != pair.device.storage().data() && pair.cpu.numel() > 0) {
-      auto fresh = wrap_new(pair.cpu);
-      pair.device.unsafeGetTensorImpl()->set_storage_keep_dtype(fresh.storage());
-    }
+  check_places(name, given);
+  return pairs;
+}
+
+// What a kernel has made larger, or of another shape, is so on the device too.
+void follow_sizes(const std::vector<Pair>& pairs) {
+  for (const auto& pair : pairs) {
+    auto* impl = pair.device.unsafeGetTensorImpl();
+    if (pair.cpu.storage().data() != pair.device.storage().data() && pair.cpu.numel() > 0)
+      impl->set_storage_keep_dtype(wrap_new(pair.cpu).storage());
     if (pair.cpu.sizes() != pair.device.sizes() || pair.cpu.strides() != pair.device.strides())
-      pair.device.unsafeGetTensorImpl()->set_sizes_and_strides(pair.cpu.sizes(), pair.cpu.strides());
+      impl->set_sizes_and_strides(pair.cpu.sizes(), pair.cpu.strides());
   }
-  auto give = [&](const at::Tensor& cpu) -> at::Tensor {
-    if (!cpu.defined()) return cpu;
-    for (auto& pair : pairs)
-      if (pair.cpu.unsafeGetTensorImpl() == cpu.unsafeGetTensorImpl()) return pair.device;
-    const auto* place = static_cast<const char*>(cpu.const_data_ptr());
-    for (auto& pair : pairs) {
-      const auto* from = static_cast<const char*>(pair.device.storage().data());
-      if (cpu.numel() > 0 && from != nullptr && place >= from && place < from + pair.device.storage().nbytes())
-        return wrap_view(cpu, pair.device);
-    }
-    return wrap_new(cpu);
-  };
-  const size_t count_out = schema.returns().size();
-  for (size_t i = stack->size() - count_out; i < stack->size(); ++i) {
+}
+
+// The tensor of the device that an output is: an argument itself, a view of one, or a new one.
+at::Tensor give(const at::Tensor& cpu, const std::vector<Pair>& pairs) {
+  if (!cpu.defined()) return cpu;
+  for (const auto& pair : pairs)
+    if (pair.cpu.unsafeGetTensorImpl() == cpu.unsafeGetTensorImpl()) return pair.device;
+  const auto* place = static_cast<const char*>(cpu.const_data_ptr());
+  for (const auto& pair : pairs) {
+    const auto* from = static_cast<const char*>(pair.device.storage().data());
+    if (cpu.numel() > 0 && from != nullptr && place >= from && place < from + pair.device.storage().nbytes())
+      return wrap_view(cpu, pair.device);
+  }
+  return wrap_new(cpu);
+}
+
+void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto& schema = op.schema();
+  const auto pairs = lend(schema.name(), stack, stack->size() - schema.arguments().size());
+  op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
+  follow_sizes(pairs);
+  for (size_t i = stack->size() - schema.returns().size(); i < stack->size(); ++i) {
     c10::IValue& value = (*stack)[i];
     if (value.isTensor()) {
-      value = give(value.toTensor());
+      value = give(value.toTensor(), pairs);
     } else if (value.isTensorList()) {
       std::vector<at::Tensor> all;
-      for (const at::Tensor& t : value.toTensorVector()) all.push_back(give(t));
+      for (const at::Tensor& t : value.toTensorVector()) all.push_back(give(t, pairs));
       value = c10::IValue(all);
     }
   }
@@ -213,7 +223,8 @@ struct DeviceAllocator final : c10::Allocator {
 DeviceAllocator allocator;
 REGISTER_ALLOCATOR(c10::DeviceType::CUDA, &allocator)
 
-at::Tensor& set_to(at::Tensor& self, at::Storage source, c10::SymInt offset, c10::SymIntArrayRef size, c10::SymIntArrayRef stride) {
+at::Tensor& set_to(at::Tensor& self, at::Storage source, c10::SymInt offset, c10::SymIntArrayRef size,
+                   c10::SymIntArrayRef stride) {
   auto* impl = self.unsafeGetTensorImpl();
   impl->set_storage_keep_dtype(std::move(source));
   impl->set_storage_offset(offset.expect_int());
