@@ -36,6 +36,7 @@ test-lowest: .venv/ready  ## The fast tests with the oldest packages that pyproj
 gpu-test: $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)  ## The tests that need a GPU: kernels, kills, want of memory, the plan's peak, doctor
 	@$(PYTHON) -m pytest -m gpu --timeout 900 -rs $(ARGS)
 
+EMULATED := PYTHONPATH=$(CURDIR)/tests/emulated
 # The modules whose tests train, answer and judge: what a team's job does on a GPU.
 ON_A_GPU := methods training forgetting evaluation levers head norms silent_failures merge growing apart mirror
 
@@ -46,11 +47,10 @@ ON_A_GPU := methods training forgetting evaluation levers head norms silent_fail
 		-L$$torch/lib -Wl,-rpath,$$torch/lib -o $@ $< -lc10 -ltorch_cpu
 
 .PHONY: emulated-test
-emulated-test: export PYTHONPATH := $(CURDIR)/tests/emulated
 emulated-test: .cache/emulated/device.so  ## What a job does on a GPU, on a CUDA device of this host's memory (needs g++)
-	@$(PYTHON) -m pytest -m emulated tests/test_emulated.py $(ARGS)
-	@$(PYTHON) -m pytest --numprocesses 2 --dist worksteal $(ON_A_GPU:%=tests/test_%.py) $(ARGS)
-	@$(PYTHON) -m pytest -m gpu --timeout 900 tests/test_gpu.py tests/test_norms.py -k 'not plan_tells and not doctor' $(ARGS)
+	@$(EMULATED) $(PYTHON) -m pytest -m emulated tests/test_emulated.py $(ARGS)
+	@$(EMULATED) $(PYTHON) -m pytest --numprocesses 2 --dist worksteal $(ON_A_GPU:%=tests/test_%.py) $(ARGS)
+	@$(EMULATED) $(PYTHON) -m pytest -m gpu --timeout 900 tests/test_gpu.py tests/test_norms.py -k 'not plan_tells and not doctor' $(ARGS)
 
 .PHONY: e2e
 e2e: .venv/ready .cache/act/bin/act  ## The loop for real: git push, act runs the workflows, a consumer pulls the adapter
