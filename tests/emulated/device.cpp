@@ -270,7 +270,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 C10_REGISTER_GUARD_IMPL(CUDA, Guard)
 
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>()); }
-TORCH_LIBRARY_IMPL(aten, CUDA, m) { 
+TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("copy_", &copy_between);
   m.impl("set_.source_Storage_storage_offset", &set_to);
   m.impl("set_.source_Storage", &set_whole);
