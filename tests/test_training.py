@@ -197,6 +197,26 @@ def test_the_worst_step_before_the_first_leaves_no_trace(
     assert with_proof["adapter_sha256"] == without["adapter_sha256"]
 
 
+@pytest.mark.parametrize("micro_batch", [2, 8])
+def test_the_worst_step_is_proven_beside_all_that_a_later_step_holds(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: int
+) -> None:
+    """The longest rows meet both moments of every trained weight, and gradients where a step adds to some."""
+    from appliance.training import proof
+
+    compute, found = proof._compute_gradients, []
+
+    def look(trainer: Any, records: Any) -> None:
+        moments = len(trainer.optimizer.state) if trainer.optimizer else 0
+        weights = [p for p in trainer.model.parameters() if p.requires_grad]
+        found.append((len(records), moments / len(weights), sum(w.grad is not None for w in weights) / len(weights)))
+        compute(trainer, records)
+
+    monkeypatch.setattr(proof, "_compute_gradients", look)
+    run_in_process(make_job(base, tmp_path, micro_batch=micro_batch))
+    assert found == [(micro_batch, 0, 0), (micro_batch, 1, micro_batch < 8)]
+
+
 def test_packed_rows_do_not_see_each_other(base: Path) -> None:
     """The logits of a row in a packed batch are those of the row alone, under standard attention."""
     import torch

@@ -1,10 +1,11 @@
 """The worst step, done once before the first real one: what would run out of memory at night does so now.
 
 Padded or packed, the longest rows together are the largest batch that training can meet, and validation
-likewise. One forward, backward and optimizer step on them, computed as the run will be (autocast,
-checkpointing), reserves what the run will need; then every effect is taken back, so that a run with the
-proof and one without it are the same, byte for byte. Layers that are compiled must have the gradients that they have
-by themselves: a compiler can lose some without a word, as that of torch 2.11 did.
+likewise. One forward and backward pass on them, computed as the run will be (autocast, checkpointing) and
+beside the moments that the run will have by then, reserves what it will need; then every effect is taken
+back, so that a run with the proof and one without it are the same, byte for byte. Layers that are compiled
+must have the gradients that they have by themselves: a compiler can lose some without a word, as that of
+torch 2.11 did.
 """
 
 from __future__ import annotations
@@ -43,16 +44,24 @@ def prove_worst_step(
             _recompute_activations(trainer.model)
         if trainer.is_compiled:
             _check_compiled(trainer, build_records(_sort_rows(rows)[:micro_batch]))
-        records = build_records(_sort_rows(rows)[-micro_batch:])
-        _compute_gradients(trainer, records)
-        trainer.model.zero_grad(set_to_none=False)  # its memory is what is proven, not its values
-        optimizer = trainer.create_optimizer()
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-        optimizer.step()
+        ordered = _sort_rows(rows)
+        _make_moments(trainer, build_records(ordered[:micro_batch]))
+        _compute_gradients(trainer, build_records(ordered[-micro_batch:]))
     trainer.optimizer = None
     trainer.model.zero_grad(set_to_none=True)
     trainer.tokens_seen = trainer.tokens_computed = 0
+
+
+def _make_moments(trainer: Any, records: Sequence[dict[str, Any]]) -> None:
+    """What every step but the first finds: moments of all that has a gradient, and gradients that are added to."""
+    _compute_gradients(trainer, records)
+    trainer.model.zero_grad(set_to_none=False)  # their memory is what is proven, not their values
+    optimizer = trainer.create_optimizer()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    if trainer.args.gradient_accumulation_steps == 1:
+        trainer.model.zero_grad(set_to_none=True)
 
 
 def _compute_gradients(trainer: Any, records: Sequence[dict[str, Any]]) -> None:
