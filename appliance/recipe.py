@@ -197,6 +197,13 @@ class GateSection(Section):
     min_test_rows: Int = Field(
         100, ge=1, description="with fewer (those of one group are one) the verdict is inconclusive, or reject"
     )
+    champion_margin: Float | None = Field(
+        None,
+        gt=0.0,
+        le=1.0,
+        description="a loss to the champion of this share of rows must be ruled out at 95% (non-inferiority); null: "
+        "one that is seen stops it",
+    )
 
 
 class EvaluationSection(Section):
@@ -306,12 +313,14 @@ class Recipe(Section):
         """SHA-256 of the recipe's values; comments, order and spelled-out defaults do not count.
 
         Neither does `needs`, which says where and not what; keys that are younger than the first versions
-        (`forgetting`, and of `training.speed` those in `_YOUNGER`) count only where they are given: a new release
-        must not train everything anew.
+        (`forgetting`, `champion_margin`, and of `training.speed` those in `_YOUNGER`) count only where they are given:
+        a new release must not train everything anew.
         """
         values = self.model_dump(mode="json", exclude={"needs"})
         if self.forgetting is None:
             del values["forgetting"]
+        if self.evaluation.gates.champion_margin is None:
+            del values["evaluation"]["gates"]["champion_margin"]
         speed = values["training"]["speed"]
         for key in _YOUNGER:
             if speed[key] == "auto":

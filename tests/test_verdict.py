@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from itertools import product
 
@@ -89,6 +90,28 @@ def test_the_candidate_must_not_lose_to_the_version_in_use() -> None:
     """It may be equal; clearly worse holds it even where it beats prompting."""
     assert decide(both=20, wins=80, neither=20, champion=(2, 2)) == "ship"
     assert decide(both=20, wins=80, neither=20, champion=(0, 15)) == "hold"
+
+
+def test_a_margin_wants_the_loss_to_the_version_in_use_ruled_out() -> None:
+    """Few rows that see no loss are no proof of none; enough of them are, and a loss that is seen holds it still."""
+    strict = GATES.model_copy(update={"champion_margin": 0.05})
+    assert decide(both=20, wins=80, neither=20, champion=(4, 4), gates=strict) == "inconclusive"
+    assert decide(both=200, wins=300, neither=200, champion=(8, 8), gates=strict) == "ship"
+    assert decide(both=20, wins=80, neither=20, champion=(0, 15), gates=strict) == "hold"
+
+
+def test_what_loses_by_the_margin_seldom_ships() -> None:
+    """5 points worse in truth, a tenth of 400 rows answered differently: at most a trial in forty, else more."""
+    rng, shipped = random.Random(3), Counter[str]()
+    for _ in range(200):
+        draws = [rng.random() for _ in range(400)]
+        ours = [float((rng.random() < 0.8 and not 0.025 <= d < 0.1) or d < 0.025) for d in draws]
+        theirs = [0.0 if d < 0.025 else 1.0 if d < 0.1 else right for d, right in zip(draws, ours, strict=True)]
+        results = make_results({"zero_shot": [0.0] * 400, "champion": theirs, "candidate": ours})
+        for margin in (None, 0.05):
+            gates = GATES.model_copy(update={"champion_margin": margin, "min_gain": 0.5})
+            shipped[f"{margin}"] += judge(results, metric="exact_match", gates=gates).outcome == "ship"
+    assert shipped["0.05"] <= 0.025 * 200 < shipped["None"]
 
 
 def test_the_best_prompted_arm_is_the_bar() -> None:

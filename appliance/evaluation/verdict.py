@@ -172,11 +172,23 @@ def _decide(
     if comparison.gain < gates.min_gain:
         return "hold", [f"a gain below {gates.min_gain * 100:g} points is not worth its maintenance: {found}"]
     if champion is not None:
-        loses = champion.gain < 0 and champion.p_value < _CHAMPION_ALPHA
-        if loses or champion.gain < -gates.min_gain:
-            return "hold", [found, f"loses to the version in use: {_describe(champion, metric)}"]
-        return "ship", [found, f"is not seen to lose to the version in use: {_describe(champion, metric)}"]
+        return _decide_on_champion(champion, found, gates=gates, metric=metric)
     return "ship", [found]
+
+
+def _decide_on_champion(
+    champion: Comparison, found: str, *, gates: GateSection, metric: str
+) -> tuple[Outcome, list[str]]:
+    """Of a candidate that ships otherwise: no loss is seen, and with a margin none of that size is left possible."""
+    margin, beside = gates.champion_margin, _describe(champion, metric)
+    if (champion.gain < 0 and champion.p_value < _CHAMPION_ALPHA) or champion.gain < -gates.min_gain:
+        return "hold", [found, f"loses to the version in use: {beside}"]
+    if margin is None:
+        return "ship", [found, f"is not seen to lose to the version in use: {beside}"]
+    if champion.interval[0] <= -margin:
+        weak = f"a loss of {margin * 100:g} points to the version in use is not ruled out; add test rows"
+        return "inconclusive", [found, f"{weak}: {beside}"]
+    return "ship", [found, f"loses less than {margin * 100:g} points to the version in use: {beside}"]
 
 
 def _describe(c: Comparison, metric: str) -> str:
