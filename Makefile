@@ -98,6 +98,10 @@ docs: .venv/ready  ## Write what the pages have from code and results: recipe's 
 bench: .venv/ready  ## Training speed on this CPU, against TRL in the same run
 	@$(PYTHON) benchmarks/train_cpu.py $(ARGS)
 
+.PHONY: bench-memory
+bench-memory: .cache/emulated/device.so  ## What training of 1B to 70B holds on a GPU, counted without one (needs g++)
+	@EMULATED_CUDA=shapes $(EMULATED) $(PYTHON) benchmarks/memory.py $(ARGS)
+
 .PHONY: clean
 clean:  ## Remove the environment and the demo
 	@rm -rf .venv .venv-lowest .demo .cache

@@ -17,6 +17,7 @@ from appliance.recipe import Recipe, render_schema
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- tree: written by `make docs` -->", "<!-- end of tree -->"
 SPEED, END_SPEED = "<!-- speed: written by `make docs` -->", "<!-- end of speed -->"
+HELD, END_HELD = "<!-- memory: written by `make docs` -->", "<!-- end of memory -->"
 COST, END_COST = "<!-- checkpoints: written by `make docs` -->", "<!-- end of checkpoints -->"
 LOSS, END_LOSS = "<!-- forgetting: written by `make docs` -->", "<!-- end of forgetting -->"
 KEYS, END_KEYS = "<!-- keys: written by `make docs` -->", "<!-- end of keys -->"
@@ -115,6 +116,23 @@ def render_speed(text: str, root: Path) -> str:
     lines += [f"({machine}; {rounds}.)"]
     head, _, rest = text.partition(SPEED)
     return "\n".join([head + SPEED, *lines, END_SPEED + rest.partition(END_SPEED)[2]])
+
+
+def render_memory(text: str, root: Path) -> str:
+    """The page with its table of bytes written anew from the committed result."""
+    found = json.loads((root / "benchmarks" / "results" / "memory.json").read_text("utf-8"))
+    lines = ["| Job | planned, all in all | appliance holds | trl-best holds | trl holds |", "|---|---|---|---|---|"]
+    for job, figures in found["jobs"].items():
+        planned = f"{figures['appliance']['planned_gib']:.1f} GiB"
+        held = [
+            f"{f['held_gib']:.1f} GiB for {f['tokens']:,} tokens" if (f := figures.get(name)) else "not counted"
+            for name in ("appliance", "trl-best", "trl")
+        ]
+        lines.append(f"| {job} | {planned} | {' | '.join(held)} |")
+    versions = ", ".join(f"{name} {found['versions'][name]}" for name in (*_TOLD, "bitsandbytes"))
+    lines += ["", f"({found['date']}, {versions}.)"]
+    head, _, rest = text.partition(HELD)
+    return "\n".join([head + HELD, *lines, END_HELD + rest.partition(END_HELD)[2]])
 
 
 def render_resume(text: str, root: Path) -> str:
@@ -234,7 +252,7 @@ def main() -> None:
     recipe = ROOT / "docs" / "recipe.md"
     recipe.write_text(render_recipe(recipe.read_text("utf-8")), "utf-8")
     speed = ROOT / "docs" / "speed.md"
-    speed.write_text(render_speed(speed.read_text("utf-8"), ROOT), "utf-8")
+    speed.write_text(render_memory(render_speed(speed.read_text("utf-8"), ROOT), ROOT), "utf-8")
     forgetting = ROOT / "docs" / "forgetting.md"
     forgetting.write_text(render_forgetting(forgetting.read_text("utf-8"), ROOT), "utf-8")
     resume = ROOT / "docs" / "resume.md"

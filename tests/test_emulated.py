@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -86,3 +90,39 @@ def test_memory_is_counted_and_refused() -> None:
         assert torch.zeros(1 << 19, dtype=torch.uint8, device="cuda").sum().item() == 0
     finally:
         torch.cuda.set_per_process_memory_fraction(0.0)
+
+
+HOLDING = """
+import torch
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(512, 2048), torch.nn.GELU(), torch.nn.Linear(2048, 512)).to("cuda")
+x = torch.randn(1024, 512, device="cuda")
+optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+for _ in range(2):
+    with torch.autocast("cuda", torch.bfloat16):
+        y = model(x)
+    some = torch.cat([y.float().softmax(-1), x.new_zeros(1024, 1)], -1)
+    some.index_select(0, torch.arange(9, device="cuda")).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+print(torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated())
+"""
+
+
+def test_the_same_bytes_are_held_without_values() -> None:
+    """Where only shapes are asked for nothing large is computed, and every byte is counted as where all is."""
+    held = [
+        subprocess.check_output([sys.executable, "-c", HOLDING], env=os.environ | {"EMULATED_CUDA": kind}, text=True)
+        for kind in ("", "shapes")
+    ]
+    assert held[0] == held[1]
+    assert int(held[0].split()[1]) > 40 << 20
+
+
+@pytest.mark.parametrize("job", ["1b-lora", "1b-full", "8b-qlora"])
+def test_the_plan_tells_what_training_holds_at_real_sizes(job: str) -> None:
+    """Within 5% of the tensors that the trainer holds at its peak, with what CUDA takes for itself."""
+    argv = [sys.executable, "benchmarks/memory.py", "--run", job, "appliance"]
+    said = subprocess.check_output(argv, env=os.environ | {"EMULATED_CUDA": "shapes"}, text=True)
+    figure = json.loads(said.splitlines()[-1])
+    assert abs(figure["off"]) <= 0.05, figure

@@ -6,6 +6,7 @@ The kernels compute what their documentation says, in fp32 and slowly; what they
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,6 +17,7 @@ from typing import Any
 _LIBRARY = Path(__file__).parents[2] / ".cache" / "emulated" / "device.so"
 _MEMORY = 80 << 30
 _NAME = "NVIDIA H100 80GB HBM3"  # of which the product knows the peak
+_SHAPES_ALONE = os.environ.get("EMULATED_CUDA") == "shapes"  # see `device.cpp`: nothing large is computed
 _kept: list[Any] = []  # registrations live as long as these
 
 
@@ -36,14 +38,21 @@ def install() -> None:
     _install_module(_kept[0])
     _install_storages()
     operations = torch.library.Library("aten", "IMPL")
-    operations.impl("_flash_attention_forward", _attend, "CUDA")
-    operations.impl("_flash_attention_backward", _attend_backward, "CUDA")
-    for key in ("CUDA", "AutogradCUDA"):
-        operations.impl("scaled_dot_product_attention", _attend_scaled, key)
-    operations.impl("mm.dtype", _multiply, "CUDA")
-    operations.impl("mm.dtype_out", lambda a, b, dtype, *, out: out.copy_(_multiply(a, b, dtype)), "CUDA")
-    operations.impl("addmm.dtype_out", _add_product, "CUDA")
-    operations.impl("histc", lambda x, *a, **o: torch.histc(x.cpu().float(), *a, **o).to(x.dtype).to("cuda"), "CUDA")
+    kernels: dict[str, Callable[..., Any]] = {
+        "_flash_attention_forward": _attend,
+        "_flash_attention_backward": _attend_backward,
+        "scaled_dot_product_attention": _attend_scaled,
+        "_fused_rms_norm": _norm,
+        "_fused_rms_norm_backward": _norm_backward,
+        "mm.dtype": _multiply,
+        "mm.dtype_out": lambda a, b, dtype, *, out: out.copy_(_multiply(a, b, dtype)),
+        "addmm.dtype_out": _add_product,
+        "histc": lambda x, *a, **o: torch.histc(x.cpu().float(), *a, **o).to(x.dtype).to("cuda"),
+    }
+    for name, kernel in kernels.items():
+        operations.impl(name, _choose(name, kernel), "CUDA")
+    scaled = "scaled_dot_product_attention"  # made of others by torch, above the device
+    operations.impl(scaled, _choose(scaled, kernels[scaled]), "AutogradCUDA")
     for name in ("convolution", "convolution_backward"):  # each chooses among CUDA's own by the device
         operations.impl(name, _lend(getattr(torch.ops.aten, name).default), "CUDA")
     _kept.append(operations)
@@ -51,6 +60,14 @@ def install() -> None:
         _install_rounding()
     compile_module = torch.nn.Module.compile
     torch.nn.Module.compile = lambda self, **o: compile_module(self, **{"backend": "aot_eager"} | o)  # no Triton for it
+
+
+def _choose(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    if not _SHAPES_ALONE:
+        return kernel
+    import shapes
+
+    return shapes.choose(name, kernel)
 
 
 def _install_rounding() -> None:
@@ -72,6 +89,18 @@ def _install_rounding() -> None:
             operation = getattr(packet, overload)
             rounding.impl(name if overload == "default" else f"{name}.{overload}", _lend(operation), "CUDA")
     _kept.append(rounding)
+    functional = sys.modules["bitsandbytes.functional"]
+    functional.get_paged, functional.prefetch_tensor = _make_paged, lambda *_a, **_o: None
+    functional.fill = lambda tensor, value, **_o: tensor.fill_(value)
+
+
+def _make_paged(*shape: int, dtype: Any, device: Any) -> Any:
+    """Memory that a driver moves to the host when the device is short of it: here it stays."""
+    import torch
+
+    made = torch.empty(*shape, dtype=dtype, device=device)
+    made.is_paged, made.page_deviceid = True, 0
+    return made
 
 
 def _install_module(library: Any) -> None:
@@ -135,6 +164,24 @@ def _multiply(a: Any, b: Any, dtype: Any) -> Any:
 
 def _add_product(y: Any, a: Any, b: Any, dtype: Any, *, beta: float = 1, alpha: float = 1, out: Any) -> Any:
     return out.copy_(beta * y.to(dtype) + alpha * _multiply(a, b, dtype))
+
+
+def _norm(x: Any, shape: Any, weight: Any, eps: float | None) -> tuple[Any, Any]:
+    """As layer_norm_kernel.cu, `_fused_rms_norm_cuda`: what it keeps is one number in fp32 for each norm."""
+    import torch
+
+    dims = tuple(range(-len(shape), 0))
+    rate = (x.float().square().mean(dims, keepdim=True) + (torch.finfo(x.dtype).eps if eps is None else eps)).rsqrt()
+    return (x.float() * rate * (1.0 if weight is None else weight.float())).to(x.dtype), rate
+
+
+def _norm_backward(dy: Any, x: Any, shape: Any, rate: Any, weight: Any, wanted: list[bool]) -> tuple[Any, Any]:
+
+    dims = tuple(range(-len(shape), 0))
+    scaled, normed = dy.float() * (1.0 if weight is None else weight.float()), x.float() * rate
+    dx = rate * (scaled - normed * (scaled * normed).mean(dims, keepdim=True))
+    dweight = (dy.float() * normed).flatten(0, -len(shape) - 1).sum(0)
+    return dx.to(x.dtype) if wanted[0] else None, dweight.to(x.dtype) if wanted[1] else None
 
 
 def _attend_scaled(
@@ -253,6 +300,10 @@ def _lend(operation: Any) -> Callable[..., Any]:
     """The operation on copies on the host, what it writes to copied back."""
     import torch
 
+    if _SHAPES_ALONE:
+        import shapes
+
+        return shapes.ask(operation)
     arguments = operation._schema.arguments
     written = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
 
