@@ -58,14 +58,15 @@ def main() -> None:
 
 
 def count_apart(job: str, contender: str) -> dict[str, Any]:
-    """The figure from a process of its own, printed as a line of the table."""
+    """The figure from a process of its own, printed as a line of the table; a failure ends all, with what it said."""
     argv = [sys.executable, __file__, "--run", job, contender]
-    said = subprocess.run(argv, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=1800)
-    figure: dict[str, Any] = json.loads(said.stdout.splitlines()[-1])
+    done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=1800)
+    if done.returncode:
+        raise SystemExit(f"{done.stderr}{job} {contender}: exit code {done.returncode}")
+    figure: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     plan = f", planned {figure['planned_gib']:.1f} for all ({figure['off']:+.1%})" if "off" in figure else ""
-    print(
-        f"{job:<10} {contender:<10} holds {figure['held_gib']:6.2f} GiB for {figure['tokens']} tokens{plan}", flush=True
-    )
+    held = f"{figure['held_gib']:6.2f} GiB for {figure['tokens']} tokens"
+    print(f"{job:<10} {contender:<10} holds {held}{plan}", flush=True)
     return figure
 
 
