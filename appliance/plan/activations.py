@@ -73,9 +73,12 @@ class Activations:
         With checkpointing a layer keeps what it was handed, and one at a time is computed again.
         """
         if checkpointing:
-            again = tokens * (self.kept + self.passing)
-            return tokens * self.layers * self.handed_on + max(again, copies)
+            return tokens * self.layers * self.handed_on + max(self.estimate_layer(tokens), copies)
         return tokens * (self.layers * self.kept + self.passing) + copies
+
+    def estimate_layer(self, tokens: int) -> float:
+        """Bytes of one layer while it is on its way back."""
+        return tokens * (self.kept + self.passing)
 
 
 def count_activations(

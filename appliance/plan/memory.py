@@ -19,7 +19,7 @@ from appliance.recipe import Recipe, is_packed
 FITS = 0.8  # of a device; the rest is for what is not counted
 Overhead = tuple[float, int]  # a factor on what is held, for what the allocator cannot use again; the process itself
 _OVERHEAD: Overhead = (1.07, 1 << 30)
-_OVERHEAD_OF_A_GPU = 1 << 29  # its context; of a frozen base and its activations little is lost in pages that grow
+_OVERHEAD_OF_A_GPU: Overhead = (1.02, 1 << 29)  # its context; little is lost in pages that grow
 _LOGIT = 12.3  # bytes for each logit that the libraries' own loss holds: in bf16, in fp32, and what it makes of them
 
 
@@ -30,7 +30,8 @@ class Memory:
     `lengths` are those of rows, the longest first, where they lie end to end on a GPU; none where each counts as the
     longest. `loading` is held before the first step alone, where it is more than what stays. Full training in bf16
     computes with `copies` of its fp32 weights, which a backward pass gives up as it makes `gradients` (4 bytes a
-    weight); the first of a step, of the `share` of rows that a device computes in it, has none to add to yet.
+    weight behind the head, whose own comes before any activation goes); the first of a step, of the `share` of rows
+    that a device computes in it, has none to add to yet. With its last layer all of them are there.
     `logit`: bytes that a step holds for each logit, 0 where the head never holds them.
     """
 
@@ -55,7 +56,7 @@ class Memory:
         tokens = sum(self.lengths[:micro_batch]) or micro_batch * self.longest
         moving = self._estimate_moving(micro_batch, tokens, checkpointing=checkpointing, logit=self.logit)
         spared = self.gradients if micro_batch == self.share else 0.0
-        passing = max(moving - spared, self.penalty.passing, 0.0)
+        passing = max(moving - spared, self.activations.estimate_layer(tokens), self.penalty.passing)
         return add_overhead(max(self.loading, self.static + self.penalty.kept + passing), self.overhead)
 
     def share_out(self, weights: Mapping[str, Shape], *, trainable: int, devices: int) -> Memory:
@@ -142,9 +143,7 @@ def measure_trained(method: Method, machine: Machine) -> float:
 
 def measure_overhead(recipe: Recipe, machine: Machine) -> Overhead:
     """What is held beside the account; with several GPUs they talk to each other, which takes memory too."""
-    if not machine.gpu or recipe.needs.devices > 1:
-        return _OVERHEAD
-    return _OVERHEAD[0] if isinstance(recipe.method, FullMethod) else 1.02, _OVERHEAD_OF_A_GPU
+    return _OVERHEAD if not machine.gpu or recipe.needs.devices > 1 else _OVERHEAD_OF_A_GPU
 
 
 def list_longest(recipe: Recipe, lengths: Sequence[int], sizes: ModelSizes, machine: Machine) -> tuple[int, ...]:

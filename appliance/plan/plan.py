@@ -135,7 +135,7 @@ def build_plan(
         overhead=measure_overhead(recipe, machine),
         lengths=list_longest(recipe, lengths, sizes, machine),
         copies=2.0 * count_values(list_linears(weights)) if is_full and width < 4 else 0.0,
-        gradients=4.0 * trainable if is_full else 0.0,
+        gradients=4.0 * (trainable - sizes.vocabulary * sizes.hidden) if is_full else 0.0,
         share=section.effective_batch // recipe.needs.devices,
     )
     micro, checkpointing = _fit(recipe, memory, machine)
