@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,7 +31,12 @@ def _check_path(path: str) -> str:
 
 FilePath = Annotated[str, AfterValidator(_check_path)]
 _EWC_METHODS = ("full", "lora", "qlora")
-_YOUNGER = ("prefix", "norm")
+_YOUNGER = {  # keys that came after the first versions, and what each says where it is left out
+    "forgetting": None,
+    "evaluation.gates.champion_margin": None,
+    "training.speed.prefix": "auto",
+    "training.speed.norm": "auto",
+}
 
 
 class BaseSection(Section):
@@ -198,11 +205,7 @@ class GateSection(Section):
         100, ge=1, description="with fewer (those of one group are one) the verdict is inconclusive, or reject"
     )
     champion_margin: Float | None = Field(
-        None,
-        gt=0.0,
-        le=1.0,
-        description="a loss to the champion of this share of rows must be ruled out at 95% (non-inferiority); null: "
-        "one that is seen stops it",
+        None, gt=0.0, le=1.0, description="share of rows; a loss to the champion of so much is ruled out at 95%"
     )
 
 
@@ -312,19 +315,14 @@ class Recipe(Section):
     def digest(self) -> str:
         """SHA-256 of the recipe's values; comments, order and spelled-out defaults do not count.
 
-        Neither does `needs`, which says where and not what; keys that are younger than the first versions
-        (`forgetting`, `champion_margin`, and of `training.speed` those in `_YOUNGER`) count only where they are given:
+        Neither does `needs`, which says where and not what; the keys in `_YOUNGER` count only where they are given:
         a new release must not train everything anew.
         """
         values = self.model_dump(mode="json", exclude={"needs"})
-        if self.forgetting is None:
-            del values["forgetting"]
-        if self.evaluation.gates.champion_margin is None:
-            del values["evaluation"]["gates"]["champion_margin"]
-        speed = values["training"]["speed"]
-        for key in _YOUNGER:
-            if speed[key] == "auto":
-                del speed[key]
+        for path, default in _YOUNGER.items():
+            *sections, key = path.split(".")
+            if (section := reduce(getitem, sections, values))[key] == default:
+                del section[key]
         return digest_json(values)
 
 

@@ -37,16 +37,17 @@ def prove_worst_step(
     with torch.random.fork_rng(devices=devices):
         with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
             # autocast: accelerate wraps the model in it, but not before `train`
-            longest = build_records(_sort_rows(validation_rows)[-micro_batch:])
-            score_rows(trainer.model, longest, collate=trainer.collate_apart, size=micro_batch)
+            validated = build_records(_sort_rows(validation_rows)[-micro_batch:])
+            score_rows(trainer.model, validated, collate=trainer.collate_apart, size=micro_batch)
         trainer.model.train()
         if trainer.args.gradient_checkpointing:
             _recompute_activations(trainer.model)
-        if trainer.is_compiled:
-            _check_compiled(trainer, build_records(_sort_rows(rows)[:micro_batch]))
         ordered = _sort_rows(rows)
-        _make_moments(trainer, build_records(ordered[:micro_batch]))
-        _compute_gradients(trainer, build_records(ordered[-micro_batch:]))
+        shortest, longest = build_records(ordered[:micro_batch]), build_records(ordered[-micro_batch:])
+        if trainer.is_compiled:
+            _check_compiled(trainer, shortest)
+        _make_moments(trainer, shortest)
+        _compute_gradients(trainer, longest)
     trainer.optimizer = None
     trainer.model.zero_grad(set_to_none=True)
     trainer.tokens_seen = trainer.tokens_computed = 0

@@ -31,6 +31,7 @@ def load() -> None:
 
 def install() -> None:
     """After torch: from now on there is one CUDA device."""
+    import shapes
     import torch
 
     with suppress(ImportError):  # the product hides it from children that round nothing
@@ -38,21 +39,22 @@ def install() -> None:
     _install_module(_kept[0])
     _install_storages()
     operations = torch.library.Library("aten", "IMPL")
-    kernels: dict[str, Callable[..., Any]] = {
-        "_flash_attention_forward": _attend,
-        "_flash_attention_backward": _attend_backward,
-        "scaled_dot_product_attention": _attend_scaled,
-        "_fused_rms_norm": _norm,
-        "_fused_rms_norm_backward": _norm_backward,
-        "mm.dtype": _multiply,
-        "mm.dtype_out": lambda a, b, dtype, *, out: out.copy_(_multiply(a, b, dtype)),
-        "addmm.dtype_out": _add_product,
-        "histc": lambda x, *a, **o: torch.histc(x.cpu().float(), *a, **o).to(x.dtype).to("cuda"),
+    kernels: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {  # and where only shapes are asked for
+        "_flash_attention_forward": (_attend, shapes.attend),
+        "_flash_attention_backward": (_attend_backward, shapes.attend_backward),
+        "scaled_dot_product_attention": (_attend_scaled, shapes.attend_scaled),
+        "_fused_rms_norm": (_norm, shapes.norm),
+        "_fused_rms_norm_backward": (_norm_backward, shapes.norm_backward),
+        "mm.dtype": (_multiply, shapes.multiply),
+        "mm.dtype_out": (lambda a, b, dtype, *, out: out.copy_(_multiply(a, b, dtype)), shapes.write),
+        "addmm.dtype_out": (_add_product, shapes.write),
     }
-    for name, kernel in kernels.items():
-        operations.impl(name, _choose(name, kernel), "CUDA")
-    scaled = "scaled_dot_product_attention"  # made of others by torch, above the device
-    operations.impl(scaled, _choose(scaled, kernels[scaled]), "AutogradCUDA")
+    for name, (plain, large) in kernels.items():
+        kernel = shapes.choose(plain, large) if _SHAPES_ALONE else plain
+        operations.impl(name, kernel, "CUDA")
+        if name == "scaled_dot_product_attention":  # made of others by torch, above the device
+            operations.impl(name, kernel, "AutogradCUDA")
+    operations.impl("histc", lambda x, *a, **o: torch.histc(x.cpu().float(), *a, **o).to(x.dtype).to("cuda"), "CUDA")
     for name in ("convolution", "convolution_backward"):  # each chooses among CUDA's own by the device
         operations.impl(name, _lend(getattr(torch.ops.aten, name).default), "CUDA")
     _kept.append(operations)
@@ -60,14 +62,6 @@ def install() -> None:
         _install_rounding()
     compile_module = torch.nn.Module.compile
     torch.nn.Module.compile = lambda self, **o: compile_module(self, **{"backend": "aot_eager"} | o)  # no Triton for it
-
-
-def _choose(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    if not _SHAPES_ALONE:
-        return kernel
-    import shapes
-
-    return shapes.choose(name, kernel)
 
 
 def _install_rounding() -> None:
@@ -176,7 +170,6 @@ def _norm(x: Any, shape: Any, weight: Any, eps: float | None) -> tuple[Any, Any]
 
 
 def _norm_backward(dy: Any, x: Any, shape: Any, rate: Any, weight: Any, wanted: list[bool]) -> tuple[Any, Any]:
-
     dims = tuple(range(-len(shape), 0))
     scaled, normed = dy.float() * (1.0 if weight is None else weight.float()), x.float() * rate
     dx = rate * (scaled - normed * (scaled * normed).mean(dims, keepdim=True))

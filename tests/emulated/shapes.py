@@ -14,9 +14,8 @@ from torch.utils._pytree import tree_map_only
 LARGE = 1 << 20  # bytes of what a kernel is given first; as `device.cpp` has it
 
 
-def choose(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+def choose(plain: Callable[..., Any], large: Callable[..., Any]) -> Callable[..., Any]:
     """The kernel that computes what is small, and of what is large makes the shapes."""
-    large = _KERNELS.get(name, plain)
 
     def run(first: torch.Tensor, *rest: Any, **options: Any) -> Any:
         return (large if first.nbytes >= LARGE else plain)(first, *rest, **options)
@@ -35,13 +34,14 @@ def ask(operation: Any) -> Callable[..., Any]:
     return run
 
 
-def _attend(query: torch.Tensor, *_rest: Any, **_options: Any) -> tuple[torch.Tensor, ...]:
+def attend(query: torch.Tensor, *_rest: Any, **_options: Any) -> tuple[torch.Tensor, ...]:
+    """As `mha_varlen_fwd`: beside the result one number in fp32 for each token and head."""
     state, unused = (torch.zeros(size, dtype=torch.uint64, device="cuda") for size in ((2,), ()))
     norms, mask = torch.empty(query.shape[1], len(query), device="cuda"), torch.zeros(0, device="cuda")
     return torch.empty_like(query), norms, state, unused, mask
 
 
-def _attend_backward(
+def attend_backward(
     _gradient: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -77,16 +77,18 @@ class _AttendScaled(torch.autograd.Function):  # type: ignore[misc]
         return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
 
 
-def _attend_scaled(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_rest: Any, **_options: Any) -> Any:
+def attend_scaled(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_rest: Any, **_options: Any) -> Any:
+    """As the kernels that make no matrix of scores."""
     return _AttendScaled.apply(query, key, value)
 
 
-def _norm(x: torch.Tensor, shape: Any, *_rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def norm(x: torch.Tensor, shape: Any, *_rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `_fused_rms_norm_cuda`: beside the result one number in fp32 for each norm."""
     rate = torch.empty(*x.shape[: -len(shape)], *(1 for _ in shape), device="cuda")
     return torch.empty_like(x), rate
 
 
-def _norm_backward(
+def norm_backward(
     _gradient: torch.Tensor,
     x: torch.Tensor,
     _shape: Any,
@@ -94,24 +96,15 @@ def _norm_backward(
     weight: torch.Tensor,
     wanted: list[bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gradients that are wanted."""
     return torch.empty_like(x) if wanted[0] else None, torch.empty_like(weight) if wanted[1] else None
 
 
-def _multiply(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def multiply(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A product in another precision than its factors'; no copy of them is made."""
     return a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
 
 
-def _write(*_values: Any, out: torch.Tensor, **_options: Any) -> torch.Tensor:
+def write(*_values: Any, out: torch.Tensor, **_options: Any) -> torch.Tensor:
+    """What writes to memory that is there."""
     return out
-
-
-_KERNELS: dict[str, Callable[..., Any]] = {
-    "_flash_attention_forward": _attend,
-    "_flash_attention_backward": _attend_backward,
-    "scaled_dot_product_attention": _attend_scaled,
-    "_fused_rms_norm": _norm,
-    "_fused_rms_norm_backward": _norm_backward,
-    "mm.dtype": _multiply,
-    "mm.dtype_out": _write,
-    "addmm.dtype_out": _write,
-}
