@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from appliance import evaluation, registry, release, report, training
-from appliance.data import summarise_dataset
+from appliance.data import find_near_copies, summarise_dataset
 from appliance.digest import canonical_json, digest_file, digest_folder, write_atomic
 from appliance.errors import DatasetError
 from appliance.example import decode_examples, encode_examples
@@ -309,8 +309,9 @@ def _judge_stage(run: Run, prepared: Prepared) -> None:
     if run.is_done("judge"):
         return
     results = evaluation.decode_results((run.evaluation / "results.jsonl").read_bytes())
-    section = prepared.recipe.evaluation
-    verdict = evaluation.judge(results, metric=section.metric, gates=section.gates)
+    section, splits = prepared.recipe.evaluation, prepared.splits
+    copies = {splits.test[place].id for place in find_near_copies(splits.test, splits.train)}
+    verdict = evaluation.judge(results, metric=section.metric, gates=section.gates, copies=copies)
     write_atomic(run.evaluation / "verdict.json", canonical_json(verdict.to_json()))
     run.finish("judge", verdict=verdict.to_json())
 

@@ -19,6 +19,7 @@ from appliance.data.general import (
     order_general,
 )
 from appliance.data.masks import check_masks, check_tokens
+from appliance.data.near import find_near_copies
 from appliance.data.pointer import (
     Pointer,
     check_pushed,
@@ -61,6 +62,7 @@ __all__ = [
     "fetch_revision",
     "find_astray",
     "find_in_fault",
+    "find_near_copies",
     "find_place",
     "find_shared",
     "find_uncommitted",

@@ -18,8 +18,9 @@ from typing import Any
 
 from appliance.contract import TextContract
 from appliance.data.findings import Finding, Rule, Severity, find_in_fault
+from appliance.data.near import find_near_copies
 from appliance.data.rows import Dataset, Row, read_dataset
-from appliance.data.split import select_side
+from appliance.data.split import Side, select_side
 from appliance.digest import digest_json
 from appliance.errors import TrainingError
 from appliance.example import Example, normalise_text
@@ -338,15 +339,29 @@ def _check_volume(dataset: Dataset) -> Iterator[Finding]:
 
 
 def _check_test_rows(dataset: Dataset, split: SplitSection, *, gates: GateSection) -> Iterator[Finding]:
-    """What so many test rows can show, by the test that will judge."""
-    keys = [r.example.group_key for r in dataset.rows if select_side(r.example.group_key, split) == "test"]
+    """Which test rows the verdict will not count, and what the others can show by the test that will judge."""
+    sides: dict[Side, list[Row]] = {"train": [], "validation": [], "test": []}
+    for row in dataset.rows:
+        sides[select_side(row.example.group_key, split)].append(row)
+    test, train = sides["test"], sides["train"]
+    copies = find_near_copies([r.example for r in test], [r.example for r in train])
+    for place, other in copies.items():
+        trained = f"training row {train[other].example.id} at {train[other].where}"
+        message = f"asks nearly what {trained} asks and has its answer, so the verdict does not count it"
+        fix = "give both rows the same group, or remove one"
+        yield Finding("warning", "near-copy", test[place].where, message, fix, id=test[place].example.id)
+    if test and len(copies) == len(test):
+        message = "every test row is a near copy of a row that is trained on, so there would be none to judge by"
+        yield Finding("error", "near-copy", str(dataset.folder), message, "give near copies one group, or add rows")
+    keys = [r.example.group_key for place, r in enumerate(test) if place not in copies]
     groups = len(set(keys))
     if len(dataset.rows) >= _SMALLEST and groups < gates.min_test_rows:
         gain = smallest_gain(groups, alpha=gates.alpha)
         finds = f"find only gains of {gain * 100:.0f} points or more" if gain else "hardly show any gain"
+        counted = f", {len(copies)} near copies not counted" if copies else ""
         message = (
-            f"{count_test_rows(len(keys), groups)}; the gate wants {gates.min_test_rows}: a test at {gates.alpha:g} on "
-            f"so few can {finds}, the verdict will be inconclusive"
+            f"{count_test_rows(len(keys), groups)}{counted}; the gate wants {gates.min_test_rows}: a test at "
+            f"{gates.alpha:g} on so few can {finds}, the verdict will be inconclusive"
         )
         yield Finding("warning", "test-size", str(dataset.folder), message, "add rows or raise dataset.split.test")
 

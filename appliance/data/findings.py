@@ -12,7 +12,7 @@ Severity = Literal["error", "warning"]
 Rule = Literal[
     "missing", "card", "empty", "json", "schema", "encoding", "control", "roles", "contract", "id", "duplicate",
     "shared-prompt", "contradiction", "unreviewed", "category", "length", "volume", "test-size", "coverage",
-    "imbalance", "split", "mask", "token", "base", "prompt", "unread",
+    "imbalance", "split", "mask", "token", "base", "prompt", "unread", "near-copy",
 ]  # fmt: skip
 _SHOWN = 20
 

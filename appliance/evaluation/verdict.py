@@ -3,12 +3,13 @@
 The candidate must beat the better of the prompted arms and must not lose to the champion. Too few
 rows are inconclusive, whatever they show, and so is a test that could not tell: only where a gain worth
 its maintenance is ruled out does a verdict say "do not fine-tune". Missing answers are an error, never a pass.
+Rows that remembering answers prove nothing, and are left out.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,14 +63,25 @@ class Verdict:
     champion: Comparison | None
     power: dict[str, Any]
     slices: dict[str, dict[str, dict[str, Any]]]
+    copies: int
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         return asdict(self)
 
 
-def judge(results: Sequence[Result], *, metric: str, gates: GateSection) -> Verdict:
-    """Decide from scored results. Raises `EvaluationError` when an arm or a score is missing."""
+def judge(results: Sequence[Result], *, metric: str, gates: GateSection, copies: Collection[str] = ()) -> Verdict:
+    """Decide from scored results. Raises `EvaluationError` when an arm or a score is missing.
+
+    Rows with an id in `copies` have a near copy among the rows that were trained on, and count nowhere.
+    """
+    answered = len({r.id for r in results})
+    results = [r for r in results if r.id not in copies]
+    if answered and not results:
+        raise EvaluationError(
+            f"each of {answered} test rows has a near copy among training rows, so none is left to judge by; "
+            "give near copies one group, or add rows"
+        )
     scores = _gather(results, metric)
     n = len(scores["candidate"])
     groups = {r.id: r.group for r in results}
@@ -79,6 +91,8 @@ def judge(results: Sequence[Result], *, metric: str, gates: GateSection) -> Verd
     champion = _compare(scores, against="champion", groups=groups) if "champion" in scores else None
     detectable = smallest_gain(comparison.groups, alpha=gates.alpha)
     outcome, reasons = _decide(comparison, champion, gates=gates, detectable=detectable, metric=metric)
+    if n < answered:
+        reasons.append(f"{answered - n} of {answered} test rows are not counted: near copies of training rows")
     return Verdict(
         outcome=outcome,
         reasons=tuple(reasons),
@@ -90,6 +104,7 @@ def judge(results: Sequence[Result], *, metric: str, gates: GateSection) -> Verd
         champion=champion,
         power={"n": comparison.groups, "alpha": gates.alpha, "smallest_gain": detectable},
         slices=_slice(results, metric),
+        copies=answered - n,
     )
 
 

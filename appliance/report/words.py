@@ -42,9 +42,10 @@ def say_share(value: float | None) -> str:
 
 
 def title_rows(verdict: Mapping[str, Any]) -> str:
-    """How many rows the arms answered; those of one group are one observation, which earlier releases did not count."""
-    groups = verdict["comparison"].get("groups", verdict["n"])
-    return f"{verdict['n']} held-out test rows" + (f" in {groups} groups" if groups != verdict["n"] else "")
+    """How many rows count; those of one group are one observation. Earlier releases knew neither groups nor copies."""
+    groups, copies = verdict["comparison"].get("groups", verdict["n"]), verdict.get("copies", 0)
+    title = f"{verdict['n']} held-out test rows" + (f" in {groups} groups" if groups != verdict["n"] else "")
+    return title + (f", without {copies} near copies of training rows" if copies else "")
 
 
 def say_interval(interval: list[float] | None) -> str:
