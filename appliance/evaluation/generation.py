@@ -19,6 +19,7 @@ from peft import PeftModel
 
 from appliance.errors import EvaluationError
 from appliance.evaluation.arms import Arm, Prompt
+from appliance.evaluation.beginning import Beginning
 from appliance.evaluation.outputs import Output, read_said
 from appliance.model import ChatTemplate
 from appliance.model.weights import load_model, select_device, select_precision
@@ -113,21 +114,29 @@ def generate_batch(
     template: ChatTemplate,
     stop_ids: Sequence[int],
     max_new_tokens: int,
+    beginning: Beginning | None = None,
 ) -> Iterator[Output]:
-    """Greedy answers to a batch, without the stop token; `stop` says whether one was met."""
+    """Greedy answers to a batch, without the stop token; `stop` says whether one was met.
+
+    All prompts go on from `beginning`, where one is given, which `model` has read.
+    """
     began = time.monotonic()
+    known = len(beginning.ids) if beginning is not None else 0
     longest = max(len(p.input_ids) for p in batch)
     device = next(model.parameters()).device
     pad = min(stop_ids)
     ids = torch.full((len(batch), longest), pad)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(batch):
-        ids[row, longest - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
-        mask[row, longest - len(prompt.input_ids) :] = 1
+        start = longest - len(prompt.input_ids) + known
+        for part, tokens in ((slice(known), prompt.input_ids[:known]), (slice(start, None), prompt.input_ids[known:])):
+            ids[row, part] = torch.tensor(tokens, dtype=ids.dtype)
+            mask[row, part] = 1
     with torch.inference_mode():
         generated = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
+            past_key_values=beginning.start_cache(len(batch)) if beginning is not None else None,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             temperature=None,

@@ -45,6 +45,7 @@ def _run_arms(
     emit: Emit,
 ) -> None:
     """The arms that share one model; a stop loses the answers of one batch."""
+    from appliance.evaluation.beginning import read_beginning
     from appliance.evaluation.generation import (
         check_effect,
         cut_batches,
@@ -66,11 +67,17 @@ def _run_arms(
             with use_arm(model, arm):
                 if arm.adapter is not None and asked:
                     check_effect(model, arm, asked[0])
+                beginning = read_beginning(model, asked)
                 for batch in cut_batches(asked, job.batch, padding=select_padding(arm)):
                     if all((p.id, p.arm) in done for p in batch):
                         continue
                     outputs = generate_batch(
-                        model, batch, template=template, stop_ids=job.stop_ids, max_new_tokens=job.max_new_tokens
+                        model,
+                        batch,
+                        template=template,
+                        stop_ids=job.stop_ids,
+                        max_new_tokens=job.max_new_tokens,
+                        beginning=beginning,
                     )
                     # a batch torn by a kill is generated again whole, and only what is missing is added
                     fresh = [o for o in outputs if (o.id, o.arm) not in done]
