@@ -109,10 +109,10 @@ def test_every_pair_that_is_similar_enough_is_found(places: list[int], rng: rand
     assert set(find_near_copies(changed, OTHERS)) == measure_exactly(changed, OTHERS)
 
 
-def write_copies(folder: Path, *, copied: int, **more: Any) -> tuple[Path, list[str]]:
-    """A dataset of 300 rows in which so many test rows are training rows with a word more; their ids."""
+def write_copies(folder: Path, *, copied: int, count: int = 300, **more: Any) -> tuple[Path, list[str]]:
+    """A dataset of `count` rows and so many test rows that are training rows with a full stop; the ids of these."""
     write_dataset(folder, rows=1)
-    rows = ask_at_random(300, seed=3)
+    rows = ask_at_random(count, seed=3)
     trained = [e for e in rows if select_side(e.group_key, SPLIT) == "train"]
     copies: list[Example] = []
     for e in trained:
@@ -132,7 +132,7 @@ def write_copies(folder: Path, *, copied: int, **more: Any) -> tuple[Path, list[
         for n, e in enumerate([*rows, *copies])
     ]
     (folder / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
-    return folder, [f"r{n}" for n in range(300, 300 + copied)]
+    return folder, [f"r{n}" for n in range(count, count + copied)]
 
 
 def test_the_check_names_each_near_copy_and_counts_the_other_test_rows(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_near_copies_alone_are_an_error_never_a_verdict() -> None:
 
 def test_a_run_judges_without_near_copies_and_its_card_says_so(tmp_path: Path) -> None:
     """Every arm answers them, and no score has them."""
-    write_copies(tmp_path / "datasets" / "colours", copied=4)
+    write_copies(tmp_path / "datasets" / "colours", copied=4, count=80)
     write_base(tmp_path / "base")
     notes: list[str] = []
     workspace = Workspace(tmp_path, tmp_path / "cache", tmp_path / "runs", note=notes.append)

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -236,11 +236,12 @@ STAGES = ("lock", "training/job.json", "training/metrics.jsonl", "training/summa
           "evaluation/job.json", "evaluation/outputs.jsonl", "card/card.json")  # fmt: skip
 
 
-def test_an_interruption_at_any_stage_loses_nothing(make_project: Callable[[], Project]) -> None:
+@pytest.mark.parametrize("stages", [STAGES[::3], pytest.param(STAGES, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_an_interruption_at_any_stage_loses_nothing(make_project: Callable[[], Project], stages: Sequence[str]) -> None:
     """Ctrl-C at each stage in turn: one message, exit 33, and in the end one version, the same as without."""
     project = make_project()
     project.commit_data(rows=120)
-    for stage in STAGES:
+    for stage in stages:
         child = project.start("reconcile")
         wait_for(lambda stage=stage: is_written(project, stage), child)
         assert stop(child), f"{stage}: the run ended before it was stopped"
