@@ -39,7 +39,7 @@ gpu-test: $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)  ## The tests t
 EMULATED := PYTHONPATH=$(CURDIR)/tests/emulated
 # The modules whose tests train, answer and judge: what a team's job does on a GPU.
 # Not there: a count of what torch's compiler makes, which is not a GPU's here; what asks for a driver or its memory.
-ON_A_GPU := methods training forgetting evaluation levers head norms silent_failures merge growing apart mirror
+ON_A_GPU := methods training forgetting evaluation beginning levers head norms silent_failures merge growing apart mirror
 
 .cache/emulated/device.so: tests/emulated/device.cpp .venv/ready
 	@mkdir -p $(@D)
