@@ -66,10 +66,11 @@ def test_another_answer_is_no_copy() -> None:
     assert find_near_copies([ask(REQUEST + " Thanks!", "RED ")], [*OTHERS, ask(REQUEST, "red")]) == {0: 40}
 
 
-def test_an_instruction_that_every_request_begins_with_makes_no_copies() -> None:
+@pytest.mark.parametrize("count", [60, 900])
+def test_an_instruction_that_every_request_begins_with_makes_no_copies(count: int) -> None:
     """Long as it is, what follows it tells the rows apart; a copy among them is found all the same."""
     begin = "Name the colour of the thing that is described below, in one word and without a full stop. The thing: " * 2
-    rows = ask_at_random(60, seed=2, begin=begin)
+    rows = ask_at_random(count, seed=2, begin=begin)
     assert find_near_copies(rows[:10], rows[10:]) == {}
     copied = ask(rows[30].messages[0].content + "!")
     assert find_near_copies([*rows[:10], copied], rows[10:]) == {10: 20}

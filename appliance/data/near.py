@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from heapq import nsmallest
 
 from rensa import RMinHash
 
-from appliance.digest import digest_json
+from appliance.digest import digest_bytes, digest_json
 from appliance.example import Example, normalise_text
 
 _GRAM = 4
 _SIMILAR = 0.8
 _COMMON = 0.1  # of all rows: more have a gram that belongs to the form of requests
 _FEW = 5  # rows are no form, however few there are
+_SAMPLE = 500  # rows that show what is common
 # Of pairs that are just similar enough 1 in 20,000 shares no band; of those similar by 0.2, 1 in 125 shares one.
 _BANDS, _WIDTH, _SEED = 25, 5, 1
 
@@ -34,19 +36,19 @@ def find_near_copies(test: Sequence[Example], trained: Sequence[Example]) -> dic
     shared = {_read_answer(e) for e in test}.intersection(answers)
     if not shared:
         return {}
-    telling = _find_telling([*test, *trained])
+    common = _find_common([*test, *trained])
     held: dict[tuple[str, int, tuple[int, ...]], list[int]] = {}
     for place, example in enumerate(test):
         if (answer := _read_answer(example)) in shared:
-            for band in _hash_bands(_cut(example) & telling):
+            for band in _hash_bands(_cut(example) - common):
                 held.setdefault((answer, *band), []).append(place)
     nearest: dict[int, tuple[float, int]] = {}
     for place, (example, answer) in enumerate(zip(trained, answers, strict=True)):
         if answer not in shared:
             continue
         grams = _cut(example)
-        for other in {o for band in _hash_bands(grams & telling) for o in held.get((answer, *band), ())}:
-            similarity = _compare(_cut(test[other]), grams, telling)
+        for other in {o for band in _hash_bands(grams - common) for o in held.get((answer, *band), ())}:
+            similarity = _compare(_cut(test[other]), grams, common)
             if similarity >= _SIMILAR and similarity > nearest.get(other, (0.0, 0))[0]:
                 nearest[other] = similarity, place
     return {other: place for other, (_, place) in sorted(nearest.items())}
@@ -61,13 +63,16 @@ def _cut(example: Example) -> set[str]:
     return {text[i : i + _GRAM] for i in range(max(1, len(text) - _GRAM + 1))}
 
 
-def _find_telling(examples: Sequence[Example]) -> set[str]:
-    """The grams of all rows but those that so many have that they tell no row from another."""
+def _find_common(examples: Sequence[Example]) -> set[str]:
+    """The grams of so many rows that they tell no row from another; by some of the rows, whatever their order."""
+    seen = nsmallest(
+        _SAMPLE, examples, key=lambda e: digest_bytes(e.normalised_prompt.encode("utf-8", "surrogatepass"))
+    )
     counts = Counter[str]()
-    for example in examples:
+    for example in seen:
         counts.update(_cut(example))
-    limit = max(_FEW, _COMMON * len(examples))
-    return {gram for gram, rows in counts.items() if rows <= limit}
+    limit = max(_FEW, _COMMON * len(seen))
+    return {gram for gram, rows in counts.items() if rows > limit}
 
 
 def _hash_bands(grams: set[str]) -> Iterator[tuple[int, tuple[int, ...]]]:
@@ -80,9 +85,9 @@ def _hash_bands(grams: set[str]) -> Iterator[tuple[int, tuple[int, ...]]]:
             yield band, tuple(signature[band * _WIDTH : (band + 1) * _WIDTH])
 
 
-def _compare(one: set[str], other: set[str], telling: set[str]) -> float:
-    """The lesser of the similarities of the whole sets and of the grams in them that tell."""
-    return min(_jaccard(one, other), _jaccard(one & telling, other & telling))
+def _compare(one: set[str], other: set[str], common: set[str]) -> float:
+    """The lesser of the similarities of the whole sets and of what in them is not common."""
+    return min(_jaccard(one, other), _jaccard(one - common, other - common))
 
 
 def _jaccard(one: set[str], other: set[str]) -> float:
