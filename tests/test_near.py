@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import make_recipe, write_base, write_dataset
 
 from appliance.cli import main
-from appliance.data import check_dataset, find_near_copies, select_side
+from appliance.data import check_dataset, find_near_copies, near, select_side
 from appliance.errors import EvaluationError
 from appliance.evaluation import Result, judge
 from appliance.example import Example, Message
@@ -76,11 +76,26 @@ def test_an_instruction_that_every_request_begins_with_makes_no_copies(count: in
     assert find_near_copies([*rows[:10], copied], rows[10:]) == {10: 20}
 
 
-def test_the_copy_that_is_told_is_the_one_most_like_it() -> None:
-    """Of several, whatever their order."""
+def test_the_copy_that_is_told_is_the_first_in_the_rows_order() -> None:
+    """Of several; what comes after it is not looked at."""
     near, nearer = ask(REQUEST + " Thanks a lot."), ask(REQUEST + " ok")
-    for trained, place in (([*OTHERS, near, nearer], 41), ([*OTHERS, nearer, near], 40)):
-        assert find_near_copies([ask(REQUEST)], trained) == {0: place}
+    for trained in ([*OTHERS, near, nearer], [*OTHERS, nearer, near]):
+        assert find_near_copies([ask(REQUEST)], trained) == {0: 40}
+
+
+@pytest.mark.parametrize(("number", "copied"), [("{0:03}", True), ("{0:03} {1:05}", False)])
+def test_forms_with_many_rows_are_compared_in_bounded_time(
+    monkeypatch: pytest.MonkeyPatch, number: str, copied: bool
+) -> None:
+    """Rows that differ in numbers alone, whether they are copies or not quite: no test row is compared with all."""
+    monkeypatch.setattr(near, "_TRIES", 20)
+    compared: list[int] = []
+    compare = near._compare
+    monkeypatch.setattr(near, "_compare", lambda *sets: compared.append(1) or compare(*sets))
+    forms = [e.messages[0].content for e in ask_at_random(20, seed=4)]
+    rows = [ask(f"{form} {number.format(n, 7919 * n % 99991)}") for form in forms for n in range(150)]
+    assert bool(find_near_copies(rows[::5], [r for n, r in enumerate(rows) if n % 5])) == copied
+    assert len(compared) <= near._TRIES * len(rows[::5])
 
 
 def measure_exactly(test: Sequence[Example], trained: Sequence[Example]) -> set[int]:
