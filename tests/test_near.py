@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_verdict import make_results
 from tiny import make_recipe, write_base, write_dataset
 
 from appliance.cli import main
 from appliance.data import check_dataset, find_near_copies, near, select_side
 from appliance.errors import EvaluationError
-from appliance.evaluation import Result, judge
+from appliance.evaluation import judge
 from appliance.example import Example, Message
 from appliance.pipeline import run_recipe
 from appliance.preparation import Origin, Workspace
@@ -183,26 +184,6 @@ def test_a_test_of_near_copies_alone_is_refused(tmp_path: Path) -> None:
         assert {f.severity for f in found} == severities
 
 
-def make_results(scores: dict[str, Sequence[float]]) -> list[Result]:
-    """Results of arms, row by row."""
-    return [
-        Result(
-            id=f"t{i}",
-            arm=arm,
-            output="",
-            stop="eos",
-            tokens=1,
-            prompt_tokens=1,
-            seconds=0.1,
-            category="c",
-            group=f"t{i}",
-            scores={"exact_match": float(score)},
-        )
-        for arm, values in scores.items()
-        for i, score in enumerate(values)
-    ]
-
-
 def test_a_gain_on_near_copies_alone_ships_nothing() -> None:
     """60 rows that were remembered and 120 without any gain: shipped by all, held back by those that count."""
     results = make_results({"zero_shot": [0.0] * 180, "candidate": [1.0] * 60 + [0.0] * 120})
@@ -210,7 +191,7 @@ def test_a_gain_on_near_copies_alone_ships_nothing() -> None:
     verdict = judge(results, metric="exact_match", gates=GATES, copies={f"t{i}" for i in range(60)})
     assert verdict.outcome != "ship"
     assert (verdict.n, verdict.copies) == (120, 60)
-    assert verdict.arms["candidate"]["n"] == verdict.slices["c"]["candidate"]["n"] == 120
+    assert verdict.arms["candidate"]["n"] == sum(s["candidate"]["n"] for s in verdict.slices.values()) == 120
     assert "60 of 180 test rows are not counted" in verdict.reasons[-1]
 
 
